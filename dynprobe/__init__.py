@@ -1,0 +1,81 @@
+"""dynprobe: an oscilloscope and a function generator for neural-network inference.
+
+It reads the trajectory of hidden states of a model, pushes on it by a measured amount, and stores what happened so that
+architectures can be compared on the same axes. Everything public is reachable from here; importing this package loads
+nothing but the standard library, and each name brings its room in when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: Public name → module that defines it. This table is the public API; a test guards it.
+_PUBLIC: dict[str, str] = {
+    "DynprobeError": "dynprobe.errors",
+    "Perturb": "dynprobe.probes",
+    "Subject": "dynprobe.probes",
+    "Tape": "dynprobe.probes",
+    "Where": "dynprobe.probes",
+    "calibrate": "dynprobe.protocols",
+    "capture": "dynprobe.probes",
+    "discover": "dynprobe.probes",
+    "doctor": "dynprobe.protocols",
+    "fetch": "dynprobe.models",
+    "load": "dynprobe.probes",
+    "open": "dynprobe.runs",
+    "perturb": "dynprobe.probes",
+    "plan": "dynprobe.protocols",
+    "readout": "dynprobe.probes",
+    "record": "dynprobe.probes",
+    "resume": "dynprobe.probes",
+    "run": "dynprobe.protocols",
+}
+_ALIASES = {"open": "open_run"}
+_ROOMS = ("cli", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing")
+
+__all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from dynprobe import errors as errors
+    from dynprobe import metrics as metrics
+    from dynprobe import models as models
+    from dynprobe import probes as probes
+    from dynprobe import prompts as prompts
+    from dynprobe import protocols as protocols
+    from dynprobe import runs as runs
+    from dynprobe.errors import DynprobeError as DynprobeError
+    from dynprobe.models import fetch as fetch
+    from dynprobe.probes import Perturb as Perturb
+    from dynprobe.probes import Subject as Subject
+    from dynprobe.probes import Tape as Tape
+    from dynprobe.probes import Where as Where
+    from dynprobe.probes import capture as capture
+    from dynprobe.probes import discover as discover
+    from dynprobe.probes import load as load
+    from dynprobe.probes import perturb as perturb
+    from dynprobe.probes import readout as readout
+    from dynprobe.probes import record as record
+    from dynprobe.probes import resume as resume
+    from dynprobe.protocols import calibrate as calibrate
+    from dynprobe.protocols import doctor as doctor
+    from dynprobe.protocols import plan as plan
+    from dynprobe.protocols import run as run
+    from dynprobe.runs import open_run as open  # noqa: A004
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), _ALIASES.get(name, name))
+    elif name in _ROOMS:
+        value = importlib.import_module(f"dynprobe.{name}")
+    else:
+        raise AttributeError(f"module 'dynprobe' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

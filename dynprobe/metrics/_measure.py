@@ -1,0 +1,238 @@
+"""``measure``: all state metrics of a batch in one pass, the road every run takes.
+
+The states are read once (:func:`~dynprobe.metrics._geometry.walk`), then everything is arithmetic on small arrays over
+the whole batch. Results come at the four levels of the run folder: ``depth`` (one value per depth and token), ``token``,
+``profile`` (one per depth) and ``sample`` (one :class:`Result` per row and column). A float64 measurement equals
+:func:`~dynprobe.metrics.compute` on the same row, whatever the padding: the two share their implementation.
+
+The first ``sink`` real tokens stay in the depth and token tables and leave the aggregates. ``span`` narrows what reads
+along the token axis or compares tokens as a set (limen, debt, collapse, curv.token, kappa.xcorr, kappa.geom).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dynprobe.errors import MetricError
+from dynprobe.metrics._geometry import norms, walk
+from dynprobe.metrics._inputs import eps_of
+from dynprobe.metrics._lists import CORE
+from dynprobe.metrics._registry import column_name, entry, parse_id
+from dynprobe.metrics._result import Bools, Result, Scores
+from dynprobe.metrics._sample import SCORERS, Context
+
+__all__ = ["Measurement", "measure"]
+
+
+@dataclass
+class Measurement:
+    """What :func:`measure` returns; columns are named as in ``columns()``.
+
+    Args:
+        depth: Column → [depths, B, T]; row d holds the step d−1 → d; NaN where undefined.
+        token: Column → [B, T].
+        profile: Column → [depths, B].
+        profile_coverage: Coverage of each profile entry.
+        profile_reason: Reason of each NaN in a profile; ``first`` on rows that no step leads into.
+        sample: One dict per row, column → :class:`Result`.
+        n_nonfinite: Per row, states of real tokens with a NaN or infinite component.
+        keep: Tokens that enter aggregates [B, T].
+        first: First depth that takes part (1 with ``embed=0``).
+        extractor_id: How states became terms.
+        dtype: The dtype handed in; bf16 and fp16 captures stay marked.
+        ids: Column → metric id with parameters.
+    """
+
+    depth: dict[str, NDArray[Any]]
+    token: dict[str, NDArray[Any]]
+    profile: dict[str, NDArray[Any]]
+    profile_coverage: dict[str, NDArray[Any]]
+    profile_reason: dict[str, NDArray[np.object_]]
+    sample: list[dict[str, Result]]
+    n_nonfinite: NDArray[np.int64]
+    keep: Bools
+    first: int
+    extractor_id: str
+    dtype: str
+    ids: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def low_precision(self) -> bool:
+        """True when the states were bfloat16 or float16, whose rounding exceeds small paired effects."""
+        return self.dtype in ("bfloat16", "float16")
+
+
+class _Item(NamedTuple):
+    id: str
+    params: dict[str, Any]
+    full: str
+    column: str
+
+
+class _Plan(NamedTuple):
+    items: tuple[_Item, ...]
+    turn: bool
+    sync: bool
+    hop: bool
+    hop_turn: bool
+    ct: bool
+    ct2: bool
+
+
+@lru_cache(maxsize=64)
+def _plan(ids: tuple[str, ...]) -> _Plan:
+    items: dict[str, _Item] = {}
+    for text in ids:
+        parsed = parse_id(text)
+        if entry(parsed.id).spec.family == "output":
+            continue
+        if parsed.id not in SCORERS:
+            kind = entry(parsed.id).spec.input
+            raise MetricError(
+                f"measure cannot take {parsed.id!r}: its input is {kind}. It can take {', '.join(SCORERS)}; "
+                "use compute, paired, diverge or output_metrics for the others."
+            )
+        full = str(parsed._replace(extraction={}))
+        items[full] = _Item(parsed.id, parsed.params, full, column_name(full))
+    bare = {item.id for item in items.values()}
+    on_ct = {k for k in bare if k.startswith(("limen.", "debt.", "collapse."))} - {"limen.ct2/1"}
+    return _Plan(
+        tuple(items.values()),
+        turn="curv.depth/1" in bare,
+        sync="kappa.sync/1" in bare,
+        hop="kappa.xcorr/1" in bare,
+        hop_turn="curv.token/1" in bare,
+        ct=bool(on_ct),
+        ct2="limen.ct2/1" in bare,
+    )
+
+
+def _read_mask(mask: Any, shape: tuple[int, ...], what: str) -> Bools:
+    array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if array.shape != shape:
+        raise MetricError(f"measure: {what} has shape {list(array.shape)}, the states need {list(shape)}.")
+    return array.astype(bool, copy=False)
+
+
+def _read_states(states: Any) -> list[torch.Tensor]:
+    out = [states[d] for d in range(len(states))]
+    if not out:
+        raise MetricError("measure: no depths were given.")
+    if any(s.ndim != 3 for s in out):
+        raise MetricError(
+            f"measure takes states [batch, pos, dim], found {list(out[0].shape)}. For states with slots make the slots the "
+            "units: states.flatten(0, 1) gives rows of [slot, dim]; then sink=0."
+        )
+    if any(s.shape != out[0].shape for s in out):
+        raise MetricError(f"measure needs one shape at all depths, found {sorted({tuple(s.shape) for s in out})}.")
+    return out
+
+
+def measure(
+    states: Sequence[torch.Tensor],
+    mask: Any,
+    *,
+    metrics: Iterable[str] = CORE,
+    embed: int = 0,
+    sink: int = 1,
+    span: Any = None,
+    debt_theta: float | None = None,
+    dtype: torch.dtype | None = None,
+    extractor: str | None = None,
+) -> Measurement:
+    """Measure the hidden states of a batch.
+
+    Args:
+        states: D + 1 tensors [B, T, dim], depth 0 first, before the final norm.
+        mask: Bool [B, T], True = real token; the real tokens of a row are contiguous, padding on either side.
+        metrics: Metric ids, with parameters where wanted. Ids of the ``output`` family are passed over: they are
+            :func:`output_metrics`'s.
+        embed: 1 if depth 0 takes part in metrics, 0 if not.
+        sink: Number of first real tokens that stay out of aggregates.
+        span: Bool [B, T] that narrows token-axis and set metrics; None = all real tokens.
+        debt_theta: θ of the debts, from a calibration of the same model.
+        dtype: Arithmetic; None = float64 for float64 states, else float32.
+        extractor: Text for ``extractor_id``; None writes embed, sink and span.
+
+    Returns:
+        A :class:`Measurement`.
+
+    Raises:
+        MetricError: Shapes do not fit, an id is unknown or does not read states, or real tokens are not contiguous.
+
+    Example:
+        >>> import torch
+        >>> states = [torch.eye(4)[None] + d for d in range(3)]
+        >>> m = measure(states, torch.ones(1, 4, dtype=torch.bool), metrics=["kappa.phase/1"])
+        >>> m.depth["angle"].shape, m.profile["kappa_phase"].shape, m.sample[0]["kappa_phase"].n_units
+        ((3, 1, 4), (3, 1), 3)
+    """
+    plan = _plan(tuple(metrics))
+    tensors = _read_states(states)
+    n_depths, shape = len(tensors), tuple(tensors[0].shape[:2])
+    handed = tensors[-1].dtype
+    kind = dtype or (torch.float64 if handed == torch.float64 else torch.float32)
+    real = _read_mask(mask, shape, "mask")
+    order = np.cumsum(real, axis=1)
+    if shape[1] > 1 and ((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any():
+        raise MetricError("measure: the real tokens of a row must be contiguous; found a hole in the mask.")
+    keep = real & (order > sink)
+    in_span = keep if span is None else keep & _read_mask(span, shape, "span")
+    first = 0 if embed else 1
+    used = tensors[first:]
+    deep = (len(used), *shape)
+    w = walk(
+        used, np.broadcast_to(real, deep), np.broadcast_to(keep, deep), eps=eps_of(handed), dtype=kind,
+        turn=plan.turn, sync=plan.sync, hop=plan.hop, hop_turn=plan.hop_turn,
+    )  # fmt: skip
+    context = Context(w, used, in_span, kind, debt_theta, ct=plan.ct, ct2=plan.ct2)
+    name = str(handed).removeprefix("torch.")
+    out = Measurement(
+        {}, {}, {}, {}, {}, [{} for _ in range(shape[0])],
+        n_nonfinite=(real & np.isnan(w.norm)).sum((0, 2)), keep=keep, first=first, dtype=name,
+        extractor_id=extractor or f"embed={embed},final_norm=pre,sink=drop{sink},span={'all' if span is None else 'mask'}",
+    )  # fmt: skip
+    wide = np.float64 if kind == torch.float64 else np.float32
+    for item in plan.items:
+        scores = SCORERS[item.id](context, item.params)
+        _enter(out, item, scores, n_depths)
+    for column, rows in context.depth_rows({item.id for item in plan.items}).items():
+        grid = np.full((n_depths, *shape), np.nan, wide)
+        grid[n_depths - len(rows) :] = rows
+        out.depth[column] = grid
+    if first and "norm" in out.depth:
+        zeroth = norms(tensors[0].detach().to(kind))
+        out.depth["norm"][0] = np.where(real, zeroth, np.nan)
+        out.n_nonfinite = out.n_nonfinite + (real & np.isnan(zeroth)).sum(1)
+    for column, rows in context.token_rows({item.id for item in plan.items}).items():
+        out.token[column] = rows.astype(wide)
+    return out
+
+
+def _enter(out: Measurement, item: _Item, scores: Scores, n_depths: int) -> None:
+    out.ids[item.column] = item.full
+    if scores.profile is not None:
+        offset = n_depths - len(scores.profile)
+        batch = scores.profile.shape[1]
+        grid, coverage = np.full((n_depths, batch), np.nan), np.full((n_depths, batch), np.nan)
+        reason = np.full((n_depths, batch), "first", dtype=object)
+        grid[offset:], coverage[offset:], reason[offset:] = (
+            scores.profile, scores.profile_coverage, scores.profile_reason,
+        )  # fmt: skip
+        out.profile[item.column] = grid
+        out.profile_coverage[item.column], out.profile_reason[item.column] = coverage, reason
+    for row, columns in enumerate(out.sample):
+        result = scores.result(row, item.full, out.extractor_id, out.dtype)
+        columns[item.column] = result
+        if item.id == "kappa.phase/1":
+            columns["kappa_path"] = Result(
+                result.extras["kappa_path"], result.reason, result.coverage, result.n_units, result.n_steps, item.full,
+                out.extractor_id, out.dtype,
+            )  # fmt: skip

@@ -1,0 +1,333 @@
+"""Paired read-outs: what a perturbation changed, on the same tokens.
+
+Absolute κ is dominated by architecture and prompt, so effects are read as differences between two runs that differ in
+the perturbation only, teacher-forced on the same tokens. Only (depth, unit) terms valid in both runs count. Only the
+step *into* the injection depth has a guaranteed sign (for an acute step angle and noise orthogonal to both states);
+later steps are empirical. ``kappa.phase.z`` and ``kappa.phase.zmax`` need no twin: they compare one run with a
+calibration profile. ``diverge.angle`` compares the states of the two runs directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dynprobe.errors import MetricError
+from dynprobe.metrics._geometry import norms, pair_angle, validity, walk
+from dynprobe.metrics._inputs import as_trajectory, eps_of
+from dynprobe.metrics._reduce import mean_of_profile, mean_over_units, share
+from dynprobe.metrics._registry import MetricSpec, register, register_column
+from dynprobe.metrics._result import Array, Bools, Result, Scores, first_reason
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._measure import Measurement
+
+__all__ = ["diverge", "paired", "phase_paired", "phase_z"]
+
+
+def phase_paired(
+    clean: Array, arm: Array, ok: Bools, keep: Bools, *, n_states: Any, inject: int | None = None
+) -> Scores:
+    """Δκ per row from two angle arrays.
+
+    Args:
+        clean: Step angles [S, B, T] in rad.
+        arm: The same of the other run.
+        ok: Terms valid in both runs.
+        keep: Unmasked terms.
+        n_states: Unmasked states per row.
+        inject: Depth whose state was changed, 0-based on this axis; step ``inject − 1`` leads into it.
+    """
+    n_steps, batch = clean.shape[:2]
+    lag = (arm - clean) / np.pi
+    ok = ok & keep
+    scores = mean_of_profile(
+        mean_over_units(lag, ok),
+        ok,
+        keep,
+        n_states=n_states,
+        short=n_steps < 1,
+        per_unit=mean_over_units(lag, ok, axis=0),
+    )
+    if inject is not None:
+        if not 0 <= inject <= n_steps:
+            raise MetricError(f"inject={inject} is not a depth of a trajectory with {n_steps + 1} depths.")
+        assert scores.profile is not None
+        into = scores.profile[inject - 1] if inject > 0 else np.full(batch, np.nan)
+        after = scores.profile[inject:]
+        seen = ~np.isnan(after)
+        scores.extras = {
+            "delta_inj": into,
+            "delta_inj_reason": [("depth<2" if inject == 0 else "coverage") if np.isnan(x) else None for x in into],
+            "delta_down": share(np.add.reduce(after, axis=0, where=seen, initial=0.0), seen.sum(0)),
+        }
+    return scores
+
+
+def phase_z(profile: Array, mu: Any, sigma: Any, metric_id: str = "kappa.phase.z/1") -> Scores:
+    """Mean positive deviation of κ profiles [S, B] from a calibration profile, in its standard deviations."""
+    m, s = _calibration(mu, sigma, len(profile), metric_id)
+    batch = profile.shape[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.maximum(0.0, (profile - m[:, None]) / s[:, None])
+    live = s > 0
+    seen = ~np.isnan(profile) & live[:, None]
+    z = np.where(seen, z, np.nan)
+    n_live, n_seen = int(live.sum()), seen.sum(0)
+    short = len(profile) < 1
+    reason = first_reason(
+        batch,
+        (short, "depth<2"),
+        (2 * np.isnan(profile).sum(0) > len(profile), "coverage"),
+        (n_live == 0, "zero-denominator"),
+        (n_seen == 0, "coverage"),
+    )
+    undefined = np.fromiter((r is not None for r in reason), bool, batch)
+    value = share(np.add.reduce(z, axis=0, where=seen, initial=0.0), n_seen)
+    coverage = share((~np.isnan(profile)).sum(0), np.full(batch, len(profile)))
+    ones = np.ones(batch, np.int64)
+    return Scores(np.where(undefined, np.nan, value), reason, coverage, ones, n_seen, profile=z)
+
+
+def _calibration(mu: Any, sigma: Any, n_steps: int, metric_id: str) -> tuple[Array, Array]:
+    m, s = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    if m.shape != (n_steps,) or s.shape != (n_steps,):
+        raise MetricError(
+            f"{metric_id} needs mu and sigma of {n_steps} steps, found {list(m.shape)} and {list(s.shape)}. "
+            "A trajectory of D depths has D − 1 steps."
+        )
+    return m, s
+
+
+def diverge(
+    states_clean: Sequence[torch.Tensor], states_arm: Sequence[torch.Tensor], mask: Any, *, dtype: Any = None
+) -> Array:
+    """Angle between the states of two runs at every depth, as a fraction of a half-turn.
+
+    Args:
+        states_clean: Depths, tensors [B, T, dim].
+        states_arm: The same depths of the other run.
+        mask: Bool [B, T], True = real token.
+        dtype: Arithmetic; float32 or better.
+
+    Returns:
+        float64 [depths, B, T]; NaN where masked or where a state is invalid.
+
+    Raises:
+        MetricError: The two runs have different numbers of depths or shapes.
+    """
+    n_depths = len(states_clean)
+    if n_depths != len(states_arm):
+        raise MetricError(
+            f"diverge: {n_depths} depths against {len(states_arm)}; capture the same depths in both runs."
+        )
+    real = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask, dtype=bool)
+    out = np.full((n_depths, *real.shape), np.nan)
+    with torch.no_grad():
+        for depth in range(n_depths):
+            a, b = states_clean[depth].detach(), states_arm[depth].detach()
+            if a.shape != b.shape or tuple(a.shape[:2]) != real.shape:
+                raise MetricError(
+                    f"diverge: shapes at depth {depth} are {list(a.shape)} and {list(b.shape)}, mask {list(real.shape)}."
+                )
+            kind = dtype or (torch.float64 if a.dtype == torch.float64 else torch.float32)
+            out[depth] = _diverge_depth(a.to(kind), b.to(a.device, kind), real)
+    return out
+
+
+def _diverge_depth(a: torch.Tensor, b: torch.Tensor, real: Bools) -> Array:
+    norm_a, norm_b = norms(a), norms(b)
+    ok = validity(norm_a, real, real) & validity(norm_b, real, real)
+    return np.where(ok, pair_angle(a, b, norm_a, norm_b) / np.pi, np.nan)
+
+
+def paired(clean: Measurement, arm: Measurement, inject: int | None = None) -> list[Result]:
+    """Δκ of every row from two measurements of the same prompts.
+
+    Args:
+        clean: Measurement of the clean run.
+        arm: Measurement of the other arm.
+        inject: Depth whose state was changed (as in ``tape.states``), or None.
+
+    Returns:
+        One ``kappa.phase.paired/1`` per row; with ``inject``, ``delta_inj`` and ``delta_down`` in ``extras``. The
+        profile has one entry per step between depths that take part.
+
+    Raises:
+        MetricError: The measurements do not cover the same depths and tokens, or lack angles.
+    """
+    for m in (clean, arm):
+        if "angle" not in m.depth:
+            raise MetricError("paired needs measurements that contain kappa.phase/1; found none.")
+    a, b = clean.depth["angle"], arm.depth["angle"]
+    if a.shape != b.shape or clean.first != arm.first:
+        raise MetricError(
+            f"paired needs the same depths, rows and tokens on both sides, found {a.shape} and {b.shape}."
+        )
+    if not np.array_equal(clean.keep, arm.keep):
+        raise MetricError(
+            "paired: the two measurements have different masks or sinks; measure both with the same ones."
+        )
+    steps = slice(clean.first + 1, None)
+    a, b = a[steps].astype(np.float64), b[steps].astype(np.float64)
+    ok = ~(np.isnan(a) | np.isnan(b))
+    keep = np.broadcast_to(clean.keep, a.shape)
+    metric_id = "kappa.phase.paired/1"
+    if inject is not None:
+        if not 0 <= inject < len(clean.depth["angle"]):
+            raise MetricError(f"inject={inject} is not one of the depths 0 … {len(clean.depth['angle']) - 1}.")
+        # an injection below the first depth in use leads into no measured step: all steps are downstream
+        inject = max(inject - clean.first, 0)
+    n_states = clean.keep.sum(-1) * (len(a) + 1)
+    scores = phase_paired(a, b, ok, keep, n_states=n_states, inject=inject)
+    return [scores.result(row, metric_id, clean.extractor_id, arm.dtype) for row in range(a.shape[1])]
+
+
+def _two(inputs: tuple[Any, ...], mask: Any, metric_id: str) -> tuple[Any, Any]:
+    a, b = (as_trajectory(x, mask, metric_id) for x in inputs)
+    if len(a.states) != len(b.states) or any(p.shape != q.shape for p, q in zip(a.states, b.states, strict=True)):
+        raise MetricError(f"{metric_id} needs two trajectories of one shape, clean first.")
+    return a, b
+
+
+def _compute_paired(
+    inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, inject: int | None = None
+) -> Result:
+    a, b = _two(inputs, mask, metric_id)
+    wa, wb = walk(a.states, a.keep, a.keep, eps=a.eps), walk(b.states, b.keep, b.keep, eps=b.eps)
+    ok = wa.step_ok & wb.step_ok
+    scores = phase_paired(wa.angle, wb.angle, ok, wa.step_keep, n_states=wa.keep.sum((0, 2)), inject=inject)
+    return scores.result(0, metric_id, dtype=b.dtype)
+
+
+def _compute_z(
+    inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, mu: Any = None, sigma: Any = None
+) -> Result:
+    if mu is None or sigma is None:
+        raise MetricError(
+            f"{metric_id} needs the calibration profile: mu=…, sigma=… (one entry per step, SD with ddof 1)."
+        )
+    from dynprobe.metrics._kappa_phase import kappa_phase
+
+    t = as_trajectory(inputs[0], mask, metric_id)
+    w = walk(t.states, t.keep, t.keep, eps=t.eps)
+    phase = kappa_phase(w)
+    assert phase.profile is not None
+    if metric_id.startswith("kappa.phase.zmax"):
+        scores = _zmax(w.angle / np.pi, w.step_ok & w.step_keep, *_calibration(mu, sigma, len(w.angle), metric_id))
+        scores.coverage = phase.coverage
+        if phase.reason[0] is not None:
+            scores.reason, scores.value = phase.reason, np.full(1, np.nan)
+    else:
+        scores = phase_z(phase.profile, mu, sigma, metric_id)
+        scores.coverage, scores.n_units = phase.coverage, phase.n_units
+        if phase.reason[0] is not None:
+            scores.reason, scores.value = phase.reason, np.full(1, np.nan)
+    return scores.result(0, metric_id, dtype=t.dtype)
+
+
+def _zmax(lag: Array, ok: Bools, mu: Array, sigma: Array) -> Scores:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = (lag - mu[:, None, None]) / sigma[:, None, None]
+    seen = ok & (sigma > 0)[:, None, None]
+    top = np.where(seen, z, -np.inf).max(0, initial=-np.inf)
+    per_unit = np.where(np.isfinite(top), top, np.nan)
+    value = mean_over_units(per_unit, np.isfinite(top))
+    reason = first_reason(lag.shape[1], (np.isnan(value), "zero-denominator"))
+    n_units = np.isfinite(top).sum(-1)
+    return Scores(value, reason, np.ones(lag.shape[1]), n_units, seen.any(2).sum(0), per_unit=per_unit)
+
+
+def _compute_diverge(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
+    a, b = _two(inputs, mask, metric_id)
+    keep = a.keep
+    grid = np.full(keep.shape, np.nan)
+    for depth, (p, q) in enumerate(zip(a.states, b.states, strict=True)):
+        grid[depth] = _diverge_depth(p, q, keep[depth])
+    ok = ~np.isnan(grid)
+    scores = mean_of_profile(
+        mean_over_units(grid, ok), ok, keep, n_states=keep.sum((0, 2)), per_unit=mean_over_units(grid, ok, axis=0)
+    )
+    scores.extras = {"grid": np.moveaxis(grid, 1, 0)}
+    return scores.result(0, metric_id, dtype=b.dtype)
+
+
+_PAIRED = frozenset({"paired"})
+register(
+    MetricSpec(
+        id="kappa.phase.paired/1",
+        sentence="Change of κ_phase between a clean run and another arm on the same tokens.",
+        formula=(
+            "Δκ_l = (1/π)·mean_n(θ'_{l,n} − θ_{l,n}) over units valid in both runs; Δκ = mean_l Δκ_l; injection at m: "
+            "Δκ_inj = Δκ_{m−1} (m = 0: NaN depth<2), Δκ_down = mean_{l ≥ m} Δκ_l"
+        ),
+        input="trajectory[depth,unit,dim]×2, clean first",
+        value_range="[−1, 1]",
+        unit="half-turns",
+        invariances=frozenset({"R", "S", "S_l", "P", "T", "scale-per-state"}),
+        source="dynprobe",
+        column="kappa_phase_d",
+        levels={"sample": "arm − clean"},
+        vectors=("two states 45° apart, kick α ⟂ both at the second: cos θ' = cos θ/√(1 + α²)",),
+        groups=_PAIRED,
+    ),
+    _compute_paired,
+    arity=2,
+)
+register(
+    MetricSpec(
+        id="kappa.phase.z/1",
+        sentence="Mean positive deviation of the κ_phase profile from a calibration profile.",
+        formula="mean_l max(0, (κ_l − μ_l)/σ_l); σ with ddof 1; steps with σ_l = 0 dropped; null mean 1/√(2π)",
+        input="trajectory[depth,unit,dim], mu[step], sigma[step]",
+        value_range="[0, ∞)",
+        unit="SD",
+        invariances=frozenset({"R", "S", "S_l", "P", "T", "scale-per-state"}),
+        source="dynprobe",
+        column="kappa_phase_z",
+        levels={"sample": "mean over steps"},
+        vectors=("κ_l = μ_l + 2σ_l everywhere → 2", "κ_l below μ_l everywhere → 0"),
+        groups=_PAIRED,
+    ),
+    _compute_z,
+)
+register(
+    MetricSpec(
+        id="kappa.phase.zmax/1",
+        sentence="Largest deviation over depth of a unit's phase lag from a calibration profile.",
+        formula="z_n = max_l (θ_{l,n}/π − μ_l)/σ_l; value = mean_n z_n; steps with σ_l = 0 dropped",
+        input="trajectory[depth,unit,dim], mu[step], sigma[step]",
+        value_range="(−∞, ∞)",
+        unit="SD",
+        invariances=frozenset({"R", "S", "S_l", "P", "scale-per-state"}),
+        source="dynprobe, default signal of recovery.deadband/1",
+        column="kappa_phase_zmax",
+        levels={"token": "per unit", "sample": "mean over units"},
+        vectors=("one unit, lag 1/6, μ = (0, 1/6), σ = (1/6, 1/6) → 1",),
+        groups=_PAIRED,
+    ),
+    _compute_z,
+)
+register(
+    MetricSpec(
+        id="diverge.angle/1",
+        sentence="Angle between the states of two runs at the same depth and unit.",
+        formula="(1/π)·angle(x_{l,n}, x'_{l,n}); profile = mean over units valid in both runs; value = mean over depths",
+        input="trajectory[depth,unit,dim]×2, clean first",
+        value_range="[0, 1]",
+        unit="half-turns",
+        invariances=frozenset({"R", "R_l", "S", "S_l", "P", "T", "scale-per-state"}),
+        source="dynprobe",
+        column="diverge_angle",
+        levels={"depth": "per unit", "profile": "mean over units", "sample": "mean over depths"},
+        vectors=("equal runs → 0", "relnorm kick α ⟂ h → arctan(α)/π"),
+        groups=_PAIRED,
+    ),
+    _compute_diverge,
+    arity=2,
+)
+register_column("delta_inj", "kappa.phase.paired/1", "half-turns", {"sample": "step into the injection depth"})
+register_column("delta_down", "kappa.phase.paired/1", "half-turns", {"sample": "mean over steps after the injection"})

@@ -1,0 +1,295 @@
+"""The catalogue of metrics: ids, definitions, columns.
+
+An id is ``family.estimator/major{key=value,…}``. The major number changes when any conformance vector changes, so two
+equal ids mean equal numbers. A :class:`MetricSpec` holds the normative text of one definition together with its
+conformance vectors, and ``digest`` is the fingerprint of both: what a stored column was made with can be checked years
+later. Bare words such as "kappa" or "delta" are never ids, because every field means something else by them.
+
+Estimator parameters (``W=16``) change the number and stay in the metric id. Extraction options (``embed``, ``sink``, …)
+say how states were cut out of a model; they may be written in an id as well, but they belong to the extractor and end
+up in ``extractor_id``. ``compute`` never acts on them: it takes exactly what it is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from dynprobe.errors import MetricError, did_you_mean
+
+__all__ = ["Column", "MetricSpec", "ParsedId", "column_name", "columns", "format_id", "ids", "parse_id", "spec"]
+
+EXTRACTION = MappingProxyType(
+    {"embed": 0, "final_norm": "pre", "grain": "layer", "sink": "drop1", "site": "resid_post", "span": ""}
+)
+_ID = re.compile(r"^(?P<name>[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+)/(?P<major>\d+)(?:\{(?P<params>[^{}]*)\})?$")
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """The definition of one metric.
+
+    Args:
+        id: ``family.estimator/major`` without parameters.
+        sentence: What it measures, in one sentence.
+        formula: Normative text of the definition.
+        input: Declared input, such as ``trajectory[depth,unit,dim]``, ``tokens[pos,dim]`` or ``series``.
+        value_range: Range of the value, as text.
+        unit: Unit of the value.
+        invariances: Transformations that leave the value unchanged. ``R`` global rotation, ``R_l`` rotation per depth,
+            ``S`` global positive scale, ``S_l`` scale per depth, ``P`` unit permutation, ``T`` intensive in length,
+            ``scale-per-state`` a positive factor for each single state, ``shift`` an added constant vector.
+        source: Where the definition comes from.
+        params: Estimator parameters with their defaults; they are part of the id when they differ.
+        column: Column name in tables.
+        levels: Tables that carry the column, each with the way it is aggregated there.
+        vectors: Conformance vectors that belong to the definition.
+        groups: Named lists the metric belongs to.
+
+    Example:
+        >>> from dynprobe.metrics import spec
+        >>> spec("kappa.phase/1").family, spec("kappa.phase/1").estimator, spec("kappa.phase/1").major
+        ('kappa', 'phase', 1)
+    """
+
+    id: str
+    sentence: str
+    formula: str
+    input: str
+    value_range: str
+    unit: str
+    invariances: frozenset[str]
+    source: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    column: str = ""
+    levels: Mapping[str, str] = field(default_factory=dict)
+    vectors: tuple[str, ...] = ()
+    groups: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The id without its major number."""
+        return self.id.split("/")[0]
+
+    @property
+    def family(self) -> str:
+        """First part of the name."""
+        return self.name.split(".")[0]
+
+    @property
+    def estimator(self) -> str:
+        """The name after the family."""
+        return self.name.split(".", 1)[1]
+
+    @property
+    def major(self) -> int:
+        """Major version."""
+        return int(self.id.split("/")[1])
+
+    @property
+    def digest(self) -> str:
+        """First 12 hex digits of SHA-256 over the definition and its conformance vectors."""
+        text = "\n".join([self.id, self.input, self.formula, repr(sorted(self.params.items())), *self.vectors])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class ParsedId(NamedTuple):
+    """An id taken apart: the bare id, estimator parameters (defaults filled in), extraction options as written."""
+
+    id: str
+    params: dict[str, Any]
+    extraction: dict[str, Any]
+
+    def __str__(self) -> str:
+        return format_id(self.id, self.params, self.extraction)
+
+
+class Column(NamedTuple):
+    """What one table column holds, per level of the run folder."""
+
+    name: str
+    metric_id: str
+    unit: str
+    levels: Mapping[str, str]
+    digest: str
+
+
+class Entry(NamedTuple):
+    """A definition together with the function that computes it."""
+
+    spec: MetricSpec
+    compute: Callable[..., Any]
+    arity: int
+
+
+_ENTRIES: dict[str, Entry] = {}
+_EXTRA_COLUMNS: dict[str, tuple[str, str, Mapping[str, str]]] = {}
+
+
+def register(definition: MetricSpec, compute: Callable[..., Any], arity: int = 1) -> None:
+    """Enter a definition and its function, which takes ``arity`` inputs, into the catalogue."""
+    _ENTRIES[definition.id] = Entry(definition, compute, arity)
+
+
+def register_column(name: str, metric_id: str, unit: str, levels: Mapping[str, str]) -> None:
+    """Enter a companion column, one that a metric writes besides its own."""
+    _EXTRA_COLUMNS[name] = (metric_id, unit, levels)
+
+
+def entry(metric_id: str) -> Entry:
+    """Return the catalogue entry of a bare id, or refuse with the nearest known one."""
+    found = _ENTRIES.get(metric_id)
+    if found is None:
+        stem = metric_id.split("/")[0]
+        majors = [k for k in _ENTRIES if k.split("/")[0] == stem]
+        inside = [k for k in _ENTRIES if stem in re.split(r"[./]", k)]
+        near = (
+            f" Did you mean {majors[0]!r}?"
+            if majors
+            else did_you_mean(metric_id, _ENTRIES) or (f" Did you mean one of {', '.join(inside)}?" if inside else "")
+        )
+        raise MetricError(f"Unknown metric {metric_id!r}.{near} `dynprobe.metrics.ids()` lists all of them.")
+    return found
+
+
+def ids(level: str | None = None, group: str | None = None) -> list[str]:
+    """List metric ids, optionally only those of one table level or one group.
+
+    Args:
+        level: ``depth``, ``token``, ``profile`` or ``sample``.
+        group: ``core``, ``default``, ``paired``, ``optional``, or a family such as ``kappa``.
+
+    Returns:
+        Ids in catalogue order.
+
+    Example:
+        >>> ids(group="delta")
+        ['delta.rel_prev/1', 'delta.rel_next/1', 'delta.rms/1', 'delta.angle/1']
+    """
+    return [
+        key
+        for key, (s, _, _) in _ENTRIES.items()
+        if (level is None or level in s.levels) and (group is None or group in s.groups or group == s.family)
+    ]
+
+
+def spec(metric_id: str) -> MetricSpec:
+    """Return the definition behind an id (parameters in the id are checked and ignored).
+
+    Raises:
+        MetricError: The id is unknown or malformed.
+    """
+    return entry(parse_id(metric_id).id).spec
+
+
+def _typed(key: str, text: str, default: Any, metric_id: str) -> Any:
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        try:
+            number = float(text)
+        except ValueError:
+            raise MetricError(f"Parameter {key!r} of {metric_id!r} is a number, found {text!r}.") from None
+        return int(number) if isinstance(default, int) and number == int(number) else number
+    return text
+
+
+def parse_id(metric_id: str) -> ParsedId:
+    """Take an id apart.
+
+    Args:
+        metric_id: Such as ``"kappa.geom/1{W=16}"`` or ``"kappa.phase/1{embed=0,sink=drop1}"``.
+
+    Returns:
+        Bare id, estimator parameters with defaults filled in, extraction options as written.
+
+    Raises:
+        MetricError: The text is no id, the metric is unknown, or a parameter is not one of its own.
+
+    Example:
+        >>> parse_id("kappa.geom/1{W=16}").params
+        {'W': 16}
+        >>> str(parse_id("kappa.geom/1{W=64}"))
+        'kappa.geom/1'
+    """
+    match = _ID.match(metric_id.strip())
+    if match is None:
+        near = difflib.get_close_matches(metric_id, list(_ENTRIES), n=1, cutoff=0.4)
+        inside = [k for k in _ENTRIES if metric_id.split("/")[0] in re.split(r"[./]", k)]
+        hint = f" Did you mean {(inside or near)[0]!r}?" if (inside or near) else ""
+        raise MetricError(f"{metric_id!r} is not a metric id; write family.estimator/major{{key=value}}.{hint}")
+    bare = f"{match['name']}/{int(match['major'])}"
+    definition = entry(bare).spec
+    params, extraction = dict(definition.params), {}
+    for part in filter(None, (match["params"] or "").split(",")):
+        key, sign, text = (piece.strip() for piece in part.partition("="))
+        if not sign or not text:
+            raise MetricError(f"In {metric_id!r}, {part!r} is not key=value.")
+        if key in definition.params:
+            params[key] = _typed(key, text, definition.params[key], bare)
+        elif key in EXTRACTION:
+            extraction[key] = _typed(key, text, EXTRACTION[key], bare)
+        else:
+            known = [*definition.params, *EXTRACTION]
+            raise MetricError(
+                f"{bare!r} has no parameter {key!r}.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}."
+            )
+    return ParsedId(bare, params, extraction)
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def format_id(
+    metric_id: str, params: Mapping[str, Any] | None = None, extraction: Mapping[str, Any] | None = None
+) -> str:
+    """Write the canonical id: keys sorted, defaults omitted.
+
+    Example:
+        >>> format_id("kappa.geom/1", {"W": 16}), format_id("kappa.geom/1", {"W": 64})
+        ('kappa.geom/1{W=16}', 'kappa.geom/1')
+    """
+    defaults = {**EXTRACTION, **entry(metric_id).spec.params}
+    shown = {k: v for k, v in {**(params or {}), **(extraction or {})}.items() if v != defaults.get(k)}
+    inner = ",".join(f"{k}={_show(shown[k])}" for k in sorted(shown))
+    return f"{metric_id}{{{inner}}}" if inner else metric_id
+
+
+def column_name(metric_id: str) -> str:
+    """Return the column of an id: the registered name, a suffix per parameter, ``_v2`` for another major.
+
+    Example:
+        >>> column_name("kappa.geom/1{W=16}"), column_name("limen.ratio/1{norm=winsor_mad}")
+        ('kappa_geom_w16', 'limen_ratio_winsor_mad')
+    """
+    parsed = parse_id(metric_id)
+    definition = entry(parsed.id).spec
+    name = definition.column or definition.name.replace(".", "_")
+    if definition.major > 1:
+        name += f"_v{definition.major}"
+    for key in sorted(parsed.params):
+        value = parsed.params[key]
+        if value != definition.params[key]:
+            name += f"_{value}" if isinstance(value, str) else f"_{key.lower()}{_show(value)}"
+    return name
+
+
+def columns() -> dict[str, Column]:
+    """Map column names to metric, unit, table levels with their aggregation, and digest.
+
+    Example:
+        >>> columns()["angle"].metric_id, columns()["angle"].unit
+        ('delta.angle/1', 'rad')
+    """
+    out = {
+        s.column: Column(s.column, s.id, s.unit, s.levels, s.digest)
+        for s, _, _ in _ENTRIES.values()
+        if s.column and s.levels
+    }
+    for name, (metric_id, unit, levels) in _EXTRA_COLUMNS.items():
+        out[name] = Column(name, metric_id, unit, levels, entry(parse_id(metric_id).id).spec.digest)
+    return out

@@ -1,0 +1,155 @@
+"""How each metric is scored from one walk over a batch: the dispatch behind ``measure``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynprobe.errors import MetricError
+from dynprobe.metrics._curvature import curv_depth, curv_token, turn_defined
+from dynprobe.metrics._debt import collapse_late, debt_cusum, debt_excess
+from dynprobe.metrics._delta import delta_rel_next, delta_rel_prev, delta_rms, resid_norm
+from dynprobe.metrics._geometry import Walk
+from dynprobe.metrics._kappa_geom import kappa_geom
+from dynprobe.metrics._kappa_phase import kappa_phase
+from dynprobe.metrics._kappa_sync import kappa_sync
+from dynprobe.metrics._kappa_xcorr import kappa_xcorr
+from dynprobe.metrics._limen import gini, qratio, ratio, regimes
+from dynprobe.metrics._limen_ct import CtSeries, around, ct_scores, past
+from dynprobe.metrics._result import Array, Bools, Scores
+from dynprobe.metrics._series import Values
+
+__all__ = ["SCORERS", "Context"]
+
+
+class Context:
+    """What the scorers share: the walk, the span, the ct series of the last depth, and phase lags made once."""
+
+    def __init__(
+        self,
+        w: Walk,
+        states: Sequence[torch.Tensor],
+        span: Bools,
+        dtype: torch.dtype,
+        theta: float | None,
+        *,
+        ct: bool,
+        ct2: bool,
+    ) -> None:
+        self.w, self.states, self.span, self.dtype, self.theta = w, states, span, dtype, theta
+        self.deep_span = np.broadcast_to(span, w.norm.shape)
+        self.wants_ct, self.wants_ct2 = ct, ct2
+
+    @cached_property
+    def phase(self) -> Scores:
+        """kappa.phase, shared with delta.angle."""
+        return kappa_phase(self.w)
+
+    @cached_property
+    def ct(self) -> CtSeries:
+        """ct (and ct2) at the last depth."""
+        if not self.states:
+            raise MetricError("limen.* needs at least one depth; with embed=0 depth 0 does not take part.")
+        return CtSeries(
+            self.states[-1].detach().to(self.dtype),
+            self.w.norm[-1],
+            self.w.valid[-1],
+            self.w.eps,
+            second=self.wants_ct2,
+        )
+
+    @cached_property
+    def values(self) -> Values:
+        """The ct values whose three tokens lie inside the span."""
+        return Values(self.ct.ct, self.ct.ok, past(self.span), tokens=self.span.sum(-1))
+
+    @cached_property
+    def ratio(self) -> Scores:
+        """limen.ratio, shared with limen.regime."""
+        return ratio(self.values)
+
+    def ct_scores(self, second: bool) -> Scores:
+        """Mean ct or ct2 of the span."""
+        norm, valid, span = self.w.norm[-1], self.w.valid[-1], self.span
+        counts = (span.sum(-1), (span & np.isnan(norm)).sum(-1), (span & ~valid).sum(-1))
+        s = self.ct
+        if second:
+            return ct_scores(s.ct2, s.ok2, around(span), s.stall2, *counts)
+        return ct_scores(s.ct, s.ok, past(span), s.stall, *counts)
+
+    def depth_rows(self, ids: set[str]) -> dict[str, Array]:
+        """Columns of the depth table; their rows are the last ones of the depth axis."""
+        w, ok = self.w, self.w.step_ok
+        out: dict[str, Array] = {}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if "resid.norm/1" in ids:
+                out["norm"] = np.where(w.real, w.norm, np.nan)
+            if ids & {"kappa.phase/1", "delta.angle/1"}:
+                out["angle"] = np.where(ok, w.angle, np.nan)
+            if "delta.rel_prev/1" in ids:
+                out["delta_rel_prev"] = np.where(ok, w.diff / w.norm[:-1], np.nan)
+            if "delta.rel_next/1" in ids:
+                out["delta_rel_next"] = np.where(ok, w.diff / w.norm[1:], np.nan)
+            if "delta.rms/1" in ids:
+                out["delta_rms"] = np.where(ok, w.diff / np.sqrt(max(w.dim, 1)), np.nan)
+        if "curv.depth/1" in ids:
+            empty = np.full((0, *w.norm.shape[1:]), np.nan)
+            out["curv_depth"] = empty if w.turn is None else np.where(turn_defined(w), w.turn, np.nan)
+        return out
+
+    def token_rows(self, ids: set[str]) -> dict[str, Array]:
+        """Columns of the token table."""
+        out: dict[str, Array] = {}
+        if "kappa.phase/1" in ids and self.phase.per_unit is not None:
+            out["kappa_phase"] = self.phase.per_unit
+        keep = self.w.keep[-1] if len(self.w.keep) else self.span
+        if "limen.ct/1" in ids:
+            out["limen_ct"] = np.where(self.ct.ok & past(keep), self.ct.ct, np.nan)
+        if "limen.ct2/1" in ids:
+            out["limen_ct2"] = np.where(self.ct.ok2 & around(keep), self.ct.ct2, np.nan)
+        return out
+
+
+def _delta_angle(c: Context, params: dict[str, Any]) -> Scores:
+    from dataclasses import replace
+
+    return replace(c.phase, extras={k: v for k, v in c.phase.extras.items() if k != "kappa_path"})
+
+
+def _ratio(c: Context, params: dict[str, Any]) -> Scores:
+    if params["ref"] != "self":
+        raise MetricError("measure computes limen.ratio with ref=self; for ref=calib call compute with reference=.")
+    return c.ratio if params["norm"] == "raw" else ratio(c.values, params["norm"])
+
+
+def _geom(c: Context, params: dict[str, Any]) -> Scores:
+    w = c.w
+    return kappa_geom(c.states, w.norm, w.valid, c.deep_span, eps=w.eps, W=int(params["W"]), dtype=c.dtype)
+
+
+SCORERS: dict[str, Callable[[Context, dict[str, Any]], Scores]] = {
+    "kappa.phase/1": lambda c, p: c.phase,
+    "kappa.geom/1": _geom,
+    "kappa.sync/1": lambda c, p: kappa_sync(c.w),
+    "kappa.xcorr/1": lambda c, p: kappa_xcorr(c.w, c.deep_span),
+    "delta.rel_prev/1": lambda c, p: delta_rel_prev(c.w, p["agg"]),
+    "delta.rel_next/1": lambda c, p: delta_rel_next(c.w, p["agg"]),
+    "delta.rms/1": lambda c, p: delta_rms(c.w),
+    "delta.angle/1": _delta_angle,
+    "resid.norm/1": lambda c, p: resid_norm(c.w),
+    "curv.depth/1": lambda c, p: curv_depth(c.w),
+    "curv.token/1": lambda c, p: curv_token(c.w, c.deep_span),
+    "limen.ct/1": lambda c, p: c.ct_scores(second=False),
+    "limen.ct2/1": lambda c, p: c.ct_scores(second=True),
+    "limen.ratio/1": _ratio,
+    "limen.qratio/1": lambda c, p: qratio(c.values),
+    "limen.gini/1": lambda c, p: gini(c.values),
+    "limen.regime/1": lambda c, p: regimes(c.ratio),
+    "debt.cusum/1": lambda c, p: debt_cusum(c.values, c.theta),
+    "debt.excess/1": lambda c, p: debt_excess(c.values, c.theta),
+    "collapse.late_ct/1": lambda c, p: collapse_late(c.values),
+}

@@ -1,0 +1,158 @@
+"""What a model does when left alone: the yardstick of scales, debts and detectors.
+
+A calibration is made from clean forwards over prompts that no run uses. It holds, per depth, mean, standard deviation
+and MAD of every coordinate, the top principal components, the κ profile; and quantiles of every streaming signal.
+Position 0 is left out, as in every metric. It is stored as safetensors beside a JSON header under a hash of the weights,
+the dtype, the prompts and the sites, and refused for any other model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dynprobe.errors import CalibrationError
+from dynprobe.probes._scales import SiteStats
+
+__all__ = ["CALIBRATION_SCHEMA", "QUANTILE_LEVELS", "Calibration", "load_calibration"]
+
+CALIBRATION_SCHEMA = "1.0"
+QUANTILE_LEVELS = np.round(np.linspace(0.0, 1.0, 201), 3)
+
+
+@dataclass(eq=False)
+class Calibration:
+    """Clean statistics of one model.
+
+    Attributes:
+        tensors: ``mean``, ``std``, ``mad`` ``[L+1, dim]`` (coordinates over tokens, ddof 1, position 0 left out);
+            ``pcs [L+1, k, dim]`` with ``pc_var [L+1, k]``; ``kappa_mu``, ``kappa_sigma`` ``[L+1]`` (mean and SD over
+            prompts of each step's κ; row d is the step into depth d), ``kappa_sigma_token``; ``cov_basis.D [dim, r]``
+            and ``cov_sqrt.D [r]`` for depths D whose covariance was asked for.
+        signals: Per streaming signal its quantiles at :data:`QUANTILE_LEVELS`.
+        header: ``hash``, ``weights``, ``dtype``, ``prompts`` (hash), ``n_prompts``, ``n_tokens``, ``n_layers``, ``dim``,
+            ``cov_depths``, ``schema``, versions.
+    """
+
+    tensors: dict[str, Tensor]
+    signals: dict[str, np.ndarray]
+    header: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Identity of this calibration: 12 hex digits."""
+        return str(self.header["hash"])
+
+    def quantile(self, signal: str, q: float) -> float:
+        """Return the q-quantile of a clean streaming signal.
+
+        Raises:
+            CalibrationError: If the signal was not calibrated.
+        """
+        if signal not in self.signals:
+            raise CalibrationError(f"signal {signal!r} is not in the calibration; it holds {', '.join(sorted(self.signals))}")
+        return float(np.interp(q, QUANTILE_LEVELS, self.signals[signal]))
+
+    def site_stats(self, component: str, layer: int) -> SiteStats | None:
+        """Return the coordinate statistics of a site of the residual stream, or None for an update's site."""
+        depth = {"resid_pre": layer, "resid_post": layer + 1}.get(component)
+        if depth is None:
+            return None
+        return SiteStats(
+            mean=self.tensors["mean"][depth],
+            std=self.tensors["std"][depth],
+            cov_basis=self.tensors.get(f"cov_basis.{depth}"),
+            cov_sqrt=self.tensors.get(f"cov_sqrt.{depth}"),
+        )
+
+    def check(self, weights: str, dtype: str) -> None:
+        """Refuse a calibration of another model.
+
+        Raises:
+            CalibrationError: If weights or dtype differ.
+        """
+        for key, found in (("weights", weights), ("dtype", dtype)):
+            if self.header.get(key) != found:
+                raise CalibrationError(
+                    f"this calibration was made with {key} {self.header.get(key)!r}, the model has {found!r}; "
+                    "make one with: dynprobe calibrate MODEL"
+                )
+
+    def save(self, folder: Path) -> Path:
+        """Write ``calibration.safetensors`` and ``calibration.json`` into ``folder``, whole or not at all."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".calibration-", dir=folder.parent))
+        try:
+            save_file({k: v.contiguous() for k, v in self.tensors.items()}, temporary / "calibration.safetensors")
+            text = json.dumps({**self.header, "signals": {k: v.tolist() for k, v in self.signals.items()}}, indent=1)
+            (temporary / "calibration.json").write_text(text, encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+        return folder
+
+
+def load_calibration(folder: Path) -> Calibration:
+    """Read a calibration.
+
+    Raises:
+        CalibrationError: If a file is missing or damaged, or the schema is newer than this version reads.
+    """
+    try:
+        header = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "calibration.safetensors")
+        signals = {k: np.asarray(v, dtype=np.float64) for k, v in header.pop("signals").items()}
+    except Exception as error:
+        raise CalibrationError(f"{folder} does not hold a readable calibration ({error}); make it again with: dynprobe calibrate MODEL") from error
+    if str(header.get("schema", "")).split(".")[0] != CALIBRATION_SCHEMA.split(".", maxsplit=1)[0]:
+        raise CalibrationError(f"{folder} has calibration schema {header.get('schema')!r}; this version reads {CALIBRATION_SCHEMA}")
+    return Calibration(tensors, signals, header)
+
+
+def principal_components(centred: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the top ``k`` eigenvectors ``[k, dim]`` and eigenvalues of the covariance of centred rows ``[n, dim]``."""
+    n, dim = centred.shape
+    k = min(k, n - 1, dim)
+    if k <= 0:
+        return centred.new_zeros(0, dim), centred.new_zeros(0)
+    x = centred.double()
+    small = x.T @ x if dim <= n else x @ x.T
+    values, vectors = torch.linalg.eigh(small / (n - 1))
+    values, vectors = values[-k:].flip(0).clamp_min(0), vectors[:, -k:].flip(1)
+    if dim > n:
+        vectors = x.T @ vectors / ((n - 1) * values).sqrt().clamp_min(1e-30)
+    # An eigenvector's sign is arbitrary; fix it so that the file is the same everywhere.
+    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
+    return (vectors * signs).T.to(centred.dtype), values.to(centred.dtype)
+
+
+def covariance_root(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``U [dim, r]`` and ``√λ [r]`` with ``Σ = U diag(λ) Uᵀ`` (ddof 1), r = the rank that was observed."""
+    rows, values = principal_components(centred, min(len(centred) - 1, centred.shape[1]))
+    keep = values > values.max().clamp_min(1e-30) * 1e-9
+    return rows[keep].T.contiguous(), values[keep].sqrt()
+
+
+def quantiles(samples: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Quantiles (type 7) of each signal over all tokens, non-finite values left out."""
+    out: dict[str, np.ndarray] = {}
+    for name, pieces in samples.items():
+        values = np.concatenate([np.asarray(p, dtype=np.float64).ravel() for p in pieces])
+        values = values[np.isfinite(values)]
+        if len(values):
+            out[name] = np.quantile(values, QUANTILE_LEVELS)
+    return out

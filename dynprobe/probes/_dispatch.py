@@ -1,0 +1,121 @@
+"""One hook per module and direction, through which every reader and writer goes.
+
+PyTorch runs hooks in the order they were registered, so a user who opens ``dp.record`` before ``dp.perturb`` would
+record states that the perturbation has not touched yet. The dispatcher removes that trap: on one module all writers
+run first, in the order they were attached, then all readers. It also counts firings and is gone from the module when
+its last client leaves, which is what the ``fired`` self-test verifies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dynprobe.probes._outputs import hidden_argument, hidden_of, replace_argument, replace_hidden
+
+__all__ = ["Attachment", "attach", "live_hooks"]
+
+Reader = Callable[[Tensor], None]
+Writer = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class _Gate:
+    """The single hook on one side (input or output) of one module."""
+
+    module: weakref.ref[nn.Module]
+    side: str
+    writers: list[Writer] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+    handle: RemovableHandle | None = None
+
+    def open(self) -> None:
+        module = self.module()
+        if self.handle is None and module is not None:
+            if self.side == "input":
+                self.handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+            else:
+                self.handle = module.register_forward_hook(self._on_output)
+
+    def close_if_idle(self) -> None:
+        if not self.writers and not self.readers and self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+            module = self.module()
+            if module is not None:
+                gates = _GATES.get(module, {})
+                gates.pop(self.side, None)
+                if not gates:
+                    _GATES.pop(module, None)
+
+    def _pass(self, state: Tensor) -> Tensor:
+        for write in tuple(self.writers):
+            state = write(state)
+        for read in tuple(self.readers):
+            read(state)
+        return state
+
+    def _on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = hidden_argument(args, kwargs)
+        after = self._pass(before)
+        return None if after is before else replace_argument(args, kwargs, after)
+
+    def _on_output(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        before = hidden_of(output)
+        after = self._pass(before)
+        return None if after is before else replace_hidden(output, after)
+
+
+_GATES: weakref.WeakKeyDictionary[nn.Module, dict[str, _Gate]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Attachment:
+    """A reader or writer on a module; ``remove()`` takes it off again."""
+
+    gate: _Gate
+    client: Reader | Writer
+    role: str
+
+    def remove(self) -> None:
+        """Take the client off the module; a second call does nothing."""
+        clients: list[Any] = self.gate.writers if self.role == "write" else self.gate.readers
+        if self.client in clients:
+            clients.remove(self.client)
+        self.gate.close_if_idle()
+
+
+def attach(
+    module: nn.Module, *, side: str = "output", read: Reader | None = None, write: Writer | None = None
+) -> Attachment:
+    """Put one reader or one writer on a module's input or output.
+
+    Args:
+        module: The module to listen to.
+        side: ``"input"`` or ``"output"``.
+        read: Called with the state after all writers; its return value is ignored.
+        write: Called with the state, returns the state to use instead (the same object for no change).
+
+    Returns:
+        The attachment; call ``remove()`` on it.
+    """
+    gates = _GATES.setdefault(module, {})
+    gate = gates.setdefault(side, _Gate(weakref.ref(module), side))
+    gate.open()
+    if write is not None:
+        gate.writers.append(write)
+        return Attachment(gate, write, "write")
+    if read is None:
+        raise TypeError("attach() needs read= or write=")
+    gate.readers.append(read)
+    return Attachment(gate, read, "read")
+
+
+def live_hooks(root: nn.Module) -> int:
+    """Number of dynprobe hooks on ``root`` and its sub-modules; 0 after every context has closed."""
+    return sum(len(_GATES.get(module, {})) for module in root.modules())

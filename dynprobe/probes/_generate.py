@@ -1,0 +1,170 @@
+"""Let the model write, with instruments on, so that a row's text depends on nothing but the row.
+
+The library's own ``generate`` runs the caches of every architecture. Two things are ours: the checkpoint's sampling
+defaults are set aside for the length of the call (and reported), and sampling is the Gumbel-max form with noise from
+the same pure function as every other draw, so that batch size and order cannot change a sampled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprobe.errors import ModelError, UsageError
+from dynprobe.probes._inputs import Batch, pad_token
+from dynprobe.probes._instrument import Instrument
+from dynprobe.probes._noise import uniform
+from dynprobe.probes._subject import Subject
+
+__all__ = ["Sampling", "generate", "ignored_defaults"]
+
+#: Settings of a checkpoint's generation config that change which token is chosen.
+_CHOOSING = (
+    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams",
+    "repetition_penalty", "no_repeat_ngram_size", "penalty_alpha", "length_penalty", "diversity_penalty",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "min_length", "min_new_tokens", "guidance_scale", "encoder_repetition_penalty",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: Upper bound of generated tokens.
+        temperature: 0 is greedy.
+        top_p: Nucleus; 1 keeps all.
+        seed: Seed of the draws.
+        replicate: Number of the sample of one prompt.
+        stop_at_eos: Whether a row ends at the end-of-sequence token.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    replicate: int = 0
+    stop_at_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens}; generation needs at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature={self.temperature}; it is 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p}; it lies in (0, 1]")
+
+
+class _GumbelMax:
+    """Add keyed Gumbel noise to the logits, so that their arg-max is a sample of the softmax."""
+
+    def __init__(self, sampling: Sampling, row_keys: Sequence[str], lengths: Sequence[int]) -> None:
+        self._sampling, self._keys, self._lengths = sampling, row_keys, lengths
+        self._drawn = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        site = f"sample/{self._sampling.replicate}"
+        draws = np.stack(
+            [
+                uniform(self._sampling.seed, key, site, length + self._drawn, scores.shape[-1])
+                for key, length in zip(self._keys, self._lengths, strict=True)
+            ]
+        )
+        self._drawn += 1
+        tiny = np.finfo(np.float32).tiny
+        gumbel = -np.log(-np.log(np.clip(draws.astype(np.float64), tiny, 1 - 1e-12)))
+        return scores + torch.from_numpy(gumbel).to(scores)
+
+
+def end_tokens(subject: Subject) -> list[int]:
+    """Return the ids that end a text, from the checkpoint's generation config, else the tokenizer."""
+    config = getattr(subject.model, "generation_config", None)
+    value = getattr(config, "eos_token_id", None)
+    if value is None:
+        value = getattr(subject.tokenizer, "eos_token_id", None)
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list | tuple | set) else [int(value)]
+
+
+def ignored_defaults(subject: Subject) -> dict[str, Any]:
+    """Return the checkpoint's sampling defaults that dynprobe sets aside."""
+    config = getattr(subject.model, "generation_config", None)
+    if config is None:
+        return {}
+    neutral = type(config)()
+    return {
+        name: getattr(config, name)
+        for name in _CHOOSING
+        if getattr(config, name, None) is not None and getattr(config, name) != getattr(neutral, name, None)
+    }
+
+
+@contextmanager
+def _neutral_config(subject: Subject, sampling: Sampling) -> Iterator[Any]:
+    from transformers import GenerationConfig
+
+    model = subject.model
+    eos = end_tokens(subject) if sampling.stop_at_eos else []
+    neutral = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+        pad_token_id=pad_token(subject), eos_token_id=eos or None, bos_token_id=None,
+    )  # fmt: skip
+    before = model.generation_config
+    model.generation_config = neutral  # generate() fills unset fields from here, so passing a config is not enough
+    try:
+        yield neutral
+    finally:
+        model.generation_config = before
+
+
+def generate(subject: Subject, batch: Batch, sampling: Sampling, instrument: Instrument | None = None) -> list[list[int]]:
+    """Generate a continuation of each row and return the new tokens, end token included.
+
+    Args:
+        subject: A language model.
+        batch: Prompts, padded on the left or all of one length.
+        sampling: How tokens are chosen.
+        instrument: Readers and writers to keep on the model meanwhile; entered here.
+
+    Returns:
+        New token ids of each row.
+
+    Raises:
+        ModelError: If the model cannot generate.
+        UsageError: If a row is padded on the right.
+    """
+    if not hasattr(subject.model, "generate"):
+        raise ModelError(f"{subject.name} ({type(subject.model).__name__}) has no generate(); use --max-new-tokens 0")
+    if not bool(batch.mask[:, -1].all()):
+        raise UsageError("generation needs padding on the left (or none): the new token follows the last column")
+    processors: list[Any] = []
+    if sampling.temperature > 0:
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        if sampling.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_p < 1.0:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_GumbelMax(sampling, batch.row_keys, [int(n) for n in batch.lengths]))
+    with torch.no_grad(), _neutral_config(subject, sampling) as config:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
+        call = {"generation_config": config, "logits_processor": processors} if processors else {"generation_config": config}
+        if instrument is None:
+            out = subject.model.generate(**inputs, **call)
+        else:
+            with instrument:
+                out = subject.model.generate(**inputs, **call)
+    ends = set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    rows: list[list[int]] = []
+    for new in out[:, batch.input_ids.shape[1] :].tolist():
+        stop = next((i for i, token in enumerate(new) if token in ends), len(new) - 1)
+        rows.append(new[: stop + 1])
+    return rows

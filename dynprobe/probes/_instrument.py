@@ -1,0 +1,268 @@
+"""Put readers and writers on a model for the length of a ``with`` block.
+
+An instrument owns the clock of one root module, one recorder and any number of writers, all reached through the
+dispatcher. It counts how often every site fired, so that a hook that did not run, or ran twice, is an error and not a
+shorter table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynprobe.errors import ModelError, SelfTestError
+from dynprobe.probes._clock import Clock, Step
+from dynprobe.probes._dispatch import Attachment, attach
+from dynprobe.probes._outputs import ordinary
+from dynprobe.probes._scales import Passport
+from dynprobe.probes._subject import Subject
+from dynprobe.probes._tape import States, Tape
+from dynprobe.probes._where import Where
+
+__all__ = ["Instrument", "Site", "StepListener", "Writer", "sites_to_read"]
+
+Site = tuple[str, int]
+
+
+class Writer(Protocol):
+    """What writes at sites: a perturbation, a controller.
+
+    ``write(state, site, step)`` gets the state at one site, ``[batch, columns, dim]``, and returns the state to use
+    instead (the very same object for no change).
+    """
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The sites it writes at."""
+
+    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+        """Return the state to use instead."""
+
+
+@runtime_checkable
+class HasPassport(Protocol):
+    """A writer that knows how much it wrote."""
+
+    def passport(self, fed: np.ndarray | None = None) -> Passport | None:
+        """Return the size of what was written."""
+
+
+class StepListener(Protocol):
+    """What wants to see the root module's output after each forward."""
+
+    def __call__(self, step: Step, output: Any) -> None:
+        """Take note of one forward's output."""
+
+
+def sites_to_read(subject: Subject, where: Where) -> list[Site]:
+    """Resolve a reading spec to sites; ``layers=all`` of the residual stream includes depth 0.
+
+    Raises:
+        SiteError: If a layer or component does not exist.
+    """
+    layers = where.resolve_layers(subject.n_layers)
+    sites: list[Site] = []
+    for component in where.components() or ("resid_post",):
+        if component == "resid_mid":
+            if not subject.sequential:
+                subject.module_at("attn_out", 0)
+                raise ModelError(f"{subject.name} runs attention and MLP side by side; it has no resid_mid")
+            sites += [(c, layer) for layer in layers for c in ("resid_pre", "attn_out")]
+            continue
+        if component == "resid_post" and len(layers) == subject.n_layers:
+            sites.append(("resid_pre", 0))
+        sites += [(component, layer) for layer in layers]
+    for component, layer in sites:
+        subject.module_at(component, layer)
+    return list(dict.fromkeys(sites))
+
+
+class Instrument:
+    """Readers and writers on one root module, for the length of a ``with`` block.
+
+    Args:
+        subject: Whose modules are touched.
+        read: Sites to record.
+        writers: What writes, in order; writers run before readers at every site.
+        root: Module whose calls are forwards; default the subject's model.
+        row_keys: Names of the rows for the noise.
+        n_prompt: Prompt lengths under teacher forcing.
+        grad: Keep the graph of what is recorded.
+        listeners: Called with each forward's output.
+        all_logits: Ask the model for logits at every position, also where its caller asked for the last only.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        read: Sequence[Site] = (),
+        writers: Iterable[Writer] = (),
+        *,
+        root: nn.Module | None = None,
+        row_keys: Sequence[str] | None = None,
+        n_prompt: Sequence[int] | None = None,
+        grad: bool = False,
+        listeners: Sequence[StepListener] = (),
+        all_logits: bool = False,
+    ) -> None:
+        self.subject, self.read, self.writers = subject, tuple(read), tuple(writers)
+        self.root = root if root is not None else subject.model
+        self.clock = Clock(self.root, row_keys, n_prompt)
+        self.step: Step | None = None
+        self.steps: list[Step] = []
+        self.fired: dict[tuple[Site, str], int] = {}
+        self._grad, self._listeners = grad, tuple(listeners)
+        self._all_logits = all_logits
+        self._captured: dict[Site, list[tuple[Tensor, int]]] = {site: [] for site in self.read}
+        self._masks: list[np.ndarray] = []
+        self._attachments: list[Attachment] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Instrument:
+        try:
+            self._handles.append(self.root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            self._handles.append(self.root.register_forward_hook(self._end, with_kwargs=True))
+            for writer in self.writers:
+                for site in writer.sites:
+                    module, side = self.subject.module_at(*site)
+                    self._attachments.append(attach(module, side=side, write=self._writing(writer, site)))
+            for site in self.read:
+                module, side = self.subject.module_at(*site)
+                self._attachments.append(attach(module, side=side, read=self._reading(site)))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take everything off the model."""
+        for attachment in self._attachments:
+            attachment.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._attachments.clear()
+        self._handles.clear()
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.step = self.clock.begin(args, kwargs)
+        if self.step.index == 0 and self.steps:  # a new sequence: the tape holds the latest one
+            self.steps.clear()
+            self._captured = {site: [] for site in self.read}
+            self.fired.clear()
+        self.steps.append(self.step)
+        if self._all_logits and kwargs.get("logits_to_keep"):
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
+
+    def _end(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        assert self.step is not None
+        for site, held in self._captured.items():
+            if held and held[-1][1] >= 0 and held[-1][0]._version != held[-1][1]:
+                raise ModelError(
+                    f"{self.subject.name} changed the state of {site[0]}.{site[1]} in place after handing it on; "
+                    "load it again with mutates=True so that captures are copied"
+                )
+        for listener in self._listeners:
+            listener(self.step, output)
+        self.step = None
+
+    def _writing(self, writer: Writer, site: Site) -> Any:
+        def write(state: Tensor) -> Tensor:
+            if self.step is None:  # a block called outside the root's forward is not part of a trajectory
+                return state
+            self.fired[site, "write"] = self.fired.get((site, "write"), 0) + 1
+            flat = state.dim() == 2
+            shaped = state.reshape(*self.step.positions.shape, state.shape[-1]) if flat else state
+            after = writer.write(shaped, site, self.step)
+            return state if after is shaped else after.reshape(state.shape)
+
+        return write
+
+    def _reading(self, site: Site) -> Any:
+        def read(state: Tensor) -> None:
+            if self.step is None:
+                return
+            self.fired[site, "read"] = self.fired.get((site, "read"), 0) + 1
+            kept = state if self._grad else state.detach()
+            if kept.dim() == 2:
+                kept = kept.reshape(*self.step.positions.shape, kept.shape[-1])
+            if state.is_inference() or self.subject.mutates:
+                kept = ordinary(kept) if state.is_inference() else kept.clone()
+                self._captured[site].append((kept, -1))
+            else:
+                self._captured[site].append((kept, kept._version))
+
+        return read
+
+    def check_fired(self) -> dict[str, int]:
+        """Verify that every site fired exactly once per forward.
+
+        Returns:
+            Expected and observed counts.
+
+        Raises:
+            SelfTestError: If one did not.
+        """
+        expected = len(self.steps)
+        wanted = [(site, "read") for site in self.read] + [(s, "write") for w in self.writers for s in w.sites]
+        for (component, layer), role in wanted:
+            count = self.fired.get(((component, layer), role), 0)
+            times = sum(1 for item in wanted if item == ((component, layer), role))
+            if count != expected * times:
+                raise SelfTestError(
+                    f"fired: {component}.{layer} was {'read' if role == 'read' else 'written'} {count} times in "
+                    f"{expected} forwards; it must be {expected * times}. Is the block called in a loop, skipped or compiled?"
+                )
+        return {"forwards": expected, "sites": len(wanted), "fired": sum(self.fired.values())}
+
+    def tape(self, logits: Tensor | None = None) -> Tape:
+        """Join everything recorded so far into a tape."""
+        if not self.steps:
+            raise ModelError("nothing was recorded: the model was not called inside the with block")
+        joined = {site: self._join(held) for site, held in self._captured.items() if held}
+        by_depth, updates = {}, {}
+        for (component, layer), state in joined.items():
+            if component == "resid_post":
+                by_depth[layer + 1] = state
+            elif component == "resid_pre":
+                by_depth[layer] = state
+            else:
+                updates[component, layer] = state
+        positions = torch.from_numpy(np.concatenate([s.positions for s in self.steps], axis=1))
+        ids = [s.token_ids for s in self.steps]
+        return Tape(
+            states=States(by_depth, self.subject.n_layers),
+            mask=positions >= 0,
+            positions=positions,
+            token_ids=torch.cat(ids, 1) if all(i is not None for i in ids) else None,  # type: ignore[arg-type]
+            n_prompt=torch.from_numpy(self.steps[0].n_prompt.copy()),
+            logits=logits,
+            updates=updates,
+            row_keys=self.steps[0].row_keys,
+            subject=self.subject,
+            passport=self.passport(),
+        )
+
+    def passport(self, fed: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Mean size of all writes, per row and unit; empty without a perturbation.
+
+        Args:
+            fed: Tokens of each row's text ``[batch]``; what was written to a row after its end does not count.
+        """
+        notes = [writer.passport(fed) for writer in self.writers if isinstance(writer, HasPassport)]
+        total: Passport | None = None
+        for note in notes:
+            if note is not None:
+                total = note if total is None else total.add(note)
+        return {} if total is None else dict(total.rows())
+
+    @staticmethod
+    def _join(held: list[tuple[Tensor, int]]) -> Tensor:
+        return held[0][0] if len(held) == 1 else torch.cat([state for state, _ in held], dim=1)

@@ -1,0 +1,72 @@
+"""From a name to a subject."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dynprobe import models
+from dynprobe.probes._subject import Subject, discover
+
+__all__ = ["load"]
+
+
+def load(
+    model: str | nn.Module | Subject,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    device_map: str | None = None,
+    tokenizer: Any = None,
+    layers: str | None = None,
+    trial_input: Tensor | None = None,
+    trust_remote_code: bool = False,
+    allow_bin: bool = False,
+) -> Subject:
+    """Load a model and find its embedding, blocks, final norm and head.
+
+    Args:
+        model: Hub id, local folder, GGUF file, known name (``smollm2-135m``), or a module that is already loaded.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Dtype of the weights; float32, because bf16 rounds angles by more than a mild perturbation moves them.
+        device: ``"auto"`` takes a GPU where there is one.
+        device_map: Handed to transformers.
+        tokenizer: Used instead of the model's own.
+        layers: Pattern of the blocks' names where they should not be searched for: ``"encoder.blocks.*"``.
+        trial_input: Input of the trial forward for a module that does not take token ids.
+        trust_remote_code: Run code that comes with the model; needs a pinned ``revision``.
+        allow_bin: Load ``.bin`` weights where no safetensors exist.
+
+    Returns:
+        The subject, in evaluation mode.
+
+    Raises:
+        ModelNotFoundError: If nothing stands behind the name.
+        OfflineError: If the hub is needed and cannot be reached.
+        ModelError: If no chain of blocks is found.
+
+    Example:
+        >>> import torch
+        >>> load(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), layers="*",
+        ...      trial_input=torch.zeros(1, 3, 4)).n_layers
+        2
+    """
+    if isinstance(model, Subject):
+        return model
+    if isinstance(model, nn.Module):
+        facts = {"weights_hash": models.weights_hash(model), "source": "module"}
+        return discover(
+            model, layers=layers, tokenizer=tokenizer, name=type(model).__name__, facts=facts, trial_input=trial_input
+        )
+    source = models.resolve(model, revision=revision, trust_remote_code=trust_remote_code, allow_bin=allow_bin)
+    loaded, own_tokenizer, facts = models.load_model(source, dtype=dtype, device=device, device_map=device_map)
+    return discover(
+        loaded,
+        layers=layers,
+        tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
+        name=source.display_name,
+        facts=facts,
+        trial_input=trial_input,
+    )

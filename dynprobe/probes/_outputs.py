@@ -1,0 +1,123 @@
+"""Find the hidden state in whatever a block takes and returns.
+
+Blocks return a tensor, a tuple, a list, a dict or a ``ModelOutput``, and the answer changes between library versions;
+indexing ``output[0]`` on a tensor silently slices the batch. Everything in dynprobe that touches a block's input or
+output goes through the three functions here, and nothing else guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynprobe.errors import ModelError
+
+__all__ = ["hidden_argument", "hidden_of", "ordinary", "replace_argument", "replace_hidden"]
+
+_NAMES = ("hidden_states", "last_hidden_state", "hidden_state", "x", "hidden", "inputs_embeds")
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def _key_of(output: Any) -> int | str | None:
+    """Index or key under which ``output`` carries its state; None when ``output`` is the state itself."""
+    if _is_state(output):
+        return None
+    if isinstance(output, Mapping):  # ModelOutput is a mapping too
+        for name in (*_NAMES, *output):
+            if name in output and _is_state(output[name]):
+                return name
+    elif isinstance(output, tuple | list):
+        for index, item in enumerate(output):
+            if _is_state(item):
+                return index
+    raise ModelError(
+        f"a block returned {type(output).__name__} and no floating-point tensor with at least two axes was found in it; "
+        "name the modules that return states with layers='path.to.blocks.*'"
+    )
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden state inside a block's output.
+
+    Args:
+        output: A tensor, or a tuple, list, mapping or ``ModelOutput`` whose first floating-point tensor is the state.
+
+    Returns:
+        The state itself (not a copy), ``[batch, pos, dim]`` for a decoder block.
+
+    Raises:
+        ModelError: If there is no state in it.
+
+    Example:
+        >>> import torch
+        >>> h = torch.zeros(2, 3, 4)
+        >>> hidden_of(h) is h, hidden_of((h, None)) is h, hidden_of({"hidden_states": h}) is h
+        (True, True, True)
+    """
+    key = _key_of(output)
+    return output if key is None else output[key]  # type: ignore[no-any-return]
+
+
+def replace_hidden(output: Any, state: Tensor) -> Any:
+    """Return ``output`` with its state replaced by ``state``, in a container of the same type."""
+    key = _key_of(output)
+    if key is None:
+        return state
+    if isinstance(output, Mapping):
+        items = {**output, key: state}
+        return type(output)(**items) if not isinstance(output, dict) or type(output) is not dict else items
+    items_list = list(output)
+    items_list[int(key)] = state
+    if hasattr(output, "_fields"):  # named tuple
+        return type(output)(*items_list)
+    return type(output)(items_list)
+
+
+def _argument_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    for name in _NAMES:
+        if _is_state(kwargs.get(name)):
+            return name
+    for index, item in enumerate(args):
+        if _is_state(item):
+            return index
+    for name, item in kwargs.items():
+        if _is_state(item) and item.dim() == 3:
+            return name
+    raise ModelError("a block was called without a floating-point tensor among its arguments; its input cannot be read")
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden state among the arguments of a block's call.
+
+    Example:
+        >>> import torch
+        >>> h = torch.zeros(2, 3, 4)
+        >>> hidden_argument((h,), {}) is h, hidden_argument((), {"hidden_states": h}) is h
+        (True, True)
+    """
+    key = _argument_key(args, kwargs)
+    return args[key] if isinstance(key, int) else kwargs[key]
+
+
+def replace_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block's call with its hidden state replaced."""
+    key = _argument_key(args, kwargs)
+    if isinstance(key, int):
+        return (*args[:key], state, *args[key + 1 :]), dict(kwargs)
+    return args, {**kwargs, key: state}
+
+
+def ordinary(state: Tensor) -> Tensor:
+    """Return ``state`` as a tensor that autograd and in-place operations accept (inference tensors are copied)."""
+    if not state.is_inference():
+        return state
+    with torch.inference_mode(False):
+        return state.clone()

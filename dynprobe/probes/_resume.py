@@ -1,0 +1,127 @@
+"""Continue a forward from a depth, and read a state through the model's own tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynprobe.errors import ModelError, SiteError, UsageError
+from dynprobe.probes._dispatch import attach
+from dynprobe.probes._inputs import Batch
+from dynprobe.probes._instrument import Instrument, Site
+from dynprobe.probes._stub import stubbed
+from dynprobe.probes._subject import Subject
+from dynprobe.probes._tape import Tape
+
+__all__ = ["logits_of", "readout", "resume", "select_last"]
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits in a model's output.
+
+    Raises:
+        ModelError: If the model has none (it is a bare backbone).
+    """
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Tensor):
+        return output
+    raise ModelError(f"the model returned {type(output).__name__} without logits; load it as a language model")
+
+
+def select_last(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits at each row's last real token, ``[batch, vocab]``."""
+    columns = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+    return logits[torch.arange(len(logits), device=logits.device), columns.to(logits.device)]
+
+
+def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | None = "all") -> Tape:
+    """Run the model from depth ``at`` on, starting from given states; blocks below do not run.
+
+    ``dp.resume(tape, at=d, states=tape.states[d])`` is the identity: it gives the tape's own logits and later states.
+
+    Args:
+        tape: A tape of one whole forward (not of generation), with its token ids.
+        at: Depth to start from, 0 … L; the states enter block ``at``.
+        states: ``[k · batch, pos, dim]``: k versions of each of the tape's rows, version-major; None takes the tape's
+            own states.
+        logits: ``"all"``, ``"last"`` or None.
+
+    Returns:
+        A tape of depths ``at … L``.
+
+    Raises:
+        SiteError: If the depth does not exist.
+        UsageError: If the number of rows is no multiple of the tape's.
+    """
+    subject = tape.subject
+    if subject is None or tape.token_ids is None:
+        raise ModelError("resume needs a tape made by dp.capture or dp.record, with token ids")
+    if not 0 <= at <= subject.n_layers:
+        raise SiteError(f"depth {at} was asked for; {subject.name} has depths 0…{subject.n_layers}")
+    start = tape.states[at] if states is None else states
+    rows, times = len(tape.token_ids), len(start) // len(tape.token_ids)
+    if times * rows != len(start) or start.shape[1] != tape.token_ids.shape[1]:
+        raise UsageError(
+            f"states are {tuple(start.shape)}; a tape of {rows} rows × {tape.token_ids.shape[1]} columns needs "
+            f"[k·{rows}, {tape.token_ids.shape[1]}, dim]"
+        )
+    start = start.to(subject.device)
+    batch = Batch(
+        tape.token_ids.repeat(times, 1).to(subject.device),
+        tape.mask.repeat(times, 1).to(subject.device),
+        tape.row_keys * times,
+        tuple(int(n) for n in tape.n_prompt) * times,
+    )
+
+    def state_after(index: int) -> Tensor | None:
+        if index == at - 1:
+            return start
+        if times == 1 and index + 1 in tape.states.depths:  # some models look back at lower states
+            return tape.states[index + 1].to(subject.device)
+        return None
+
+    read: list[Site] = [("resid_post", layer) for layer in range(at, subject.n_layers)]
+    read.insert(0, ("resid_pre", at) if at < subject.n_layers else ("resid_post", subject.n_layers - 1))
+    instrument = Instrument(subject, read, row_keys=batch.row_keys, n_prompt=batch.n_prompt)
+    attachment = None
+    if at == 0:
+        attachment = attach(subject.blocks[0], side="input", write=lambda _: start)
+    try:
+        with torch.no_grad(), stubbed(subject, at, state_after), instrument:
+            output = subject.model(**batch.model_inputs(subject))
+    finally:
+        if attachment is not None:
+            attachment.remove()
+    found = None if logits is None else logits_of(output)
+    if found is not None and logits == "last":
+        found = select_last(found, batch.mask)
+    return instrument.tape(found)
+
+
+def readout(subject: Subject, h: Tensor) -> Tensor:
+    """Send last-depth states through the model's own final norm and head.
+
+    Args:
+        subject: The subject.
+        h: ``[dim]``, ``[pos, dim]`` or ``[batch, pos, dim]``, a state of depth L (or of any depth: the logit lens).
+
+    Returns:
+        Logits with the same leading axes, ``[…, vocab]``.
+
+    Raises:
+        UsageError: If the width is not the model's.
+    """
+    if subject.dim is not None and h.shape[-1] != subject.dim:
+        raise UsageError(f"states of width {h.shape[-1]} were given; {subject.name} has width {subject.dim}")
+    lead = h.shape[:-1]
+    states = h.reshape(1, -1, h.shape[-1]) if h.dim() < 3 else h
+    states = states.to(device=subject.device, dtype=subject.dtype)
+    ids = torch.zeros(states.shape[:2], dtype=torch.long, device=subject.device)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ("readout",) * len(ids), (ids.shape[1],) * len(ids))
+    last = subject.n_layers - 1
+    with torch.no_grad(), stubbed(subject, subject.n_layers, lambda i: states if i == last else None):
+        output = subject.model(**batch.model_inputs(subject))
+    logits = logits_of(output)
+    return logits.reshape(*lead, logits.shape[-1])

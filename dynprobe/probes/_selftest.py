@@ -1,0 +1,168 @@
+"""What every run checks about itself: null, alone, resume, fired, readout.
+
+Each test returns its numbers, not only a verdict, because they are stored with the run. ``null`` and ``fired`` must be
+exact. The others are compared with a tolerance relative to the spread of the logits, since the arithmetic of a row
+legitimately changes by rounding with the shape of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynprobe.errors import SelfTestError
+from dynprobe.probes._capture import capture
+from dynprobe.probes._dispatch import live_hooks
+from dynprobe.probes._inputs import make_batch
+from dynprobe.probes._instrument import Instrument, sites_to_read
+from dynprobe.probes._perturb import Perturb
+from dynprobe.probes._resume import logits_of, readout, resume
+from dynprobe.probes._subject import Subject
+from dynprobe.probes._tape import Tape
+from dynprobe.probes._where import Where
+from dynprobe.probes._writers import make_writers
+
+__all__ = ["SELF_TESTS", "Check", "check_alone", "check_fired", "check_null", "check_readout", "check_resume", "tolerance"]
+
+SELF_TESTS = ("null", "alone", "resume", "fired", "readout")
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one self-test.
+
+    Attributes:
+        name: Which test.
+        passed: Verdict.
+        value: The number the verdict rests on.
+        limit: What it must not exceed.
+        unit: Unit of both.
+        detail: Further numbers.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    unit: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for the manifest."""
+        return asdict(self)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest deviation that rounding explains, in standard deviations of the logits."""
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.2)
+
+
+def _spread(logits: Tensor) -> float:
+    return max(float(logits.float().std()), 1e-12)
+
+
+def _worst(a: Tensor, b: Tensor) -> float:
+    difference = (a.double() - b.double()).abs()
+    return float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")
+
+
+def check_null(subject: Subject, rows: Rows, perturb: Perturb | None = None, *, calibration: Any = None) -> Check:
+    """α = 0 through the whole write path equals the untouched forward, bit for bit, in the same batch shape.
+
+    Args:
+        subject: The subject.
+        rows: Token ids.
+        perturb: The run's perturbation, tried at α = 0; default writes at every block.
+        calibration: For scales that need one.
+    """
+    batch = make_batch(subject, rows)
+    inputs = batch.model_inputs(subject)
+    with torch.no_grad():
+        bare = logits_of(subject.model(**inputs)).clone()
+    untouched = capture(subject, [list(r) for r in rows], logits="all")
+    spec = (perturb or Perturb(alpha=0.1, layers="all", component="resid_post")).replace(alpha=0.0)
+    writers = make_writers(subject, spec, calibration=calibration)
+    reading = sites_to_read(subject, Where.parse("layers=all"))
+    with Instrument(subject, reading, writers, row_keys=batch.row_keys, n_prompt=batch.n_prompt) as instrument, torch.no_grad():
+        written = logits_of(subject.model(**inputs))
+    counts = instrument.check_fired()
+    tape = instrument.tape(written)
+    real = batch.mask
+    same_logits = torch.equal(bare[real], written[real]) and torch.equal(bare[real], untouched.logits[real])  # type: ignore[index]
+    same_states = all(torch.equal(a[real], b[real]) for a, b in zip(untouched.states, tape.states, strict=True))
+    worst = max(_worst(bare[real], written[real]), *(_worst(a[real], b[real]) for a, b in zip(untouched.states, tape.states, strict=True)))
+    passed = same_logits and same_states
+    return Check("null", passed, worst if not passed else 0.0, 0.0, "max |difference|", {"spec": str(spec), **counts})
+
+
+def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
+    """A row in a padded batch equals the row alone within the noise that batching itself makes.
+
+    The noise floor is the deviation of a row from the same row repeated, where no padding is involved.
+    """
+    rows = [list(r) for r in sorted(rows, key=len)[:: max(1, len(rows) // 3)]][:4]
+    if len({len(r) for r in rows}) == 1:
+        rows[0] = rows[0][: max(1, len(rows[0]) - 2)]
+    together = capture(subject, rows, logits="all", padding=side)
+    assert together.logits is not None
+    spread = _spread(together.logits[together.mask.to(together.logits.device)])
+    worst = floor = states = 0.0
+    for i, row in enumerate(rows):
+        alone = capture(subject, [row], logits="all")
+        repeated = capture(subject, [row] * len(rows), logits="all")
+        assert alone.logits is not None and repeated.logits is not None
+        here = together.mask[i]
+        worst = max(worst, _worst(together.logits[i][here], alone.logits[0]))
+        floor = max(floor, _worst(repeated.logits[i], alone.logits[0]))
+        for padded, bare in zip(together.states, alone.states, strict=True):
+            scale = max(float(bare[0].float().norm(dim=-1).max()), 1e-12)
+            states = max(states, _worst(padded[i][here], bare[0]) / scale)
+    limit = max(10 * floor / spread, tolerance(subject.dtype))
+    value = worst / spread
+    return Check("alone", value <= limit, value, limit, "SD of the logits", {"noise_floor": floor / spread, "side": side, "states": states})
+
+
+def check_resume(subject: Subject, tape: Tape) -> Check:
+    """Resuming from the recorded state of several depths gives the full forward's logits."""
+    assert tape.logits is not None
+    real = tape.mask.to(tape.logits.device)
+    spread = _spread(tape.logits[real])
+    n = subject.n_layers
+    by_depth = {
+        depth: _worst(resume(tape, depth).logits[real], tape.logits[real]) / spread  # type: ignore[index]
+        for depth in sorted({0, 1, n // 2, n - 1, n})
+    }
+    worst, limit = max(by_depth.values()), tolerance(subject.dtype)
+    return Check("resume", worst <= limit, worst, limit, "SD of the logits", {"by_depth": by_depth})
+
+
+def check_readout(subject: Subject, tape: Tape) -> Check:
+    """The last captured state through the model's own tail gives the model's own logits."""
+    assert tape.logits is not None
+    real = tape.mask.to(tape.logits.device)
+    spread = _spread(tape.logits[real])
+    value = _worst(readout(subject, tape.states[subject.n_layers])[real], tape.logits[real]) / spread
+    limit = tolerance(subject.dtype)
+    return Check("readout", value <= limit, value, limit, "SD of the logits")
+
+
+def check_fired(subject: Subject, rows: Rows) -> Check:
+    """Every hook fires once per forward and none is left behind."""
+    before = live_hooks(subject.model)
+    batch = make_batch(subject, rows)
+    instrument = Instrument(subject, sites_to_read(subject, Where.parse("layers=all")), row_keys=batch.row_keys)
+    with instrument, torch.no_grad():
+        subject.model(**batch.model_inputs(subject))
+    try:
+        counts: dict[str, Any] = instrument.check_fired()
+        missed = 0
+    except SelfTestError as error:
+        counts, missed = {"error": str(error)}, 1
+    left = live_hooks(subject.model) - before
+    return Check("fired", missed == 0 and left == 0, float(missed + left), 0.0, "hooks", {**counts, "left": left})

@@ -1,0 +1,211 @@
+"""Find, in any decoder, where the residual stream enters, is refined, and leaves.
+
+There is no table of model names. One short trial forward is watched: the blocks are the longest list of modules that
+each map a state to a state of the same shape, called once each and in order, every one taking in what the one before
+gave out. The final norm is the first module that receives the last block's output. Attention and MLP outputs are the
+two updates inside a block whose sum is exactly what the block adds. What is not found this way is reported as missing
+and refused when asked for; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynprobe._types import COMPONENTS
+from dynprobe.errors import ModelError, SiteError, did_you_mean
+from dynprobe.probes._trial import Trial, watch
+
+__all__ = ["Subject", "discover"]
+
+
+@dataclass(eq=False)
+class Subject:
+    """A loaded model whose embedding, blocks, final norm and head are known.
+
+    Attributes:
+        model: The module itself; dynprobe never changes its parameters.
+        tokenizer: Its tokenizer, or None.
+        name: What to call it in tables.
+        block_path: Pattern of the blocks' names, e.g. ``model.layers.*``.
+        blocks: The blocks in order; ``len(blocks)`` is L.
+        embedding: Path of the token embedding, or None.
+        final_norm: Path of the module that takes the last block's output, or None.
+        head: Path of the output projection, or None.
+        dim: Width of the residual stream, or None until a state was seen.
+        updates: Relative paths of attention and MLP inside each block, keyed ``attn_out`` and ``mlp_out``.
+        sequential: Whether the MLP reads the state after attention (then ``resid_mid`` exists).
+        mutates: Whether blocks change tensors in place after handing them on (then captures are copied).
+        containers: What each block returns besides its state, to rebuild the same container in a stub.
+        facts: Everything recorded about where the weights came from.
+    """
+
+    model: nn.Module
+    tokenizer: Any = None
+    name: str = "model"
+    block_path: str = ""
+    blocks: tuple[nn.Module, ...] = ()
+    embedding: str | None = None
+    final_norm: str | None = None
+    head: str | None = None
+    dim: int | None = None
+    updates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sequential: bool = False
+    mutates: bool = False
+    containers: tuple[Any, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks, L; depths run from 0 to L."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first floating-point parameter."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, or None where there is none."""
+        if self.embedding is None:
+            return None
+        weight = getattr(self.model.get_submodule(self.embedding), "weight", None)
+        return int(weight.shape[0]) if weight is not None else None
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the model's forward names this argument."""
+        return argument in inspect.signature(self.model.forward).parameters
+
+    def module_at(self, component: str, layer: int) -> tuple[nn.Module, str]:
+        """Return the module and the side (``input`` or ``output``) where a component of a layer can be touched.
+
+        Raises:
+            SiteError: If the layer is out of range or the component was not found in this model.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise SiteError(f"layer {layer} was asked for; {self.name} has layers 0…{self.n_layers - 1}")
+        block = self.blocks[layer]
+        if component == "resid_post":
+            return block, "output"
+        if component == "resid_pre":
+            return block, "input"
+        if component in self.updates:
+            return block.get_submodule(self.updates[component][layer]), "output"
+        if component == "resid_mid":
+            raise SiteError("resid_mid is read as resid_pre + attn_out and cannot be written; write attn_out instead")
+        if component not in COMPONENTS:
+            raise SiteError(f"unknown component {component!r}; known: {', '.join(COMPONENTS)}.{did_you_mean(component, COMPONENTS)}")
+        raise SiteError(
+            f"{component} was asked for, and no module of {self.name}'s blocks adds exactly that update to the residual "
+            "stream; use resid_pre or resid_post"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what was found, for ``doctor`` and the manifest."""
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "blocks": f"{self.block_path} ({self.n_layers} × {type(self.blocks[0]).__name__})",
+            "n_layers": self.n_layers,
+            "dim": self.dim,
+            "embedding": self.embedding,
+            "final_norm": self.final_norm,
+            "head": self.head,
+            "attn_out": self.updates.get("attn_out", ("",))[0] or None,
+            "mlp_out": self.updates.get("mlp_out", ("",))[0] or None,
+            "resid_mid": self.sequential,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "vocab_size": self.vocab_size,
+        }
+
+    def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        return f"Subject({self.name!r}: {kind}, {self.n_layers} layers × {self.dim}, {self.block_path}, {self.dtype})"
+
+
+def _path_of(model: nn.Module, getter: str) -> str | None:
+    """Path of the module that ``model.<getter>()`` returns, or None."""
+    function: Callable[[], nn.Module | None] | None = getattr(model, getter, None)
+    if function is None:
+        return None
+    try:
+        target = function()
+    except (NotImplementedError, AttributeError):
+        return None
+    return next((name for name, module in model.named_modules() if module is target), None) if target is not None else None
+
+
+def _blocks_by_pattern(model: nn.Module, pattern: str) -> tuple[nn.Module, ...]:
+    names = [name for name, _ in model.named_modules()]
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count(".")]
+    if not found:
+        near = did_you_mean(pattern, {".".join([*n.split(".")[:-1], "*"]) for n in names if n.split(".")[-1].isdigit()})
+        raise SiteError(f"layers={pattern!r} matches no module of {type(model).__name__}.{near}")
+    return tuple(model.get_submodule(name) for name in found)
+
+
+def discover(
+    model: nn.Module,
+    *,
+    layers: str | None = None,
+    tokenizer: Any = None,
+    name: str = "model",
+    facts: dict[str, Any] | None = None,
+    trial_input: Tensor | None = None,
+) -> Subject:
+    """Make a subject of a module by watching one short forward.
+
+    Args:
+        model: Any module; it is put into evaluation mode, since dropout would make every number random.
+        layers: Pattern of the blocks' names (``"encoder.blocks.*"``); None finds them structurally.
+        tokenizer: Tokenizer to keep with it.
+        name: Name for tables.
+        facts: Provenance to keep with it.
+        trial_input: Input of the trial forward; None uses four token ids.
+
+    Returns:
+        The subject.
+
+    Raises:
+        ModelError: If no chain of blocks is found.
+        SiteError: If ``layers`` matches nothing.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+        >>> discover(net, layers="*", trial_input=torch.zeros(1, 2, 4)).n_layers
+        3
+    """
+    model.eval()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder–decoder; dynprobe reads decoders. Pass its decoder, or layers='decoder.block.*'")
+    subject = Subject(model, tokenizer, name, facts=dict(facts or {}))
+    subject.embedding = _path_of(model, "get_input_embeddings")
+    subject.head = _path_of(model, "get_output_embeddings")
+    chosen = _blocks_by_pattern(model, layers) if layers is not None else None
+    try:
+        trial: Trial = watch(model, chosen, trial_input)
+    except ModelError:
+        if chosen is None:
+            raise
+        # An explicit pattern on a module whose input we do not know: the first real call tells the rest.
+        subject.block_path, subject.blocks = layers or "", chosen
+        return subject
+    subject.blocks, subject.dim = trial.blocks, trial.dim
+    subject.block_path = layers or trial.block_path
+    subject.final_norm, subject.updates = trial.final_norm, trial.updates
+    subject.sequential, subject.mutates, subject.containers = trial.sequential, trial.mutates, trial.containers
+    return subject

@@ -1,0 +1,170 @@
+"""A tape: the trajectory of every row of one batch, as ordinary tensors.
+
+Depth d is the state entering block d; depth L leaves the last block and is still before the final norm. Prefill and
+decode steps are joined along the position axis; ``mask`` says which columns hold real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprobe.errors import SiteError
+
+if TYPE_CHECKING:
+    import xarray
+
+    from dynprobe.probes._subject import Subject
+
+__all__ = ["States", "Tape"]
+
+
+class States(Sequence[Tensor]):
+    """States by depth: ``states[d]`` is ``[batch, pos, dim]``, ``states[:]`` stacks them where widths agree."""
+
+    def __init__(self, by_depth: Mapping[int, Tensor], last: int) -> None:
+        self._by_depth = dict(sorted(by_depth.items()))
+        self._last = last
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depths that were captured, in order."""
+        return tuple(self._by_depth)
+
+    def __len__(self) -> int:
+        return len(self._by_depth)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._by_depth.values())
+
+    @overload
+    def __getitem__(self, depth: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, depth: slice) -> Tensor: ...
+    def __getitem__(self, depth: int | slice) -> Tensor:
+        if isinstance(depth, slice):
+            wanted = range(self._last + 1)[depth]
+            return torch.stack([self[d] for d in wanted if d in self._by_depth])
+        absolute = depth + self._last + 1 if depth < 0 else depth
+        if absolute not in self._by_depth:
+            raise SiteError(f"depth {depth} was asked for; the tape holds depths {_ranges(self.depths) or 'none'}")
+        return self._by_depth[absolute]
+
+    def __repr__(self) -> str:
+        shape = tuple(next(iter(self)).shape) if len(self) else ()
+        return f"States(depths {_ranges(self.depths)}, each {shape})"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` → ``'0–2, 5'``."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+@dataclass(eq=False)
+class Tape:
+    """What one capture holds.
+
+    Attributes:
+        states: States by depth, each ``[batch, pos, dim]``.
+        updates: Attention and MLP outputs that were asked for, by ``(component, layer)``.
+        mask: ``[batch, pos]`` bool, True where a real token stands.
+        positions: ``[batch, pos]`` absolute 0-based positions among real tokens, −1 at padding.
+        token_ids: ``[batch, pos]``, or None when embeddings were fed.
+        n_prompt: ``[batch]`` real tokens of each prompt; later positions were generated.
+        logits: ``[batch, vocab]`` (``logits="last"``), ``[batch, pos, vocab]`` (``"all"``), or None.
+        row_keys: The name each row's noise is drawn under.
+        subject: Where it was taken.
+        passport: Size of the perturbation in every unit, one entry per row and unit; empty without one.
+    """
+
+    states: States
+    mask: Tensor
+    positions: Tensor
+    token_ids: Tensor | None
+    n_prompt: Tensor
+    logits: Tensor | None = None
+    updates: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    row_keys: tuple[str, ...] = ()
+    subject: Subject | None = None
+    passport: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depths that were captured."""
+        return self.states.depths
+
+    def at(self, layer: int, pos: int | None = None) -> Tensor:
+        """Return the state that block ``layer`` hands on (depth ``layer + 1``).
+
+        Args:
+            layer: 0-based block index; negative counts from the last.
+            pos: Absolute position among real tokens, negative from each row's last; None for all columns.
+
+        Returns:
+            ``[batch, pos, dim]``, or ``[batch, dim]`` with ``pos``.
+
+        Raises:
+            SiteError: If the layer was not captured or a row has no such position.
+        """
+        n_layers = self.states._last
+        absolute = layer + n_layers if layer < 0 else layer
+        if not 0 <= absolute < n_layers:
+            raise SiteError(f"layer {layer} was asked for; there are layers 0…{n_layers - 1}")
+        state = self.states[absolute + 1]
+        return state if pos is None else self._pick(state, pos)
+
+    def _pick(self, state: Tensor, pos: int) -> Tensor:
+        lengths = self.mask.sum(1)
+        wanted = lengths + pos if pos < 0 else torch.full_like(lengths, pos)
+        hit = (self.positions == wanted[:, None]) & self.mask
+        if not bool(hit.any(1).all()):
+            row = int((~hit.any(1)).nonzero()[0, 0])
+            raise SiteError(f"position {pos} was asked for; row {row} has {int(lengths[row])} tokens")
+        columns = hit.float().argmax(1).to(state.device)
+        return state[torch.arange(len(state), device=state.device), columns]
+
+    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+        """Return a component of a layer: ``tape["mlp_out", 6]``; TransformerLens's names work too."""
+        component, layer = key
+        n_layers = self.states._last
+        layer = layer + n_layers if layer < 0 else layer
+        if component == "resid_post":
+            return self.states[layer + 1]
+        if component == "resid_pre":
+            return self.states[layer]
+        if (component, layer) in self.updates:
+            return self.updates[component, layer]
+        if component == "resid_mid" and ("attn_out", layer) in self.updates:
+            return self.states[layer] + self.updates["attn_out", layer]
+        held = sorted({c for c, _ in self.updates} | {"resid_pre", "resid_post"})
+        raise SiteError(f"{component!r} of layer {layer} is not on this tape; it holds {', '.join(held)}. Capture it with where='component={component}'")
+
+    def to_xarray(self) -> xarray.DataArray:
+        """Return the states as an ``xarray.DataArray`` with dimensions depth, batch, pos, dim."""
+        try:
+            import xarray
+        except ImportError as error:
+            raise ImportError("to_xarray() needs xarray: pip install 'dynprobe[xarray]'") from error
+        values = torch.stack([s.detach().float().cpu() for s in self.states]).numpy()
+        coords: dict[str, Any] = {
+            "depth": list(self.depths),
+            "row_key": ("batch", list(self.row_keys)),
+            "position": (("batch", "pos"), self.positions.numpy()),
+        }
+        return xarray.DataArray(values, dims=("depth", "batch", "pos", "dim"), coords=coords, name="state")
+
+    def __repr__(self) -> str:
+        rows, columns = self.mask.shape
+        what = f", updates {sorted({c for c, _ in self.updates})}" if self.updates else ""
+        return f"Tape({rows} rows × {columns} columns, depths {_ranges(self.depths)}{what})"

@@ -1,0 +1,170 @@
+"""Writers: a perturbation, or a user's function, put to work at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprobe.errors import UsageError
+from dynprobe.probes._calibration import Calibration
+from dynprobe.probes._clock import Step
+from dynprobe.probes._instrument import Site, Writer
+from dynprobe.probes._kinds import apply, displacement, realised
+from dynprobe.probes._noise import NoiseSource
+from dynprobe.probes._perturb import Perturb, parse_many
+from dynprobe.probes._scales import Passport, SiteStats, passport
+from dynprobe.probes._subject import Subject
+
+__all__ = ["CallableWriter", "Donor", "PerturbWriter", "Perturbs", "make_writers"]
+
+Perturbs = str | Perturb | Callable[[Tensor, str], Tensor] | Sequence[Any] | None
+
+#: Clean states of another prompt at one site, per row: ``[tokens, dim]``.
+Donor = Mapping[Site, Sequence[Tensor]]
+
+
+class PerturbWriter:
+    """Writes one perturbation at its sites and keeps its passport.
+
+    Args:
+        subject: The subject.
+        perturb: What to write; defaults are filled in.
+        calibration: Coordinate statistics for ``coordstd`` and ``cov``, and for the passport.
+        donors: Clean states of other prompts, for ``interp``.
+        magnitude: Strength of each row in units of its norm, for ``isokl``, ``[batch]``.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        perturb: Perturb,
+        *,
+        calibration: Calibration | None = None,
+        donors: Donor | None = None,
+        magnitude: np.ndarray | None = None,
+    ) -> None:
+        self.perturb = perturb.defaults_filled()
+        where = self.perturb.where
+        if where.iterations is not None or where.slots is not None:
+            raise UsageError(f"{subject.name} has layers and no iterations or slots; write layers=… instead")
+        layers = where.resolve_layers(subject.n_layers)
+        self.sites: tuple[Site, ...] = tuple((c, layer) for c in where.components() for layer in layers)
+        for component, layer in self.sites:
+            subject.module_at(component, layer)
+        if self.perturb.scale == "isokl" and magnitude is None and self.perturb.alpha != 0:
+            raise UsageError("scale=isokl is solved for by a protocol; use dp.run, which finds the strength of each row")
+        if self.perturb.scale == "interp" and donors is None and self.perturb.alpha != 0:
+            raise UsageError("scale=interp needs states of another prompt; use dp.run, which takes them from the next prompt")
+        self._stats: dict[Site, SiteStats | None] = {
+            site: calibration.site_stats(*site) if calibration is not None else None for site in self.sites
+        }
+        self._donors, self._magnitude = donors, magnitude
+        self.counts = {"asked": 0, "zero": 0, "nonfinite": 0}
+        self._notes: list[tuple[np.ndarray, Passport]] = []
+
+    def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
+        """First position this perturbation writes at in each row, ``[batch]``; ``length`` where there is none."""
+        pos = np.tile(np.arange(length), (len(n_prompt), 1))
+        hit = self.perturb.where.mask(pos, np.asarray(n_prompt), positions="1:")
+        return np.where(hit.any(1), hit.argmax(1), length)
+
+    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+        """Return the perturbed state; the very same object where no position of this step is written."""
+        if step.index == 0 and site == self.sites[0]:
+            self._notes.clear()
+        wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
+        if not wanted.any():
+            return state
+        mask = torch.from_numpy(np.ascontiguousarray(wanted)).to(state.device)
+        name = f"{site[0]}.{site[1]}"
+        shift = displacement(
+            self.perturb,
+            state,
+            noise_source=NoiseSource(step.row_keys, name, step.positions),
+            mask=mask,
+            site_stats=self._stats[site],
+            donor=self._donor(site, step, state),
+            lengths=torch.from_numpy(step.n_prompt.copy()).to(state.device),
+            magnitude=None if self._magnitude is None else torch.as_tensor(self._magnitude, device=state.device),
+        )
+        after = apply(state, shift.u, mask)
+        for key, count in (("asked", shift.n_asked), ("zero", shift.n_zero), ("nonfinite", shift.n_nonfinite)):
+            self.counts[key] += int(count.sum())
+        note = passport(state, realised(state, after), mask, self._stats[site])
+        self._notes.append((step.positions.max(axis=1), note))
+        return after
+
+    def _donor(self, site: Site, step: Step, state: Tensor) -> Tensor | None:
+        if self._donors is None or self.perturb.scale != "interp":
+            return None
+        rows = []
+        for i, held in enumerate(self._donors[site]):
+            index = torch.from_numpy(step.positions[i]).clamp(0, len(held) - 1)
+            rows.append(held.to(state.device)[index.to(state.device)])
+        return torch.stack(rows).to(state.dtype)
+
+    def passport(self, fed: np.ndarray | None = None) -> Passport | None:
+        """Return the size of what was written, per row and unit; None where nothing was.
+
+        Args:
+            fed: Tokens of each row's text ``[batch]``; steps of rows that had ended by then are left out.
+        """
+        total: Passport | None = None
+        for last, note in self._notes:
+            counted = note if fed is None else _only(note, last < fed)
+            total = counted if total is None else total.add(counted)
+        return total
+
+
+def _only(note: Passport, rows: np.ndarray) -> Passport:
+    """A passport without the rows that are not chosen."""
+    return Passport(
+        {u: np.where(rows, v, 0.0) for u, v in note.sums.items()},
+        {u: np.where(rows, v, 0) for u, v in note.counts.items()},
+        np.where(rows, note.n_states, 0),
+        np.where(rows, note.n_nonfinite, 0),
+    )
+
+
+class CallableWriter:
+    """Lets a function ``fn(state, site) -> state`` write; ``site`` is e.g. ``"resid_post.6"``."""
+
+    def __init__(self, subject: Subject, function: Callable[[Tensor, str], Tensor]) -> None:
+        self._function = function
+        self.sites: tuple[Site, ...] = tuple(("resid_post", layer) for layer in range(subject.n_layers))
+
+    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+        """Call the function and check that it returned a state."""
+        after = self._function(state, f"{site[0]}.{site[1]}")
+        if not isinstance(after, Tensor) or after.shape != state.shape:
+            got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+            raise UsageError(f"the function given as perturbation returned {got} at {site[0]}.{site[1]}; it must return {tuple(state.shape)}")
+        return after if after.dtype == state.dtype else after.to(state.dtype)
+
+
+def make_writers(
+    subject: Subject,
+    perturbs: Perturbs,
+    *,
+    calibration: Calibration | None = None,
+    donors: Donor | None = None,
+    magnitude: np.ndarray | None = None,
+) -> list[Writer]:
+    """Turn strings, objects and functions into writers, in the order given."""
+    if perturbs is None:
+        return []
+    items = [perturbs] if isinstance(perturbs, str | Perturb) or callable(perturbs) else list(perturbs)
+    writers: list[Writer] = []
+    for item in items:
+        if callable(item) and not isinstance(item, Perturb):
+            writers.append(CallableWriter(subject, item))
+        else:
+            writers += [
+                PerturbWriter(subject, p, calibration=calibration, donors=donors, magnitude=magnitude)
+                for p in parse_many(item)
+            ]
+    return writers

@@ -1,0 +1,11 @@
+"""Prompts: the built-in ones, the ones for calibration, and the user's own.
+
+``load_prompts`` gives the built-in prompts, ``read_prompts`` reads a file, ``from_texts`` takes texts as they are. All
+return ``Prompt`` objects whose ids are unique and do not depend on their order; ``content_hash`` identifies a list.
+"""
+
+from dynprobe.prompts._builtin import CATEGORIES, load_prompts
+from dynprobe.prompts._prompt import Prompt, content_hash, from_texts
+from dynprobe.prompts._read import read_prompts
+
+__all__ = ["CATEGORIES", "Prompt", "content_hash", "from_texts", "load_prompts", "read_prompts"]

@@ -1,0 +1,181 @@
+"""Calibrate: run the calibration prompts once, clean, and keep what every yardstick needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynprobe import metrics, models
+from dynprobe.errors import CalibrationError, UsageError
+from dynprobe.probes import Calibration, Subject, load_calibration, tokenize
+from dynprobe.probes import load as load_subject
+from dynprobe.probes._calibration import CALIBRATION_SCHEMA, covariance_root, principal_components, quantiles
+from dynprobe.prompts import Prompt, content_hash, from_texts, load_prompts
+from dynprobe.protocols._arms import Passage, Text, forced
+from dynprobe.protocols._plan import plan_batches
+
+__all__ = ["calibrate", "calibration_folder"]
+
+_COMPONENTS = 16
+
+
+def _cache_root() -> Path:
+    """Folder of cached calibrations, beside the fetched models."""
+    return models.cache_root() / "calibrations"
+
+
+def _key(subject: Subject, prompts: Sequence[Prompt], cov_depths: Sequence[int]) -> dict[str, Any]:
+    return {
+        "weights": str(subject.facts.get("weights_hash", "")),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "prompts": content_hash(list(prompts)),
+        "cov_depths": sorted(set(cov_depths)),
+        "schema": CALIBRATION_SCHEMA,
+    }
+
+
+def calibration_folder(subject: Subject, prompts: Sequence[Prompt], cov_depths: Sequence[int] = ()) -> Path:
+    """Return where the calibration of this model on these prompts lives in the cache."""
+    key = _key(subject, prompts, cov_depths)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return _cache_root() / f"{digest}"
+
+
+def calibrate(
+    model: str | Subject,
+    prompts: Sequence[str] | Sequence[Prompt] | None = None,
+    *,
+    cov_layers: Sequence[int] = (),
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> Calibration:
+    """Measure what a model does when left alone, or read it from the cache.
+
+    Per depth: mean, SD, MAD of every coordinate over tokens, top principal components, κ profile; over all tokens the
+    quantiles of every streaming signal. Position 0 takes no part.
+
+    Args:
+        model: Name of a model, or a subject.
+        prompts: Texts that no run uses; default the built-in calibration prompts.
+        cov_layers: Layers whose output's full covariance is kept too, for ``scale=cov``.
+        force: Make it again even where the cache has it.
+        device: Where to run.
+        dtype: Dtype of the weights.
+
+    Returns:
+        The calibration; ``.hash`` is its identity.
+
+    Raises:
+        UsageError: If there are too few tokens to estimate a standard deviation.
+        SiteError: If a layer does not exist.
+    """
+    subject = load_subject(model, device=device, dtype=dtype)
+    chosen = _prompts(prompts)
+    for layer in cov_layers:
+        subject.module_at("resid_post", layer)
+    cov_depths = [layer + 1 for layer in cov_layers]
+    folder = calibration_folder(subject, chosen, cov_depths)
+    key = _key(subject, chosen, cov_depths)
+    if not force and (folder / "calibration.json").exists():
+        with suppress(CalibrationError):  # a damaged cache entry is made again; nothing is lost
+            found = load_calibration(folder)
+            found.check(key["weights"], key["dtype"])
+            return found
+    made = _measure(subject, chosen, cov_depths, {**key, "hash": folder.name})
+    made.save(folder)
+    return made
+
+
+def _prompts(prompts: Sequence[str] | Sequence[Prompt] | None) -> list[Prompt]:
+    if prompts is None:
+        return load_prompts(source="calibration")
+    if prompts and isinstance(prompts[0], Prompt):
+        return [p for p in prompts if isinstance(p, Prompt)]
+    return from_texts([str(p) for p in prompts])
+
+
+def _passages(subject: Subject, prompts: Sequence[Prompt]) -> list[Passage]:
+    rows = tokenize(subject, [list(p.token_ids) for p in prompts] if prompts[0].token_ids else [p.text for p in prompts])
+    plan = plan_batches(
+        [len(r) for r in rows], max_new_tokens=0, n_layers=subject.n_layers,
+        dim=subject.dim or 1, vocab=subject.vocab_size or 1,
+    )  # fmt: skip
+    return [
+        forced(subject, [Text(prompts[i].prompt_id, tuple(rows[i])) for i in batch], span="all") for batch in plan
+    ]
+
+
+def _measure(subject: Subject, prompts: Sequence[Prompt], cov_depths: Sequence[int], header: dict[str, Any]) -> Calibration:
+    states: list[list[torch.Tensor]] = [[] for _ in range(subject.n_layers + 1)]
+    signals: dict[str, list[np.ndarray]] = {}
+    profiles: list[np.ndarray] = []
+    steps: list[np.ndarray] = []
+    for passage in _passages(subject, prompts):
+        passage.logits = None
+        keep = passage.mask.numpy() & (passage.positions >= 1)
+        chosen = torch.from_numpy(keep)
+        for depth, state in enumerate(passage.tape.states):
+            states[depth].append(state.float().cpu()[chosen])
+        for name, values in {**passage.measured.token, **passage.outputs}.items():
+            signals.setdefault(name, []).append(values[keep])
+        angle, norm = passage.measured.depth["angle"], passage.measured.depth["norm"]
+        steps.append(angle[:, keep].astype(np.float64) / np.pi)
+        profiles.append(np.asarray(passage.measured.profile["kappa_phase"], dtype=np.float64))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            signals.setdefault("norm_step", []).append(np.abs(np.diff(np.log(norm[:, keep]), axis=0)).max(0))
+    n_tokens = len(torch.cat(states[0]))
+    if n_tokens < 2:
+        raise UsageError(f"calibration saw {n_tokens} tokens after position 0; give longer or more prompts")
+    tensors = _site_tensors(states, cov_depths)
+    per_prompt, per_token = np.concatenate(profiles, axis=1), np.concatenate(steps, axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows 0 and 1 have no step and stay NaN
+        mu, sigma = np.nanmean(per_prompt, axis=1), np.nanstd(per_prompt, axis=1, ddof=1)
+        token_mu, token_sigma = np.nanmean(per_token, axis=1), np.nanstd(per_token, axis=1, ddof=1)
+        z = (per_token - token_mu[:, None]) / np.where(token_sigma > 0, token_sigma, np.nan)[:, None]
+        signals["kappa_phase_zmax"] = [np.nanmax(np.where(np.isfinite(z), z, -np.inf), axis=0)]
+    tensors |= {
+        "kappa_mu": torch.from_numpy(mu), "kappa_sigma": torch.from_numpy(sigma),
+        "kappa_token_mu": torch.from_numpy(token_mu),
+        "kappa_token_sigma": torch.from_numpy(token_sigma),
+    }  # fmt: skip
+    header = {
+        **header, "model": subject.name, "n_prompts": len(prompts), "n_tokens": n_tokens,
+        "n_layers": subject.n_layers, "dim": subject.dim,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        "metrics": {name: metrics.columns()[name].metric_id for name in signals if name in metrics.columns()},
+    }  # fmt: skip
+    return Calibration(tensors, quantiles(signals), header)
+
+
+def _site_tensors(states: Sequence[Sequence[torch.Tensor]], cov_depths: Sequence[int]) -> dict[str, torch.Tensor]:
+    means, stds, mads, pcs, variances = [], [], [], [], []
+    extra: dict[str, torch.Tensor] = {}
+    for depth, pieces in enumerate(states):
+        x = torch.cat(list(pieces))
+        x = x[torch.isfinite(x).all(-1)]
+        mean = x.double().mean(0)
+        centred = (x.double() - mean).float()
+        means.append(mean.float())
+        stds.append(x.double().std(0).float())
+        middle = torch.from_numpy(np.median(x.numpy(), axis=0))
+        mads.append(torch.from_numpy(np.median((x - middle).abs().numpy(), axis=0)))
+        rows, values = principal_components(centred, _COMPONENTS)
+        pcs.append(rows)
+        variances.append(values)
+        if depth in cov_depths:
+            extra[f"cov_basis.{depth}"], extra[f"cov_sqrt.{depth}"] = covariance_root(centred)
+    same = len({t.shape for t in pcs}) == 1
+    return {
+        "mean": torch.stack(means), "std": torch.stack(stds), "mad": torch.stack(mads),
+        **({"pcs": torch.stack(pcs), "pc_var": torch.stack(variances)} if same else {}), **extra,
+    }  # fmt: skip

@@ -1,0 +1,61 @@
+"""What each column of a run means: exact metric id, unit, span, aggregation. Stored beside every column."""
+
+from __future__ import annotations
+
+from dynprobe import metrics
+from dynprobe.protocols._config import RunConfig
+
+__all__ = ["column_facts"]
+
+_AFFECTED = "real positions ≥ max(1, first perturbed position)"
+
+#: Columns that are not metrics of the registry, or that aggregate one: (metric id, unit, span, aggregation, description).
+_OWN: dict[str, tuple[str, str, str, str, str]] = {
+    "ppl": ("output.nll/1", "1", "span", "exp of mean nll", "Perplexity over the span."),
+    "nll_prompt": ("output.nll/1", "nats", "prompt", "mean over tokens", "NLL of the prompt's own tokens."),
+    "flip_rate": ("output.flip/1", "fraction", _AFFECTED, "mean over tokens", "Share of tokens whose top-1 changed."),
+    "repetition": ("", "fraction", "new", "over 4-grams", "Share of 4-grams that occurred before in the generated text."),
+    "n_fed": ("", "tokens", "all", "count", "Tokens that went through the model."),
+    "n_nonfinite": ("", "states", "all", "count", "States with a NaN or infinite component; excluded, never averaged."),
+    "alpha_relnorm": ("alpha.relnorm/1", "‖u‖/‖h‖", "written", "mean over written states", "Realised relative norm."),
+    "alpha_coordstd": ("alpha.coordstd/1", "calibration SD", "written", "mean of RMS(u/s)", "Size in coordinate SDs."),
+    "alpha_mad": ("alpha.mad/1", "1.4826·MAD", "written", "mean over written states", "Size in robust coordinate scales."),
+    "alpha_abs": ("alpha.abs/1", "model units", "written", "mean of ‖u‖/√d", "RMS of the written displacement."),
+    "alpha_cos": ("", "cosine", "written", "mean cos(h, h+u)", "Direction kept by the write."),
+    "equal_to": ("", "", "all", "", "Arm this row equals bit for bit; its tables are that arm's."),
+    "digest": ("", "", "all", "", "Hash of the last-depth states of a row that is stored as a digest."),
+    "reasons": ("", "", "all", "", "JSON: why values of this row are missing, by column."),
+    "kappa_phase_d_inj": ("kappa.phase.paired/1", "half-turns", "all", "step into the injection", "Δκ of that step."),
+    "kappa_phase_d_down": ("kappa.phase.paired/1", "half-turns", "all", "mean over later steps", "Δκ downstream."),
+    "diverge_angle": ("diverge.angle/1", "half-turns", _AFFECTED, "last depth, mean over tokens", "Angle to clean."),
+    "kl_clean_pert": ("output.kl/1", "nats", _AFFECTED, "mean over tokens", "KL(clean ‖ arm) under teacher forcing."),
+}
+#: Metrics whose sample value runs over the span; the others run over all real tokens after the sink.
+_ON_SPAN = ("limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output")
+
+
+def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the facts of every metric column a run may write."""
+    span = config.span if config.span != "auto" else ("new" if config.max_new_tokens else "prompt")
+    facts: dict[str, dict[str, str]] = {}
+    for name, column in metrics.columns().items():
+        definition = metrics.spec(column.metric_id)
+        runs_over = span if column.metric_id.startswith(_ON_SPAN) else "all"
+        facts[name] = {
+            "id": column.metric_id, "unit": column.unit, "digest": column.digest, "span": runs_over,
+            "aggregation": "; ".join(f"{level}: {how}" for level, how in column.levels.items()),
+            "description": definition.sentence,
+        }  # fmt: skip
+        facts[f"{name}_d"] = {
+            **facts[name], "aggregation": "arm − clean, same tokens",
+            "description": f"Paired difference of {name} under teacher forcing.",
+        }  # fmt: skip
+    for name, (metric_id, unit, runs_over, how, text) in _OWN.items():
+        digest = metrics.spec(metric_id).digest if metric_id in metrics.ids() else ""
+        facts[name] = {
+            "id": metric_id, "unit": unit, "digest": digest, "span": span if runs_over == "span" else runs_over,
+            "aggregation": how, "description": text,
+        }  # fmt: skip
+    for name in ("kappa_phase_d",):
+        facts[name]["id"] = "kappa.phase.paired/1"
+    return facts

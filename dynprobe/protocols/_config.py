@@ -1,0 +1,117 @@
+"""The configuration of a run: one flat, typed object; unknown keys are errors with a near match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dynprobe.errors import UsageError, did_you_mean
+
+__all__ = ["RunConfig", "load_config"]
+
+#: Settings that do not change a number and therefore take no part in a run's identity.
+NOT_IDENTITY = frozenset({"out", "batch_size", "quiet", "engine", "force"})
+
+
+class RunConfig(BaseModel):
+    """Everything that defines a run, with the defaults of the bare command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="Hub id, local folder, GGUF file or known name.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field("float32", description="Dtype of the weights.")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
+    device_map: str | None = Field(None, description="Passed to transformers, e.g. 'auto'.")
+    trust_remote_code: bool = Field(False, description="Run the model's own code; needs a pinned revision.")
+    allow_bin: bool = Field(False, description="Load .bin weights (with weights_only=True) where no safetensors exist.")
+
+    prompt: tuple[str, ...] = Field((), description="Prompts given in the call.")
+    prompts: str | None = Field(None, description="File of prompts (.txt, .jsonl, .parquet), '-' for stdin.")
+    category: tuple[str, ...] = Field((), description="Keep prompts of these categories.")
+    limit: int | None = Field(None, ge=1, description="Keep the first prompts only.")
+    chat_template: Literal["auto", "none"] = Field("none", description="'auto' wraps prompts as a user turn.")
+
+    perturb: tuple[str, ...] = Field((), description="Perturbations in the mini-language; several act together.")
+    direction: str | None = Field(None, description="File of the direction of kind=direction (.npy, .safetensors).")
+    contrast: tuple[str, str] | None = Field(None, description="Two texts whose last-token states give the direction.")
+
+    max_new_tokens: int = Field(32, ge=0, description="Tokens to generate; 0 measures the prompts only.")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of sampling.")
+    num_samples: int = Field(1, ge=1, description="Texts per prompt and free arm.")
+    seed: int = Field(0, ge=0, description="Seed of sampling; noise has its own in the perturbation.")
+    stop_at_eos: bool = Field(True, description="End a text at the end-of-sequence token.")
+
+    where: str = Field("layers=all", description="Which states --states writes.")
+    states: bool = Field(False, description="Write the states too.")
+    lens: bool = Field(False, description="Add logit-lens entropy and KL at every depth.")
+    span: Literal["auto", "prompt", "new", "all"] = Field("auto", description="Tokens of token-axis and set metrics.")
+    padding: Literal["auto", "left", "right", "none"] = Field("auto", description="Padding side; 'none' = exact lengths.")
+    batch_size: int | Literal["auto"] = Field("auto", description="Rows per batch.")
+    out: str = Field("runs", description="Folder of runs, or the run folder to continue.")
+    force: bool = Field(False, description="Continue a run of another library version.")
+    quiet: bool = Field(False, description="No progress.")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("batch_size is 'auto' or at least 1")
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if value != value or value == float("inf"):
+            raise ValueError("temperature is a finite number")
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that define the numbers of this run."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_IDENTITY}
+
+    @classmethod
+    def build(cls, **values: Any) -> RunConfig:
+        """Validate settings.
+
+        Raises:
+            UsageError: Naming the setting, what was given and what it may be.
+        """
+        unknown = [key for key in values if key not in cls.model_fields]
+        if unknown:
+            raise UsageError(f"unknown setting {unknown[0]!r}.{did_you_mean(unknown[0], cls.model_fields)}")
+        for key in ("perturb", "prompt", "category"):
+            if isinstance(values.get(key), str):
+                values[key] = (values[key],)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(p) for p in first["loc"][:1])
+            raise UsageError(f"{name}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file; flags given beside it win.
+
+    Raises:
+        UsageError: If the file is missing, is no mapping, or has a key that no setting answers to.
+    """
+    path = Path(path)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UsageError(f"config file {path} holds {type(loaded).__name__}; it must be a mapping of settings")
+    settings = {str(k).replace("-", "_"): v for k, v in loaded.items()}
+    for key in settings:
+        if key not in RunConfig.model_fields:
+            raise UsageError(f"config file {path}: unknown setting {key!r}.{did_you_mean(key, RunConfig.model_fields)}")
+    return settings

@@ -1,0 +1,153 @@
+"""Plan a run before it starts: which rows go together, how many bytes it writes, how long it takes.
+
+Batches are planned once and stored; they are the unit of work and of continuation, so another batch size on the command
+line continues an interrupted run without moving a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Estimate", "estimate", "plan_batches"]
+
+#: Rows of a planned batch hold at most this many bytes of states and of logits.
+_BATCH_BYTES = 192 * 2**20
+#: Smaller batches show a first table sooner and cost little on a CPU, where a forward is compute-bound anyway.
+_MAX_ROWS = 12
+
+_BYTES_PER_TOKEN_ROW = 40
+_BYTES_PER_DEPTH_ROW = 30
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    *,
+    max_new_tokens: int,
+    n_layers: int,
+    dim: int,
+    vocab: int,
+    batch_size: int | str = "auto",
+    exact: bool = False,
+) -> list[list[int]]:
+    """Group prompts into batches, shortest first, so that little is padded.
+
+    Args:
+        lengths: Tokens of each prompt.
+        max_new_tokens: Tokens each may grow by.
+        n_layers: Number of blocks.
+        dim: Width of the residual stream.
+        vocab: Size of the vocabulary.
+        batch_size: Rows per batch, or ``"auto"`` to keep states and logits of a batch within memory.
+        exact: Only prompts of one length share a batch.
+
+    Returns:
+        Indices of the prompts of each batch.
+
+    Example:
+        >>> plan_batches([5, 9, 5, 7], max_new_tokens=0, n_layers=2, dim=8, vocab=10, batch_size=2)
+        [[0, 2], [3, 1]]
+        >>> plan_batches([5, 9, 5, 7], max_new_tokens=0, n_layers=2, dim=8, vocab=10, exact=True)
+        [[0, 2], [3], [1]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    per_token = 4 * ((n_layers + 1) * dim + vocab)
+    batches: list[list[int]] = []
+    for index in order:
+        width = lengths[index] + max_new_tokens
+        limit = batch_size if isinstance(batch_size, int) else max(1, min(_MAX_ROWS, _BATCH_BYTES // (per_token * width)))
+        fits = batches and len(batches[-1]) < limit
+        if fits and exact and lengths[batches[-1][0]] != lengths[index]:
+            fits = False
+        if fits:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost.
+
+    Attributes:
+        samples: Rows of the samples table.
+        token_rows: Rows of the tokens table.
+        depth_rows: Rows of the depths table.
+        metric_bytes: Size of the tables on disk, compressed (estimate).
+        state_bytes: Size of the states on disk; 0 without ``--states``.
+        memory_bytes: States and logits of the largest batch.
+        forward_tokens: Tokens that go through the model in all arms.
+        seconds: Estimated time after loading, or None where the speed of the machine is unknown.
+    """
+
+    samples: int
+    token_rows: int
+    depth_rows: int
+    metric_bytes: int
+    state_bytes: int
+    memory_bytes: int
+    forward_tokens: int
+    seconds: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a plain mapping."""
+        return asdict(self)
+
+
+def estimate(
+    lengths: Sequence[int],
+    batches: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    num_samples: int,
+    n_layers: int,
+    dim: int,
+    vocab: int,
+    forced_arms: int,
+    free_arms: int,
+    state_sites: int = 0,
+    itemsize: int = 4,
+    tokens_per_second: float | None = None,
+    steps_per_second: float | None = None,
+) -> Estimate:
+    """Count rows, bytes and forwards of a run.
+
+    Args:
+        lengths: Tokens of each prompt.
+        batches: The batch plan.
+        max_new_tokens: Tokens generated per text.
+        num_samples: Texts per prompt.
+        n_layers: Number of blocks.
+        dim: Width.
+        vocab: Vocabulary.
+        forced_arms: Arms that are teacher-forced, sham included.
+        free_arms: Arms that write their own text, the clean one included.
+        state_sites: Sites whose states are written.
+        itemsize: Bytes of one coordinate.
+        tokens_per_second: Measured speed of a forward over whole texts.
+        steps_per_second: Measured speed of decoding steps.
+    """
+    grown = max(max_new_tokens - 1, 0)
+    tokens = sum(n + grown for n in lengths) * num_samples
+    stored_arms = max(forced_arms - 1, 1) + max(free_arms - 1, 0)  # sham rows equal to clean are one digest
+    arms = forced_arms + max(free_arms - 1, 0)
+    token_rows = tokens * stored_arms
+    depth_rows = token_rows * (n_layers + 1)
+    widest = max(sum(lengths[i] + grown for i in batch) for batch in batches) if batches else 0
+    prefill = sum(lengths) * num_samples * free_arms
+    steps = max_new_tokens * free_arms * num_samples * len(batches)
+    seconds = None
+    if tokens_per_second:
+        seconds = (tokens * forced_arms + prefill) / tokens_per_second + (steps / steps_per_second if steps_per_second else 0.0)
+    return Estimate(
+        samples=len(lengths) * num_samples * arms,
+        token_rows=token_rows,
+        depth_rows=depth_rows,
+        metric_bytes=token_rows * _BYTES_PER_TOKEN_ROW + depth_rows * _BYTES_PER_DEPTH_ROW,
+        state_bytes=token_rows * state_sites * dim * itemsize,
+        memory_bytes=widest * 4 * ((n_layers + 1) * dim * 2 + vocab * 2),
+        forward_tokens=tokens * forced_arms + prefill + max_new_tokens * free_arms * num_samples * len(lengths),
+        seconds=seconds,
+    )

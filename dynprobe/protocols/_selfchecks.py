@@ -1,0 +1,135 @@
+"""Run the self-tests and remember those that depend on the model alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynprobe import __version__, models
+from dynprobe.errors import SelfTestError
+from dynprobe.probes import (
+    Calibration,
+    Check,
+    Perturb,
+    Subject,
+    capture,
+    check_alone,
+    check_fired,
+    check_null,
+    check_readout,
+    check_resume,
+)
+
+__all__ = ["all_checks", "model_checks", "refuse_if_broken"]
+
+#: Longer rows make a test slower and no sharper.
+_MAX_TOKENS = 24
+_MAX_ROWS = 4
+
+Rows = Sequence[Sequence[int]]
+
+
+def _short(rows: Rows) -> list[list[int]]:
+    picked = sorted(rows, key=len)
+    step = max(1, len(picked) // _MAX_ROWS)
+    return [list(r)[:_MAX_TOKENS] for r in picked[::step][:_MAX_ROWS]]
+
+
+def _cache_file(subject: Subject) -> Path:
+    key = {
+        "weights": subject.facts.get("weights_hash"), "dtype": str(subject.dtype), "device": str(subject.device),
+        "attention": subject.facts.get("attn_implementation"), "dynprobe": __version__, "torch": torch.__version__,
+        "transformers": subject.facts.get("versions", {}).get("transformers"), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return models.cache_root() / "selftests" / f"{digest}.json"
+
+
+def model_checks(subject: Subject, rows: Rows, *, fresh: bool = False) -> dict[str, Check]:
+    """``alone`` and ``resume``: they depend on weights, dtype, device and versions, and are cached by them.
+
+    Args:
+        subject: The subject.
+        rows: Token ids to try with.
+        fresh: Ignore the cache.
+    """
+    path = _cache_file(subject)
+    if not fresh and subject.facts.get("weights_hash") and path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return {name: Check(**stored[name]) for name in ("alone", "resume")}
+        except (ValueError, KeyError, TypeError):
+            path.unlink(missing_ok=True)  # damaged: measure again
+    short = _short(rows)
+    tape = capture(subject, short, logits="all")
+    found = {"alone": check_alone(subject, short), "resume": check_resume(subject, tape)}
+    if subject.facts.get("weights_hash"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".selftest-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({name: check.as_dict() for name, check in found.items()}, file)
+        Path(temporary).replace(path)
+    return found
+
+
+def all_checks(
+    subject: Subject,
+    rows: Rows,
+    perturb: Perturb | None = None,
+    calibration: Calibration | None = None,
+    *,
+    fresh: bool = False,
+) -> dict[str, Check]:
+    """Run the five self-tests.
+
+    Args:
+        subject: The subject.
+        rows: Token ids of the first batch.
+        perturb: Perturbation whose write path ``null`` tries; default a write at every block.
+        calibration: For scales that need one.
+        fresh: Do not take ``alone`` and ``resume`` from the cache.
+    """
+    short = _short(rows)
+    tape = capture(subject, short, logits="all")
+    found = {
+        "null": check_null(subject, short, perturb, calibration=calibration),
+        "fired": check_fired(subject, short),
+        "readout": check_readout(subject, tape),
+        **model_checks(subject, rows, fresh=fresh),
+    }
+    return {name: found[name] for name in ("null", "alone", "resume", "fired", "readout")}
+
+
+def refuse_if_broken(checks: dict[str, Check]) -> list[str]:
+    """Stop where numbers could not be trusted; return what has a way around it.
+
+    ``null`` and ``fired`` stop a run. ``alone`` makes it use exact-length batches, ``resume`` the slow road, and
+    ``readout`` forbids the logit lens.
+
+    Raises:
+        SelfTestError: If ``null`` or ``fired`` failed.
+    """
+    for name in ("null", "fired"):
+        check = checks[name]
+        if not check.passed:
+            raise SelfTestError(
+                f"self-test {name} failed: {check.value:g} {check.unit} where at most {check.limit:g} is right. "
+                f"No number of this run could be trusted; details: {_detail(check)}"
+            )
+    return [name for name, check in checks.items() if not check.passed]
+
+
+def _detail(check: Check) -> str:
+    return json.dumps(check.detail, default=str)[:400]
+
+
+def as_manifest(checks: dict[str, Check]) -> dict[str, Any]:
+    """Return the checks for the manifest."""
+    return {name: check.as_dict() for name, check in checks.items()}

@@ -1,0 +1,73 @@
+"""The first table a person sees: one line per arm, means over prompts with intervals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["HEADLINE", "summarise"]
+
+#: Columns of the summary, in order.
+HEADLINE = (
+    "kappa_phase", "kappa_phase_d", "kappa_path", "kappa_geom", "kappa_geom_d", "kl_clean_pert", "flip_rate", "nll",
+    "nll_d", "entropy", "limen_ct", "limen_ratio", "delta_rel_prev", "repetition", "n_new", "alpha_relnorm",
+    "alpha_coordstd", "alpha_mad", "alpha_cos",
+)  # fmt: skip
+_RESAMPLES = 2000
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean over prompts, with a fixed seed."""
+    if len(values) < 3:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarise(samples: pd.DataFrame) -> dict[str, Any]:
+    """Reduce the samples table to one entry per condition.
+
+    Replicates of a prompt are averaged first, so that the unit of the interval is the prompt.
+
+    Args:
+        samples: The samples table.
+
+    Returns:
+        ``{condition: {column: {mean, sd, low, high, n, missing}}}`` and, per condition, the regimes' shares.
+    """
+    out: dict[str, Any] = {}
+    for condition, rows in samples.groupby("condition_id", sort=False, observed=True):
+        entry: dict[str, Any] = {"samples": len(rows)}
+        for column in HEADLINE:
+            if column not in rows or rows[column].isna().all():
+                continue
+            per_prompt = rows.groupby("prompt_id", observed=True)[column].mean()
+            values = per_prompt.dropna().to_numpy(np.float64)
+            low, high = _interval(values)
+            entry[column] = {
+                "mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+                "low": low, "high": high, "n": len(values), "missing": int(per_prompt.isna().sum()),
+            }  # fmt: skip
+            if entry[column]["missing"]:
+                entry[column]["reasons"] = _reasons(rows, column)
+        if "limen_regime" in rows and rows["limen_regime"].notna().any():
+            entry["regimes"] = rows["limen_regime"].value_counts(normalize=True, sort=True).round(4).to_dict()
+        if "status" in rows:
+            entry["status"] = rows["status"].value_counts().to_dict()
+        if "equal_to" in rows and rows["equal_to"].notna().any():
+            entry["equal_to"] = {str(k): int(v) for k, v in rows["equal_to"].value_counts().items()}
+        out[str(condition)] = entry
+    return out
+
+
+def _reasons(rows: pd.DataFrame, column: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for text in rows["reasons"].dropna():
+        reason = json.loads(text).get(column)
+        if reason:
+            counts[reason] = counts.get(reason, 0) + 1
+    return counts

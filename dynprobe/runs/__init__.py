@@ -1,0 +1,40 @@
+"""Runs on disk: one folder of Parquet tables with a manifest, written so that a kill loses at most one batch.
+
+* :class:`RunWriter` writes a run in batches and continues an interrupted one;
+* :func:`open_run` reads one back as a :class:`Run`: pandas, SQL, pivots, hidden states as NumPy views;
+* :func:`list_runs` lists those in a folder;
+* :func:`identity` says which run a configuration, its prompts and weights are.
+
+The folder is the interface: any tool that reads Parquet and JSON can use it without this library. A newer layout than
+this library knows is refused; secrets are never stored.
+"""
+
+from __future__ import annotations
+
+from dynprobe.runs._identity import hash_prompts, identity
+from dynprobe.runs._listing import list_runs
+from dynprobe.runs._manifest import Manifest, Part
+from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._schema import COLUMNS, SCHEMA_VERSION, TABLES, Column, Table
+from dynprobe.runs._secrets import scrub, scrub_command
+from dynprobe.runs._states import decode_bfloat16
+from dynprobe.runs._writer import RunWriter
+
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "TABLES",
+    "Column",
+    "Manifest",
+    "Part",
+    "Run",
+    "RunWriter",
+    "Table",
+    "decode_bfloat16",
+    "hash_prompts",
+    "identity",
+    "list_runs",
+    "open_run",
+    "scrub",
+    "scrub_command",
+]

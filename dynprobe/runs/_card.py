@@ -1,0 +1,126 @@
+"""What a run says about itself to a person: the README of its folder, its line in a terminal, its box in a notebook.
+
+All three are made from the manifest alone. Names and texts in it come from users, so everything is escaped for the
+place it is shown in.
+"""
+
+from __future__ import annotations
+
+import html
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynprobe.runs._json import dumps
+from dynprobe.runs._manifest import Manifest
+from dynprobe.runs._schema import TABLES
+from dynprobe.runs._secrets import scrub_command
+from dynprobe.runs._tables import column_facts
+
+__all__ = ["as_html", "as_text", "card", "facts_lines", "perturbation"]
+
+
+def card(folder: Path, manifest: Manifest) -> str:
+    """Return the README of a run folder as Markdown."""
+    rows = manifest.rows()
+    facts = column_facts(folder, manifest)
+    lines = [
+        f"# {_md(folder.name)}",
+        "",
+        f"A [dynprobe](https://pypi.org/project/dynprobe/) run, {manifest.status}.",
+        "",
+    ]
+    lines += [f"- {name}: {_md(value)}" for name, value in facts_lines(manifest).items()]
+    lines += ["", "## To run it again", "", *_block(_command(folder, manifest), "sh")]
+    lines += [
+        "",
+        "## To read it",
+        "",
+        *_block(f"import dynprobe as dp\nrun = dp.open({str(folder)!r})\nrun.samples", "python"),
+    ]
+    lines += ["", "## Tables", "", "| table | rows | what |", "|---|---:|---|"]
+    lines += [f"| {name} | {rows[name]:,} | {_md(TABLES[name].description)} |" for name in TABLES if name in rows]
+    lines += ["", "## Columns", "", "| table | column | type | unit | metric | what |", "|---|---|---|---|---|---|"]
+    for row in facts.to_dict("records"):
+        cells = (row[k] for k in ("table", "column", "dtype", "unit", "id", "description"))
+        lines.append("| " + " | ".join(_md(cell) for cell in cells) + " |")
+    lines += ["", "## Configuration", "", *_block(dumps(manifest.config, indent=1), "json"), ""]
+    return "\n".join(lines)
+
+
+def as_text(name: str, path: Path, manifest: Manifest, status: str) -> str:
+    """Return the few lines that stand for a run in a terminal."""
+    lines = [f"Run {name} ({status})"]
+    shown = {**facts_lines(manifest), "tables": _tables(manifest), "folder": str(path)}
+    lines += [f"  {key:<12} {_one_line(value)}" for key, value in shown.items()]
+    return "\n".join(lines)
+
+
+def as_html(name: str, path: Path, manifest: Manifest, status: str) -> str:
+    """Return the box that stands for a run in a notebook, everything escaped."""
+    shown = {**facts_lines(manifest), "tables": _tables(manifest), "folder": str(path)}
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
+        f"<td style='text-align:left'>{html.escape(_one_line(value))}</td></tr>"
+        for key, value in shown.items()
+    )
+    return f"<table><caption>Run {html.escape(name)} ({html.escape(status)})</caption><tbody>{rows}</tbody></table>"
+
+
+def facts_lines(manifest: Manifest) -> dict[str, str]:
+    """Return the facts a person asks for first."""
+    lines = {"model": manifest.model_name, "id": manifest.id8, "made": manifest.created}
+    lines["perturbation"] = perturbation(manifest.config) or "none"
+    for name in ("device", "dtypes", "noise_floor"):
+        value = getattr(manifest, name)
+        if value is not None:
+            lines[name.replace("_", " ")] = value if isinstance(value, str) else dumps(value)
+    if isinstance(manifest.batch_plan, list):
+        lines["batches"] = f"{len(manifest.finished)} of {len(manifest.batch_plan)}"
+    if manifest.versions.get("dynprobe"):
+        lines["dynprobe"] = str(manifest.versions["dynprobe"])
+    return lines
+
+
+def perturbation(config: Mapping[str, Any]) -> str:
+    """Return what was written into the model, in one line.
+
+    Example:
+        >>> perturbation({"perturb": [{"alpha": 0.1, "layers": "6"}, "alpha=0.2"]})
+        'alpha=0.1,layers=6; alpha=0.2'
+    """
+    value = config.get("perturb", config.get("perturbation"))
+    items = value if isinstance(value, list | tuple) else [value] if value else []
+    return "; ".join(
+        ",".join(f"{k}={v}" for k, v in item.items() if v is not None) if isinstance(item, Mapping) else str(item)
+        for item in items
+    )
+
+
+def _tables(manifest: Manifest) -> str:
+    rows = manifest.rows()
+    return " · ".join(f"{name} {rows[name]:,}" for name in TABLES if name in rows) or "none yet"
+
+
+def _command(folder: Path, manifest: Manifest) -> str:
+    command = scrub_command(manifest.command)
+    if isinstance(command, list):
+        return shlex.join(command)
+    return command or f"dynprobe rerun {shlex.quote(str(folder))}"
+
+
+def _block(text: str, language: str) -> list[str]:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [f"{fence}{language}", text, fence]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _md(text: str) -> str:
+    escaped = html.escape(_one_line(str(text)), quote=False)
+    return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in escaped)

@@ -1,0 +1,61 @@
+"""Which runs are there? One row per run folder, from the manifests alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from dynprobe.errors import RunFolderError
+from dynprobe.runs._card import perturbation
+from dynprobe.runs._manifest import MANIFEST_NAME
+from dynprobe.runs._run import open_run
+
+__all__ = ["list_runs"]
+
+_COLUMNS = ["path", "time", "model", "id8", "status", "perturbation", "samples"]
+
+
+def list_runs(root: str | Path = "runs") -> pd.DataFrame:
+    """Return one row per run directly under ``root`` (or ``root`` itself), oldest first.
+
+    A folder whose manifest cannot be read has the status ``damaged`` and no other fact.
+
+    Args:
+        root: A folder in which runs lie.
+
+    Raises:
+        RunFolderError: There is no such folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as empty:
+        ...     list(list_runs(empty).columns)
+        ['path', 'time', 'model', 'id8', 'status', 'perturbation', 'samples']
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise RunFolderError(f"There is no folder {folder}. Name the one given as --out, or make a run first.")
+    found = (
+        [folder] if (folder / MANIFEST_NAME).is_file() else sorted(p.parent for p in folder.glob(f"*/{MANIFEST_NAME}"))
+    )
+    rows = [_row(path) for path in found if not path.name.startswith(".")]
+    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"samples": "Int64"})
+    return frame.sort_values(["time", "path"], na_position="last", ignore_index=True)
+
+
+def _row(path: Path) -> dict[str, object]:
+    try:
+        run = open_run(path)
+    except RunFolderError:
+        return {"path": str(path), "status": "damaged"}
+    manifest = run.manifest
+    return {
+        "path": str(path),
+        "time": manifest.created,
+        "model": manifest.model_name,
+        "id8": manifest.id8,
+        "status": run.status,
+        "perturbation": perturbation(manifest.config),
+        "samples": manifest.rows().get("samples", 0),
+    }

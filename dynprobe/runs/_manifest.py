@@ -1,0 +1,214 @@
+"""``manifest.json``: what a run is, how far it is, and which files belong to it.
+
+The manifest is the only entrance to a run folder. A file that it does not list does not exist for a reader; a batch
+that it does not call finished is done again. It is replaced as a whole, after the files it lists are safely on the
+device. Keys that this version does not know are kept when it is read and written again, so that an older library does
+not strip what a newer one recorded. A newer major version of the schema is refused, because its files may mean
+something else; so is a manifest that was edited into something it cannot be.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dynprobe.errors import RunFolderError
+from dynprobe.runs._json import dumps, plain
+from dynprobe.runs._schema import SCHEMA_VERSION
+from dynprobe.runs._secrets import scrub, scrub_command
+
+__all__ = ["MANIFEST_NAME", "Manifest", "Part", "encode_manifest", "peek_id", "read_manifest"]
+
+MANIFEST_NAME = "manifest.json"
+
+Status = Literal["running", "complete", "interrupted"]
+
+
+class Part(BaseModel):
+    """One Parquet file of a run."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    path: str
+    table: str
+    batch: int | None = Field(default=None, ge=0)
+    rows: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _inside(self) -> Part:
+        pure = PurePosixPath(self.path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in self.path or ":" in self.path or "\0" in self.path:
+            raise ValueError(f"path {self.path!r} leads out of the run folder")
+        if pure.suffix != ".parquet" or (pure.parts[0] != self.table and self.path != f"{self.table}.parquet"):
+            raise ValueError(f"path {self.path!r} is no part of table {self.table!r}")
+        return self
+
+
+class Manifest(BaseModel):
+    """Everything a run says about itself.
+
+    Attributes:
+        schema_version: Layout of the folder, ``major.minor``.
+        id8: Identity of the run, see :func:`dynprobe.runs.identity`.
+        status: ``running`` until the writer says otherwise; a reader calls a running run without a living writer
+            interrupted.
+        created: Time of the first start, ISO 8601 with offset.
+        updated: Time of the last change.
+        model_name: Name the user gave the model.
+        command: Command line that made the run, as one string or its words.
+        config: The resolved configuration.
+        model: Facts of the model: hub id, commit, sizes, sites.
+        weights: Hashes of the weight files.
+        prompts_hash: SHA-256 of the prompts.
+        versions: Versions of the libraries.
+        device: The device.
+        dtypes: Dtypes of weights, capture and metrics.
+        seeds: Seeds by what they seed.
+        calibration_hash: Hash of the calibration that was used.
+        self_tests: Self-tests with their numbers.
+        noise_floor: Largest difference that means nothing.
+        batch_plan: The units of work, planned once.
+        finished: Numbers of the finished batches.
+        batch_facts: What a batch recorded about itself, by number.
+        continuations: Later starts: time, versions, device, whether forced.
+        interruptions: Times and reasons.
+        parts: The files.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    schema_version: str = Field(default=SCHEMA_VERSION, pattern=r"^\d+\.\d+$")
+    id8: str = Field(pattern=r"^[0-9a-f]{8}$")
+    status: Status = "running"
+    created: str
+    updated: str
+    model_name: str
+    command: str | list[str] | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] | str | None = None
+    weights: dict[str, Any] | list[Any] | str | None = None
+    prompts_hash: str | None = None
+    versions: dict[str, Any] = Field(default_factory=dict)
+    device: dict[str, Any] | str | None = None
+    dtypes: dict[str, Any] | str | None = None
+    seeds: dict[str, Any] | list[int] | int | None = None
+    calibration_hash: dict[str, Any] | str | None = None
+    self_tests: dict[str, Any] | list[Any] | None = None
+    noise_floor: dict[str, Any] | float | None = None
+    batch_plan: list[Any] | dict[str, Any] | None = None
+    finished: list[int] = Field(default_factory=list)
+    batch_facts: dict[str, Any] = Field(default_factory=dict)
+    continuations: list[dict[str, Any]] = Field(default_factory=list)
+    interruptions: list[dict[str, Any]] = Field(default_factory=list)
+    parts: list[Part] = Field(default_factory=list)
+
+    @field_validator("finished")
+    @classmethod
+    def _counted_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value) or any(number < 0 for number in value):
+            raise ValueError("batch numbers must be 0 or more and stand once")
+        return sorted(value)
+
+    @field_validator("parts")
+    @classmethod
+    def _listed_once(cls, value: list[Part]) -> list[Part]:
+        if len({part.path for part in value}) < len(value):
+            raise ValueError("a file is listed twice")
+        return value
+
+    def parts_of(self, table: str) -> list[Part]:
+        """Return the listed parts of one table, in the order of their names."""
+        return sorted((part for part in self.parts if part.table == table), key=lambda part: part.path)
+
+    def rows(self) -> dict[str, int]:
+        """Return the number of rows of every table that has any."""
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            counts[part.table] = counts.get(part.table, 0) + part.rows
+        return counts
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        RunFolderError: It is missing, damaged (the message names the field), or of a newer major version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{folder} is no run folder: it has no {MANIFEST_NAME}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"Cannot read {path}: {error}. Restore it from a copy of the run.") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}. Restore it from a copy of the run.") from error
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{path} is damaged: an object is needed, found {type(content).__name__}.")
+    _check_version(content.get("schema_version"), path)
+    return validated(content, str(path), "Undo the edit, or restore the file from a copy of the run.")
+
+
+def validated(content: dict[str, Any], where: str, advice: str) -> Manifest:
+    """Return a checked manifest; ``where`` names it in messages, ``advice`` ends them."""
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # Where a field may have several types, the place ends in the name of one of them.
+        steps = [str(step) for step in first["loc"]]
+        while len(steps) > 1 and (steps[-1] in {"str", "int", "float"} or "[" in steps[-1]):
+            steps.pop()
+        name = ".".join(steps) or "the whole"
+        found = repr(first.get("input"))
+        found = found if len(found) <= 80 else f"{found[:77]}..."
+        raise RunFolderError(
+            f"{where}: field {name!r} cannot be read: {first['msg']} (found {found}). {advice}"
+        ) from error
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the bytes of ``manifest.json``: secrets scrubbed, strict JSON, one line per part."""
+    content = plain(manifest.model_dump(exclude={"parts", "command"}), "manifest")
+    content = {**scrub(content), "command": scrub_command(manifest.command)}
+    # The id stands near the top, where a search over many folders finds it without reading the whole file.
+    head = ("schema_version", "id8", "status", "created", "updated", "model_name", "command")
+    ordered = {key: content.pop(key) for key in head} | content
+    text = dumps(ordered, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(dumps(scrub(part.model_dump())) for part in manifest.parts)
+    listed = f"[\n  {lines}\n ]" if lines else "[]"
+    # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+    return f'{text},\n "parts": {listed}\n}}\n'.encode("utf-8", "backslashreplace")
+
+
+def peek_id(folder: Path) -> str | None:
+    """Return the id in a folder's manifest, or None where there is no readable manifest; reads little."""
+    try:
+        with (folder / MANIFEST_NAME).open(encoding="utf-8", errors="replace") as file:
+            top = file.read(4096)
+        marker = '"id8":'
+        start = top.find(marker)
+        if start >= 0:
+            return str(top[start + len(marker) :].split('"', 2)[1])
+        return str(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["id8"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _check_version(version: Any, path: Path) -> None:
+    try:
+        major = int(str(version).split(".")[0])
+    except ValueError as error:
+        raise RunFolderError(f"{path}: field 'schema_version' cannot be read: found {version!r}.") from error
+    if major > int(SCHEMA_VERSION.split(".")[0]):
+        raise RunFolderError(
+            f"{path.parent} was written with schema {version}; this dynprobe reads up to {SCHEMA_VERSION}. "
+            "Type: pip install --upgrade dynprobe"
+        )

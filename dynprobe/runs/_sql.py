@@ -1,0 +1,54 @@
+"""SQL over a run: every table is a DuckDB view over its listed parts, read in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dynprobe.errors import RunFolderError, UsageError
+from dynprobe.runs._manifest import Manifest
+from dynprobe.runs._schema import TABLES
+from dynprobe.runs._tables import part_path
+
+__all__ = ["query"]
+
+
+def query(folder: Path, manifest: Manifest, text: str) -> pd.DataFrame:
+    """Return the result of a query over the tables of a run.
+
+    Args:
+        folder: The run folder.
+        manifest: Its manifest.
+        text: SQL; the tables have the names they have in the folder.
+
+    Raises:
+        RunFolderError: DuckDB is missing, or a part is damaged.
+        UsageError: DuckDB does not understand the query.
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise RunFolderError(
+            "run.sql needs DuckDB, which is not installed. Type: pip install 'dynprobe[sql]' (or pip install duckdb)"
+        ) from error
+    with duckdb.connect() as connection:
+        for name in TABLES:
+            paths = [_quoted(part_path(folder, part)) for part in manifest.parts_of(name)]
+            if paths:
+                connection.execute(
+                    f'create view "{name}" as select * from read_parquet([{", ".join(paths)}], union_by_name=true)'
+                )
+        try:
+            result: Any = connection.execute(text).df()
+        except duckdb.Error as error:
+            tables = ", ".join(sorted(manifest.rows())) or "none yet"
+            raise UsageError(f"The query cannot be answered: {error}\nTables of this run: {tables}.") from error
+    return result
+
+
+def _quoted(path: Path) -> str:
+    """Return the path as an SQL string in which no character stands for others."""
+    plain = "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
+    return "'" + plain.replace("'", "''") + "'"

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dynprobe.errors import RunFolderError, UsageError
+from dynprobe.runs import list_runs, open_run
+
+
+def test_tables_of_a_run(run_folder):
+    run = open_run(str(run_folder / "manifest.json"))
+    assert [len(t) for t in (run.samples, run.tokens, run.depths, run.profiles)] == [4, 12, 48, 0]
+    assert [len(t) for t in (run.prompts, run.conditions)] == [2, 2]
+    assert run.summary == {"samples": 4}
+    assert run.status == "complete"
+    assert list(run.profiles.columns) == ["sample_id", "track", "depth", "coverage", "reason"]
+    assert np.isnan(run.conditions.set_index("condition_id")["alpha"]["clean"])
+    assert run.prompts["token_ids"].map(list).tolist() == [[1, 2], [3]]
+
+
+def test_columns_can_be_named(run_folder):
+    run = open_run(run_folder)
+    assert list(run.table("tokens", ["nll", "pos"]).columns) == ["nll", "pos"]
+    with pytest.raises(RunFolderError, match=r"no column 'nl'.*Did you mean 'nll'"):
+        run.table("tokens", ["nl"])
+    with pytest.raises(RunFolderError, match=r"no table 'token'.*Did you mean 'tokens'"):
+        run.table("token")
+    with pytest.raises(RunFolderError, match=r"run\.states"):
+        run.table("states")
+
+
+def test_what_a_user_does_to_a_frame_stays_with_the_user(run_folder):
+    run = open_run(run_folder)
+    mine = run.samples
+    mine["nll"] = 0.0
+    assert (run.samples["nll"] != 0).all()
+
+
+def test_unlisted_parts_do_not_exist(run_folder):
+    (run_folder / "samples/part-00009.parquet").write_bytes((run_folder / "samples/part-00000.parquet").read_bytes())
+    assert len(open_run(run_folder).samples) == 4
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "scrambled"])
+def test_damaged_part_is_named(run_folder, damage):
+    path = run_folder / "tokens/part-00001.parquet"
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-20] if damage == "truncated" else bytes(len(data)))
+    run = open_run(run_folder)
+    assert len(run.samples) == 4
+    for read in (lambda: run.tokens, run.verify, run.columns):
+        with pytest.raises(RunFolderError, match=r"tokens/part-00001\.parquet"):
+            read()
+    if damage != "scrambled":
+        with pytest.raises(RunFolderError, match=r"tokens/part-00001\.parquet"):
+            run.sql("select 1 as x")
+
+
+def test_verify_finds_one_changed_bit(run_folder):
+    run = open_run(run_folder)
+    assert run.verify() == len(run.manifest.parts)
+    path = run_folder / run.manifest.parts[3].path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RunFolderError, match=f"1 of 10 files.*{path.name} .changed."):
+        run.verify()
+
+
+def test_sql_joins_tables(run_folder):
+    run = open_run(run_folder)
+    result = run.sql("select arm, avg(nll) as nll from samples join conditions using (condition_id) group by arm")
+    expected = run.samples.merge(run.conditions, on="condition_id").groupby("arm", observed=True)["nll"].mean()
+    got = result.set_index("arm")["nll"]
+    for arm in ("clean", "perturbed"):
+        assert got[arm] == pytest.approx(expected[arm], abs=1e-6)
+    assert run.sql("select count(*) as n from depths where depth = 2 and track = 'resid'")["n"].item() == 12
+    with pytest.raises(UsageError, match="Tables of this run: conditions, depths"):
+        run.sql("select * from tokns")
+
+
+@pytest.mark.parametrize("name", ["a [x] *?", "it's", "ünï"])
+def test_sql_in_folders_with_odd_names(tmp_path, make, name):
+    folder = make["write_all"](tmp_path / name)
+    make["write_all"](tmp_path / "a x zz")
+    assert open_run(folder).sql("select count(*) as n from samples")["n"].item() == 4
+
+
+def test_sql_without_duckdb(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(RunFolderError, match=r"pip install 'dynprobe.sql.'"):
+        open_run(run_folder).sql("select 1")
+
+
+def test_pivot_against_pandas(run_folder):
+    run = open_run(run_folder)
+    got = run.pivot("norm")
+    joined = run.depths.merge(run.samples, on="sample_id")
+    expected = joined.pivot_table(values="norm", index="depth", columns="condition_id", observed=True)
+    np.testing.assert_allclose(got.to_numpy(), expected.to_numpy())
+    assert got.columns.tolist() == ["clean", "noisy"]
+    by_arm = run.pivot("norm", index="depth", columns=["arm", "category"])
+    assert by_arm.shape == (4, 4)
+    np.testing.assert_allclose(by_arm["clean"].mean(axis=1), got["clean"], rtol=1e-6)
+    assert run.pivot("nll", index="category", columns="arm").shape == (2, 2)
+
+
+def test_pivot_refuses_what_it_would_get_wrong(tmp_path, make):
+    writer = make["begin"](tmp_path)
+    batch = make["batch"](0)
+    batch["depths"]["track"] = ["z_L", "z_H"] * 12
+    batch["profiles"] = batch["depths"].drop_duplicates(["sample_id", "track", "depth"])
+    batch["profiles"] = batch["profiles"][["sample_id", "track", "depth", "norm"]].assign(only=1.0)
+    writer.write_batch(0, batch)
+    run = open_run(writer.folder)
+    with pytest.raises(RunFolderError, match=r"several tables .depths, profiles.*table="):
+        run.pivot("norm")
+    with pytest.raises(RunFolderError, match=r"several tracks .z_H, z_L."):
+        run.pivot("norm", table="depths")
+    assert run.pivot("norm", index=["track", "depth"], table="depths").index.names == ["track", "depth"]
+    with pytest.raises(RunFolderError, match=r"no column 'nor'|No table .*'nor'"):
+        run.pivot("nor")
+    with pytest.raises(RunFolderError, match=r"cannot be split by 'depht'.*'depth'"):
+        run.pivot("norm", index="depht", table="depths")
+    with pytest.raises(RunFolderError, match="cannot be split by 'arm'"):
+        run.pivot("nll", index="condition_id", columns="arm")
+
+
+def test_open_suggests(run_folder):
+    with pytest.raises(RunFolderError, match=f"holds 1 runs.*{run_folder.name}"):
+        open_run(run_folder.parent)
+    with pytest.raises(RunFolderError, match=f"There is no run folder.*Did you mean '{run_folder.name}'"):
+        open_run(run_folder.parent / run_folder.name[:-1])
+    with pytest.raises(RunFolderError, match="is no run folder"):
+        open_run(run_folder / "samples")
+
+
+def test_representations_escape(tmp_path, make):
+    nasty = "<script>alert(1)</script>"
+    writer = make["begin"](
+        tmp_path, model_name=nasty, config={"perturb": f"{nasty}\nx"}, manifest_fields={"device": nasty}
+    )
+    run = open_run(writer.folder)
+    page = run._repr_html_()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 3
+    text = repr(run)
+    assert "(running)" in text
+    assert "batches      0 of 2" in text
+    writer.close()
+    assert "(interrupted)" in repr(run)
+
+
+def test_refresh_sees_new_batches(tmp_path, make):
+    writer = make["begin"](tmp_path)
+    run = open_run(writer.folder)
+    assert run.samples.empty
+    writer.write_batch(0, make["batch"](0))
+    assert run.samples.empty
+    assert len(run.refresh().samples) == 2
+
+
+def test_list_runs(run_folder, make):
+    root = run_folder.parent
+    make["begin"](root, ident="ffffffff", config={"perturb": [{"alpha": 1, "layers": "6"}]}).close()
+    (root / "junk").mkdir()
+    (root / "broken").mkdir()
+    (root / "broken/manifest.json").write_text("{")
+    frame = list_runs(root).set_index("id8")
+    assert frame.loc["0123abcd", ["status", "samples", "perturbation"]].tolist() == ["complete", 4, "alpha=0.1"]
+    assert frame.loc["ffffffff", ["status", "samples", "perturbation"]].tolist() == [
+        "interrupted",
+        0,
+        "alpha=1,layers=6",
+    ]
+    assert frame["status"].tolist().count("damaged") == 1
+    assert len(list_runs(run_folder)) == 1
+    with pytest.raises(RunFolderError, match="There is no folder"):
+        list_runs(root / "none")
+
+
+def test_summary_damaged(run_folder):
+    (run_folder / "summary.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"summary\.json"):
+        _ = open_run(run_folder).summary
+
+
+def test_many_parts_open_quickly_and_small(tmp_path, make):
+    writer = make["begin"](tmp_path, manifest_fields={"batch_plan": None})
+    for number in range(60):
+        samples = pd.DataFrame(
+            {
+                "sample_id": [f"{number}/{i}" for i in range(8)],
+                "prompt_id": str(number),
+                "condition_id": "c",
+                "nll": 0.5,
+            }
+        )
+        writer.write_batch(number, {"samples": samples})
+    run = open_run(writer.folder)
+    assert len(run.samples) == 480
+    assert len(json.loads((writer.folder / "manifest.json").read_text())["parts"]) == 60
