@@ -12,20 +12,7 @@ A number that cannot be computed is NaN with a reason. Every definition has a ve
 
 from __future__ import annotations
 
-from dynprobe.metrics import (  # noqa: F401  (each registers its definitions; order = catalogue order)
-    _kappa_phase,  # isort: skip
-    _kappa_geom,  # isort: skip
-    _kappa_sync,  # isort: skip
-    _kappa_xcorr,  # isort: skip
-    _delta,  # isort: skip
-    _curvature,  # isort: skip
-    _limen_ct,  # isort: skip
-    _norm,  # isort: skip
-    _limen,  # isort: skip
-    _debt,  # isort: skip
-    _output,  # isort: skip
-    _paired,  # isort: skip
-)
+from dynprobe.metrics import _catalogue as _catalogue
 from dynprobe.metrics._compute import compute
 from dynprobe.metrics._frame import frame
 from dynprobe.metrics._lists import CORE, DEFAULT

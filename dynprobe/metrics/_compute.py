@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from dynprobe.errors import MetricError, did_you_mean
-from dynprobe.metrics._registry import entry, format_id, parse_id
+from dynprobe.errors import MetricError
+from dynprobe.metrics._registry import entry, format_id, near_key, parse_id
 from dynprobe.metrics._result import Result
 
 __all__ = ["compute"]
@@ -21,10 +21,10 @@ def compute(metric_id: str, X: Any, *more: Any, mask: Any = None, **params: Any)
     use the epsilon of the dtype handed in (float32's for half types).
 
     Args:
-        metric_id: Such as ``"kappa.phase/1"`` or ``"kappa.geom/1{W=16}"``. Extraction options written in the id are kept
-            as ``extractor_id``; they change nothing here.
-        X: The declared input: ``trajectory[depth, unit, dim]``, ``tokens[pos, dim]``, ``series``, ``logits[pos, vocab]``.
-            NumPy array, torch tensor or nested list.
+        metric_id: Such as ``"kappa.phase/1"`` or ``"kappa.geom/1{W=16}"``. Extraction options written in the id are
+            kept as ``extractor_id``; they change nothing here.
+        X: The declared input: ``trajectory[depth, unit, dim]``, ``tokens[pos, dim]``, ``series``,
+            ``logits[pos, vocab]``. NumPy array, torch tensor or nested list.
         *more: Further inputs of metrics that take several (the other run, targets).
         mask: True = valid; [depth, unit] or [unit] for trajectories, [pos] otherwise.
         **params: Estimator parameters (they join the id) and side inputs such as ``theta``, ``mu``, ``inject``.
@@ -60,7 +60,7 @@ def compute(metric_id: str, X: Any, *more: Any, mask: Any = None, **params: Any)
         else:
             known = [*values, *side]
             raise MetricError(
-                f"{parsed.id} has no parameter {key!r}.{did_you_mean(key, known)} Known: {', '.join(known) or 'none'}."
+                f"{parsed.id} has no parameter {key!r}.{near_key(key, known)} Known: {', '.join(known) or 'none'}."
             )
     full = format_id(parsed.id, values)
     result: Result = found.compute(inputs, mask, values, full, **extra)

@@ -1,7 +1,7 @@
 """Turning angles: ``curv.depth`` along the layers, ``curv.token`` along the tokens.
 
-The angle is taken between successive *differences* of states, folded nowhere. Two null values exist: π/2 for independent
-increments, 2π/3 for independent points (differences of independent points have correlation −1/2); say which applies.
+The angle is taken between successive *differences* of states, folded nowhere. Two null values exist: π/2 for
+independent increments, 2π/3 for independent points (their differences have correlation −1/2); say which applies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from dynprobe.metrics._geometry import NEAR_ZERO, Walk, walk
 from dynprobe.metrics._inputs import as_trajectory
-from dynprobe.metrics._reduce import mean_of_profile, mean_over_units
+from dynprobe.metrics._reduce import Terms, mean_of_profile, mean_over_units
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores
 
@@ -33,9 +33,7 @@ def curv_depth(w: Walk) -> Scores:
     used = turn_defined(w) & unmasked
     scores = mean_of_profile(
         mean_over_units(turn, used),
-        both,
-        unmasked,
-        n_states=w.keep.sum((0, 2)),
+        Terms(both, unmasked, w.n_states),
         short=len(w.norm) < 3,
         short_text="depth<3",
         per_unit=mean_over_units(turn, used, axis=0),
@@ -61,9 +59,8 @@ def curv_token(w: Walk, keep: Bools | None = None) -> Scores:
             moved = w.hop_diff > NEAR_ZERO * w.eps * np.maximum(w.norm[..., 1:], w.norm[..., :-1])
         used = used & moved[..., 1:] & moved[..., :-1]
     tokens = keep.any(0).sum(-1) if len(keep) else np.zeros(keep.shape[1], np.int64)
-    scores = mean_of_profile(
-        mean_over_units(turn, used), both, unmasked, n_states=keep.sum((0, 2)), short=tokens < 3, short_text="tokens<3"
-    )
+    terms = Terms(both, unmasked, keep.sum((0, 2)))
+    scores = mean_of_profile(mean_over_units(turn, used), terms, short=tokens < 3, short_text="tokens<3")
     scores.n_units = tokens
     scores.extras = {
         "n_stall": (both & unmasked & ~used).sum((0, 2)),

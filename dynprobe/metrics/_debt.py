@@ -60,13 +60,15 @@ def collapse_late(v: Values) -> Scores:
     late = v.ok & (from_end <= size[:, None])
     mean = share(np.add.reduce(v.x, axis=-1, where=late, initial=0.0), late.sum(-1))
     scores = v.scores(mean, v.reasons(before=((v.n < LATE_MIN, "steps<12"),)))
-    scores.extras["collapsed"] = [None if r is not None else bool(x < LATE_LIMIT) for x, r in zip(mean, scores.reason)]
+    scores.extras["collapsed"] = [
+        None if why else bool(x < LATE_LIMIT) for x, why in zip(mean, scores.reason, strict=True)
+    ]
     return scores
 
 
 def _computer(score: Callable[..., Scores]) -> Callable[..., Result]:
     def compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, **more: Any) -> Result:
-        s = as_series(*inputs, mask, metric_id)
+        s = as_series(inputs[0], mask, metric_id)
         return score(Values(s.values, s.ok, s.keep), **more).result(0, metric_id, dtype=s.dtype)
 
     return compute

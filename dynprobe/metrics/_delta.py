@@ -17,7 +17,7 @@ from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import Walk, walk
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._kappa_phase import kappa_phase
-from dynprobe.metrics._reduce import mean_of_profile, mean_over_units, share
+from dynprobe.metrics._reduce import mean_of_profile
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
 
@@ -25,30 +25,22 @@ __all__ = ["delta_angle", "delta_rel_next", "delta_rel_prev", "delta_rms", "resi
 
 
 def _close(w: Walk, profile: Array, per_unit: Array | None) -> Scores:
-    scores = mean_of_profile(
-        profile,
-        w.step_ok,
-        w.step_keep,
-        n_states=w.keep.sum((0, 2)),
-        short=len(w.norm) < 2,
-        per_unit=per_unit,
-    )
-    scores.extras = {"n_invalid": w.n_invalid, "n_nonfinite": w.n_nonfinite}
-    return scores
+    extras = {"n_invalid": w.n_invalid, "n_nonfinite": w.n_nonfinite}
+    return mean_of_profile(profile, w.step_terms, short=len(w.norm) < 2, per_unit=per_unit, extras=extras)
 
 
 def _relative(w: Walk, norm: Array, agg: str) -> Scores:
-    ok = w.step_ok & w.step_keep
+    terms = w.step_terms
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = w.diff / norm
         if agg == "mean":
-            profile = mean_over_units(ratio, ok)
+            profile = terms.mean(ratio)
         elif agg == "fro":
-            moved = np.add.reduce(w.diff**2, axis=-1, where=ok, initial=0.0)
-            profile = np.sqrt(moved / np.add.reduce(norm**2, axis=-1, where=ok, initial=0.0))
+            moved = np.add.reduce(w.diff**2, axis=-1, where=terms.ok, initial=0.0)
+            profile = np.sqrt(moved / np.add.reduce(norm**2, axis=-1, where=terms.ok, initial=0.0))
         else:
             raise MetricError(f"agg is 'mean' or 'fro', found {agg!r}.")
-    return _close(w, profile, mean_over_units(ratio, ok, axis=0))
+    return _close(w, profile, terms.mean_steps(ratio))
 
 
 def delta_rel_prev(w: Walk, agg: str = "mean") -> Scores:
@@ -63,11 +55,8 @@ def delta_rel_next(w: Walk, agg: str = "mean") -> Scores:
 
 def delta_rms(w: Walk) -> Scores:
     """‖B − A‖_F/√(N·d) for every step, N = valid units."""
-    ok = w.step_ok & w.step_keep
-    n = ok.sum(-1)
-    total = np.add.reduce(w.diff**2, axis=-1, where=ok, initial=0.0)
-    per_unit = mean_over_units(w.diff, ok, axis=0) / np.sqrt(max(w.dim, 1))
-    return _close(w, np.sqrt(share(total, n * max(w.dim, 1))), per_unit)
+    per_unit = w.step_terms.mean_steps(w.diff) / np.sqrt(max(w.dim, 1))
+    return _close(w, np.sqrt(w.step_terms.mean(w.diff**2) / max(w.dim, 1)), per_unit)
 
 
 def delta_angle(w: Walk) -> Scores:
@@ -79,16 +68,9 @@ def delta_angle(w: Walk) -> Scores:
 
 def resid_norm(w: Walk) -> Scores:
     """‖x‖ for every depth."""
-    ok = w.valid & w.keep
-    scores = mean_of_profile(
-        mean_over_units(w.norm, ok),
-        ok,
-        w.keep,
-        n_states=w.keep.sum((0, 2)),
-        per_unit=mean_over_units(w.norm, ok, axis=0),
-    )
-    scores.extras = {"n_invalid": w.n_invalid, "n_nonfinite": w.n_nonfinite}
-    return scores
+    terms = w.state_terms
+    extras = {"n_invalid": w.n_invalid, "n_nonfinite": w.n_nonfinite}
+    return mean_of_profile(terms.mean(w.norm), terms, per_unit=terms.mean_steps(w.norm), extras=extras)
 
 
 def _computer(score: Callable[..., Scores]) -> Callable[..., Result]:
@@ -112,7 +94,7 @@ register(
     MetricSpec(
         id="delta.rel_prev/1",
         sentence="Length of the update relative to the state it starts from.",
-        formula="‖S_{k+1} − S_k‖/‖S_k‖; agg=mean: per unit, mean over units, then steps; agg=fro: ratio of Frobenius norms",
+        formula="‖S_{k+1} − S_k‖/‖S_k‖; agg=mean: per unit, mean over units, then steps; agg=fro: Frobenius norms",
         input="trajectory[depth,unit,dim]",
         value_range="[0, ∞)",
         unit="1",
@@ -130,7 +112,7 @@ register(
     MetricSpec(
         id="delta.rel_next/1",
         sentence="Length of the update relative to the state it arrives at.",
-        formula="‖S_{k+1} − S_k‖/‖S_{k+1}‖; agg=mean: per unit, mean over units, then steps; agg=fro: ratio of Frobenius norms",
+        formula="‖S_{k+1} − S_k‖/‖S_{k+1}‖; agg=mean: per unit, mean over units, then steps; agg=fro: Frobenius norms",
         input="trajectory[depth,unit,dim]",
         value_range="[0, ∞)",
         unit="1",

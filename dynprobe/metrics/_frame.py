@@ -34,7 +34,7 @@ def frame(ids: Sequence[str] | str, tape: Any, *, reasons: bool = False, **optio
         >>> states = [torch.eye(4)[None] * (d + 1) for d in range(3)]
         >>> tape = types.SimpleNamespace(states=states, mask=torch.ones(1, 4, dtype=torch.bool))
         >>> frame(["delta.rel_prev/1"], tape)["delta_rel_prev"].tolist()
-        [1.0]
+        [0.5]
     """
     import pandas as pd
 

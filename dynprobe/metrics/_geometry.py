@@ -4,7 +4,7 @@ Every metric of states is made from a few numbers per (depth, unit): the norm, t
 the step, the turning angle. :func:`walk` computes them for a whole batch in one pass over the states, a cache-sized
 block of depths at a time, and hands back small float64 arrays; everything after it is arithmetic on those.
 
-**Angles** use the chord form ``2·atan2(‖â − b̂‖, ‖â + b̂‖)``. With ``c = b − (‖b‖/‖a‖)·a`` the chord is ``‖c‖/‖b‖``, which
+**Angles** use the chord form ``2·atan2(‖â − b̂‖, ‖â + b̂‖)``. With ``c = b − (‖b‖/‖a‖)·a`` the chord is ``‖c‖/‖b‖``: it
 needs one multiply-add instead of two normalised copies. Where the chord is below ``√3.6`` (143°) the antichord follows
 from it without loss, ``‖â + b̂‖² = 4 − ‖â − b̂‖²``; above, both are computed from the two states themselves in float64.
 So the angle is accurate near 0 and near π, in float32 too. ``arccos`` of a dot product is never used.
@@ -15,13 +15,17 @@ It is excluded pairwise and counted; it is never replaced.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from dynprobe.metrics._reduce import Terms
 from dynprobe.metrics._result import Array, Bools
 
 __all__ = ["Walk", "norms", "pair_angle", "validity", "walk"]
@@ -32,6 +36,28 @@ FAR = 3.6  # squared chord above which the antichord is recomputed
 NEAR_ZERO = 16.0  # times eps times the natural scale
 TINY_NORM = 1e-12
 _SAFE = {torch.float32: (1e-15, 1e15), torch.float64: (1e-140, 1e140)}
+
+
+_local = threading.local()
+
+
+def workspace(slot: str, like: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A reusable buffer of a few megabytes per thread: fresh ones would page-fault on every call.
+
+    Buffers beyond the block size (one row larger than a block, or another device) are allocated as usual.
+    """
+    shape = like.shape if shape is None else shape
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size * like.element_size() > 2 * CHUNK_BYTES:
+        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    pool = _local.__dict__.setdefault("pool", {})
+    key = (slot, like.dtype)
+    if key not in pool:
+        # made outside inference mode, so that later calls may write into it whatever mode they run in
+        with torch.inference_mode(False):
+            pool[key] = torch.empty(2 * CHUNK_BYTES // like.element_size(), dtype=like.dtype)
+    flat: torch.Tensor = pool[key]
+    return flat[:size].view(tuple(shape))
 
 
 def _numpy(x: torch.Tensor) -> Array:
@@ -103,13 +129,18 @@ def pair_angle(
     if redo.any():
         where = np.nonzero(redo)
         index = tuple(torch.from_numpy(i).to(a.device) for i in where)
-        unit_a = a[index].double().cpu() / torch.from_numpy(norm_a[where])[:, None]
-        unit_b = b[index].double().cpu() / torch.from_numpy(norm_b[where])[:, None]
+        unit_a, unit_b = _unit64(a[index]), _unit64(b[index])
         theta[where] = 2.0 * np.arctan2(
             torch.linalg.vector_norm(unit_a - unit_b, dim=-1).numpy(),
             torch.linalg.vector_norm(unit_a + unit_b, dim=-1).numpy(),
         )
     return theta
+
+
+def _unit64(x: torch.Tensor) -> torch.Tensor:
+    x = x.double().cpu()
+    x = x / x.abs().amax(-1, keepdim=True)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 @dataclass
@@ -135,27 +166,42 @@ class Walk:
     hop_turn: Array | None = None
     hop_diff: Array | None = None
 
-    @property
+    @cached_property
     def step_ok(self) -> Bools:
         """Steps whose two states are valid, [S, B, T]."""
         return self.valid[1:] & self.valid[:-1]
 
-    @property
+    @cached_property
     def step_keep(self) -> Bools:
         """Steps whose two states enter aggregates, [S, B, T]."""
         return self.keep[1:] & self.keep[:-1]
 
-    @property
+    @cached_property
+    def step_terms(self) -> Terms:
+        """Steps as terms of an aggregate."""
+        return Terms(self.step_ok, self.step_keep, self.n_states)
+
+    @cached_property
+    def state_terms(self) -> Terms:
+        """States as terms of an aggregate."""
+        return Terms(self.valid, self.keep, self.n_states)
+
+    @cached_property
     def moved(self) -> Bools:
         """Steps whose update is not zero up to rounding, [S, B, T]."""
         return _moved(self.diff, self.norm[:-1], self.norm[1:], self.eps)
 
-    @property
+    @cached_property
+    def n_states(self) -> Any:
+        """Per row, states that enter aggregates."""
+        return self.keep.sum((0, 2))
+
+    @cached_property
     def n_nonfinite(self) -> Any:
         """Per row, states of aggregate units that are not finite."""
         return (self.keep & np.isnan(self.norm)).sum((0, 2))
 
-    @property
+    @cached_property
     def n_invalid(self) -> Any:
         """Per row, states of aggregate units that are invalid for any reason."""
         return (self.keep & ~self.valid).sum((0, 2))
@@ -218,7 +264,7 @@ def walk(
     budget = CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_DEVICE
     row_bytes = n_units * max(dim, 1) * (8 if dtype == torch.float64 else 4)
     rows = min(batch, max(1, budget // row_bytes))
-    depths = max(1, budget // (rows * row_bytes))
+    depths = min(n_depths, max(1, budget // (rows * row_bytes)))
     with torch.no_grad():
         for start in range(0, batch, rows):
             _Pass(states, out, slice(start, min(start + rows, batch)), dtype, depths, steps and n_steps > 0).run()
@@ -235,35 +281,38 @@ class _Pass:
         self.all_rows = rows.stop - rows.start == states[0].shape[0]
         self.update: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
-        self.buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def run(self) -> None:
-        last = self._cast(self.states[0])
-        self._settle(0, last[None])
-        n_depths = len(self.states)
-        for low in range(1, n_depths, self.depths):
+        n_depths, low = len(self.states), 0
+        last: torch.Tensor | None = None
+        while low < n_depths:
             high = min(low + self.depths, n_depths)
-            if high - low == 1:
-                before, now = last[None], self._cast(self.states[low])[None]
+            new = [self._cast(s) for s in self.states[low:high]]
+            if last is None and len(new) > 1:
+                block = self._stack(new)
+                before, now, all_new = block[:-1], block[1:], block
+            elif last is None:
+                before, now, all_new = new[0][None, :0], new[0][None, :0], new[0][None]
+            elif len(new) == 1:
+                before, now, all_new = last[None], new[0][None], new[0][None]
             else:
-                block = torch.stack([last, *(self._cast(s) for s in self.states[low:high])])
-                before, now = block[:-1], block[1:]
-            self._settle(low, now)
-            if self.steps:
-                self._step(low, before, now)
-            last = now[-1]
+                block = self._stack([last, *new])
+                before, now, all_new = block[:-1], block[1:], block[1:]
+            self._settle(low, all_new)
+            if self.steps and now.shape[1]:
+                self._step(high - now.shape[0], before, now)
+            last = new[-1]
+            low = high
         if self.out.sync is not None and self.total is not None:
             self.out.sync[self.rows] = norms(self.total) ** 2
 
     def _cast(self, state: torch.Tensor) -> torch.Tensor:
-        state = state.detach()
-        return (state if self.all_rows else state[self.rows]).to(self.dtype)
+        state = state if self.all_rows else state[self.rows]
+        return state if state.dtype == self.dtype else state.to(self.dtype)
 
-    def _buffer(self, like: torch.Tensor, which: int) -> torch.Tensor:
-        pair = self.buffers.setdefault(tuple(like.shape), [])
-        while len(pair) <= which:
-            pair.append(torch.empty(like.shape, dtype=like.dtype, device=like.device))
-        return pair[which]
+    @staticmethod
+    def _stack(pieces: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(pieces, out=workspace("block", pieces[0], (len(pieces), *pieces[0].shape)))
 
     def _settle(self, low: int, now: torch.Tensor) -> None:
         """Norms and validity of the depths that just came in, and relations between their units."""
@@ -272,47 +321,61 @@ class _Pass:
         out.norm[span, rows] = norm
         out.valid[span, rows] = validity(norm, out.real[span, rows], out.keep[span, rows])
         if out.hop is not None:
-            out.hop[span, rows] = pair_angle(now[:, :, :-1], now[:, :, 1:], norm[..., :-1], norm[..., 1:])
+            a, b = now[:, :, :-1], now[:, :, 1:]
+            out.hop[span, rows] = pair_angle(a, b, norm[..., :-1], norm[..., 1:], workspace("chord", a))
         if out.hop_turn is not None and out.hop_diff is not None:
-            hops = now[:, :, 1:] - now[:, :, :-1]
+            hops = torch.sub(now[:, :, 1:], now[:, :, :-1], out=workspace("hops", now[:, :, 1:]))
             length = norms(hops)
             out.hop_diff[span, rows] = length
-            out.hop_turn[span, rows] = pair_angle(hops[:, :, :-1], hops[:, :, 1:], length[..., :-1], length[..., 1:])
+            a, b = hops[:, :, :-1], hops[:, :, 1:]
+            out.hop_turn[span, rows] = pair_angle(a, b, length[..., :-1], length[..., 1:], workspace("chord", a))
 
     def _step(self, low: int, before: torch.Tensor, now: torch.Tensor) -> None:
-        """Everything that relates depth l to depth l + 1."""
+        """Everything that relates depth l to depth l + 1; ``low`` is the depth of ``now[0]``."""
         out, rows = self.out, self.rows
         count = now.shape[0]
         span = slice(low - 1, low - 1 + count)
         norm_a, norm_b = out.norm[low - 1 : low - 1 + count, rows], out.norm[low : low + count, rows]
-        spare = self._buffer(now, 0)
-        out.angle[span, rows] = pair_angle(before, now, norm_a, norm_b, spare)
-        update = torch.sub(now, before, out=spare)
+        out.angle[span, rows] = pair_angle(before, now, norm_a, norm_b, workspace("chord", now))
+        # the previous block's last update stays readable while this one is written into the other buffer
+        update = torch.sub(now, before, out=workspace(f"update{low // self.depths % 2}", now))
         length = norms(update)
         out.diff[span, rows] = length
         if out.turn is not None:
             self._turn(span, update, length)
-        if out.sync is not None and out.sync_count is not None:
-            usable = out.valid[low - 1 : low - 1 + count, rows] & out.valid[low : low + count, rows]
-            usable &= out.keep[low - 1 : low - 1 + count, rows] & out.keep[low : low + count, rows]
-            usable &= _moved(length, norm_a, norm_b, out.eps)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                weight = np.where(usable, 1.0 / length, 0.0)
-            broken = ~np.isfinite(length)
-            if broken.any():
-                update[tuple(torch.from_numpy(i).to(update.device) for i in np.nonzero(broken))] = 0.0
-            units = update.mul_(torch.from_numpy(weight).to(update.device, update.dtype)[..., None]).sum(0)
-            self.total = units if self.total is None else self.total.add_(units)
-            out.sync_count[rows] += usable.sum(0)
+        if out.sync is not None:
+            self._sync(low, update, length, norm_a, norm_b)
 
     def _turn(self, span: slice, update: torch.Tensor, length: Array) -> None:
         """Angles between successive updates, across block borders too."""
         out, rows = self.out, self.rows
         assert out.turn is not None
         if self.update is not None:
-            first = pair_angle(self.update, update[0], out.diff[span.start - 1, rows], length[0])
-            out.turn[span.start - 1, rows] = first
+            a, b = self.update, update[0]
+            out.turn[span.start - 1, rows] = pair_angle(
+                a, b, out.diff[span.start - 1, rows], length[0], workspace("chord", b)
+            )
         if update.shape[0] > 1:
-            angles = pair_angle(update[:-1], update[1:], length[:-1], length[1:])
-            out.turn[span.start : span.stop - 1, rows] = angles
-        self.update = update[-1].clone()
+            a, b = update[:-1], update[1:]
+            out.turn[span.start : span.stop - 1, rows] = pair_angle(
+                a, b, length[:-1], length[1:], workspace("chord", a)
+            )
+        self.update = update[-1]
+
+    def _sync(self, low: int, update: torch.Tensor, length: Array, norm_a: Array, norm_b: Array) -> None:
+        """Add the unit updates of this block to the sum over depth."""
+        out, rows, count = self.out, self.rows, update.shape[0]
+        assert out.sync_count is not None
+        usable = out.valid[low - 1 : low - 1 + count, rows] & out.valid[low : low + count, rows]
+        usable &= out.keep[low - 1 : low - 1 + count, rows] & out.keep[low : low + count, rows]
+        usable &= _moved(length, norm_a, norm_b, out.eps)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = np.where(usable, 1.0 / length, 0.0)
+        factor = torch.from_numpy(weight).to(update.device, update.dtype)[..., None]
+        units = torch.mul(update, factor, out=workspace("chord", update))
+        broken = ~np.isfinite(length)
+        if broken.any():
+            units[tuple(torch.from_numpy(i).to(update.device) for i in np.nonzero(broken))] = 0.0
+        added = units[0] if count == 1 else units.sum(0)
+        self.total = added.clone() if self.total is None else self.total.add_(added)
+        out.sync_count[rows] += usable.sum(0)

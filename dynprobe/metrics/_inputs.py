@@ -36,7 +36,7 @@ def _tensor(x: Any, metric_id: str) -> torch.Tensor:
     else:
         try:
             array = np.asarray(x)
-            if array.dtype.kind in "iub" or array.size == 0 and array.dtype.kind != "f":
+            if array.dtype.kind in "iub":
                 array = array.astype(np.float64)
             out = torch.from_numpy(np.ascontiguousarray(array))
         except (TypeError, ValueError) as error:

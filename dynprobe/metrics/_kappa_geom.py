@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics._geometry import NEAR_ZERO, norms, validity
+from dynprobe.metrics._geometry import CHUNK_BYTES, CHUNK_BYTES_DEVICE, NEAR_ZERO, norms, validity
 from dynprobe.metrics._inputs import as_trajectory
-from dynprobe.metrics._reduce import mean_of_profile, share
+from dynprobe.metrics._reduce import Terms, mean_of_profile, share
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores
 
@@ -45,15 +45,25 @@ def _windows(keep: Bools, size: int) -> Any:
     return index.reshape(len(counts), n_windows, size)
 
 
-def _u_centre(gram: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """U-centred matrix on the given units; zero on the diagonal and outside. ``gram`` [G, W, W], ``units`` [G, W]."""
-    pair = units[:, :, None] & units[:, None, :]
-    pair.diagonal(dim1=1, dim2=2).zero_()
-    k = torch.where(pair, gram, 0.0)
-    n = units.sum(-1).to(gram.dtype).clamp(min=3.0)[:, None, None]
+def _u_centre(k: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """U-centred matrices on the given units, in place; zero on the diagonal and outside.
+
+    ``k`` is [..., G, W, W], ``units`` bool [G, W].
+    """
+    pair = None if bool(units.all()) else (units[:, :, None] & units[:, None, :]).to(k.dtype)
+    n = units.sum(-1).to(k.dtype).clamp(min=3.0)[:, None, None]
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    if pair is not None:
+        k *= pair
     row = k.sum(-1, keepdim=True)
     total = row.sum(-2, keepdim=True)
-    return torch.where(pair, k - (row + row.transpose(1, 2)) / (n - 2.0) + total / ((n - 1.0) * (n - 2.0)), 0.0)
+    row = row / (n - 2.0) - total / (2.0 * (n - 1.0) * (n - 2.0))
+    k -= row
+    k -= row.transpose(-1, -2)
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    if pair is not None:
+        k *= pair
+    return k
 
 
 class _Windows:
@@ -64,34 +74,38 @@ class _Windows:
         self.shape = index.shape
         self.there = index >= 0
         self.rows = np.arange(index.shape[0])[:, None, None]
-        whole = index.shape[1] == 1 and bool((index == np.arange(index.shape[2])).all())
-        self.whole = index.shape[2] if whole else None
+        self.groups, self.size = index.shape[0] * index.shape[1], index.shape[2]
+        self.whole = index.shape[1] == 1 and bool((index == np.arange(index.shape[2])).all())
 
     def take(self, array: Any) -> Any:
-        """[B, T] → [B, windows, size]."""
-        return array[self.rows, np.maximum(self.index, 0)]
+        """[D, B, T] → [D, G, W]."""
+        taken = array[:, self.rows, np.maximum(self.index, 0)]
+        return taken.reshape(len(array), self.groups, self.size)
 
-    def gram(self, state: torch.Tensor, norm: Array, valid: Bools) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shifted cosines [G, W, W] in float64 and usable units [G, W]."""
-        usable = self.take(valid) & self.there
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scale = np.where(usable, 1.0 / self.take(norm), 0.0)
-        groups, size = self.shape[0] * self.shape[1], self.shape[2]
-        state = state.detach()
-        if self.whole is not None:
-            x = state[:, : self.whole].to(self.dtype)
+    def gather(self, state: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim] → [G, W, dim]."""
+        if self.whole:
+            x = state[:, : self.size]
         else:
             rows = torch.from_numpy(np.broadcast_to(self.rows, self.shape).reshape(-1).copy()).to(state.device)
             cols = torch.from_numpy(np.maximum(self.index, 0).reshape(-1)).to(state.device)
-            x = state[rows, cols].to(self.dtype)
-        x = x.reshape(groups, size, -1)
-        flags = torch.from_numpy(usable.reshape(groups, size))
-        unit = x * torch.from_numpy(scale.reshape(groups, size, 1)).to(x.device, x.dtype)
+            x = state[rows, cols]
+        return x.reshape(self.groups, self.size, -1)
+
+    def grams(self, states: Sequence[torch.Tensor], scale: Array, usable: Bools) -> torch.Tensor:
+        """Shifted cosines [k, G, W, W] in float64 of k depths of one width; ``scale`` is 1/norm, 0 where unusable."""
+        pieces = [self.gather(s.detach()).to(self.dtype) for s in states]
+        x = pieces[0][None] if len(pieces) == 1 else torch.stack(pieces)
+        unit = x * torch.from_numpy(scale[..., None]).to(x.device, x.dtype)
+        count = torch.from_numpy(np.maximum(usable.sum(-1), 1)).to(x.device, x.dtype)[..., None, None]
         if not usable.all():
-            unit = torch.where(flags.to(x.device)[..., None], unit, 0.0)
-        count = flags.sum(-1).clamp(min=1).to(unit.device, unit.dtype)[:, None, None]
-        unit = unit - unit.sum(1, keepdim=True) / count
-        return torch.bmm(unit, unit.transpose(1, 2)).double().cpu(), flags
+            # a product with scale 0 would keep NaN, and the mean must not reach into unusable rows
+            flags = torch.from_numpy(usable[..., None]).to(x.device)
+            unit = torch.where(flags, unit, 0.0)
+        unit -= unit.sum(-2, keepdim=True) / count
+        flat = unit.flatten(0, 1)
+        gram = torch.bmm(flat, flat.transpose(1, 2)).double().cpu()
+        return gram.view(len(states), self.groups, self.size, self.size)
 
 
 def kappa_geom(
@@ -119,26 +133,23 @@ def kappa_geom(
         raise MetricError(f"kappa.geom/1 needs windows of at least {MIN_UNITS} units, found W={W}.")
     n_depths, batch = len(states), keep.shape[1]
     profile = np.full((max(n_depths - 1, 0), batch), np.nan)
-    extras = {"n_degenerate": np.zeros(batch, np.int64)}
-    step_keep = keep[1:] & keep[:-1]
-    step_ok = valid[1:] & valid[:-1] & step_keep
-    n_pair = step_ok.sum(-1)
-    if n_depths > 1 and n_pair.max(initial=0) >= MIN_UNITS:
+    degenerate = np.zeros(batch, np.int64)
+    terms = Terms(valid[1:] & valid[:-1], keep[1:] & keep[:-1], keep.sum((0, 2)))
+    if n_depths > 1 and terms.n_ok.max(initial=0) >= MIN_UNITS:
         windows = _Windows(_windows(keep, W), dtype)
         with torch.no_grad():
-            _fill(profile, extras["n_degenerate"], windows, states, norm, valid & keep, eps)
-    few = n_pair < MIN_UNITS
+            _fill(profile, degenerate, windows, states, norm, valid & keep, eps)
+    few = terms.n_ok < MIN_UNITS
+    some_few = bool(few.any())
     scores = mean_of_profile(
         np.where(few, np.nan, profile),
-        step_ok,
-        step_keep,
-        n_states=keep.sum((0, 2)),
+        terms,
         short=n_depths < 2,
-        few=few.all(0) if n_depths > 1 else False,
-        few_profile=few,
+        few=few.all(0) if some_few and n_depths > 1 else False,
+        few_profile=few if some_few else None,
     )
     scores.extras = {
-        **extras,
+        "n_degenerate": degenerate,
         "n_invalid": (keep & ~valid).sum((0, 2)),
         "n_nonfinite": (keep & np.isnan(norm)).sum((0, 2)),
     }
@@ -154,31 +165,55 @@ def _fill(
     ok: Bools,
     eps: float,
 ) -> None:
-    batch, n_windows = windows.shape[:2]
-    before = windows.gram(states[0], norm[0], ok[0])
-    centred: torch.Tensor | None = None
-    for step in range(len(states) - 1):
-        now = windows.gram(states[step + 1], norm[step + 1], ok[step + 1])
-        if torch.equal(before[1], now[1]):
-            units = now[1]
-            a = _u_centre(*before) if centred is None else centred
-            b = centred = _u_centre(*now)
+    """Fill the profile, a block of depths at a time while the usable units do not change, else step by step."""
+    usable = windows.take(ok) & windows.there.reshape(windows.groups, windows.size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where(usable, 1.0 / windows.take(norm), 0.0)
+    n_depths = len(states)
+    steady = bool((usable == usable[:1]).all()) and len({s.shape[-1] for s in states}) == 1
+    bytes_per_depth = windows.groups * windows.size * max(states[0].shape[-1] * 4, windows.size * 16)
+    block = max(1, (CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_DEVICE) // bytes_per_depth)
+    block = block if steady else 1
+    before: torch.Tensor | None = None
+    before_raw: torch.Tensor | None = None
+    for low in range(0, n_depths, block):
+        high = min(low + block, n_depths)
+        raw = windows.grams(states[low:high], scale[low:high], usable[low:high])
+        units = torch.from_numpy(usable[low])
+        if steady:
+            now = _u_centre(raw, units)
+            chain = now if before is None else torch.cat([before, now])
+            if len(chain) < 2:
+                before = chain
+                continue
+            own = torch.linalg.vecdot(chain.flatten(2), chain.flatten(2)).numpy()
+            cross = torch.linalg.vecdot(chain[:-1].flatten(2), chain[1:].flatten(2)).numpy()
+            start = low if before is None else low - 1
+            counts = np.broadcast_to(usable[0].sum(-1), cross.shape)
+            _close(profile[start : high - 1], degenerate, own[:-1], own[1:], cross, counts, eps)
+            before = now[-1:]
         else:
-            units = before[1] & now[1]
-            a, b, centred = _u_centre(before[0], units), _u_centre(now[0], units), None
-        n = units.sum(-1).numpy()
-        aa, bb, ab = ((p * q).sum((1, 2)).numpy() for p, q in ((a, a), (b, b), (a, b)))
-        pairs = np.maximum(n * (n - 1), 1)
-        floor = (NEAR_ZERO * eps) ** 2
-        enough = n >= MIN_UNITS
-        flat = enough & ((aa / pairs <= floor) | (bb / pairs <= floor))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = 1.0 - ab / np.sqrt(aa * bb)
-        good = (enough & ~flat).reshape(batch, n_windows)
-        total = np.where(good, value.reshape(batch, n_windows), 0.0).sum(-1)
-        profile[step] = share(total, good.sum(-1))
-        degenerate += flat.reshape(batch, n_windows).sum(-1)
-        before = now
+            if before_raw is not None:
+                both = torch.from_numpy(usable[low - 1] & usable[low])
+                a, b = _u_centre(before_raw, both), _u_centre(raw.clone(), both)
+                aa, bb, ab = ((p * q).sum((-1, -2)).numpy() for p, q in ((a, a), (b, b), (a, b)))
+                counts = both.sum(-1).numpy()[None]
+                _close(profile[low - 1 : low], degenerate, aa, bb, ab, counts, eps)
+            before_raw = raw
+
+
+def _close(profile: Array, degenerate: Any, aa: Array, bb: Array, ab: Array, n: Any, eps: float) -> None:
+    """Inner products [S, G] of U-centred matrices on n units to 1 − CKA, mean over the windows of a row."""
+    steps, batch = profile.shape
+    floor = (NEAR_ZERO * eps) ** 2 * np.maximum(n * (n - 1), 1)
+    enough = n >= MIN_UNITS
+    flat = enough & ((aa <= floor) | (bb <= floor))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = 1.0 - ab / np.sqrt(aa * bb)
+    good = (enough & ~flat).reshape(steps, batch, -1)
+    total = np.where(good, value.reshape(good.shape), 0.0).sum(-1)
+    profile[:] = share(total, good.sum(-1))
+    degenerate += flat.reshape(steps, batch, -1).sum((0, 2))
 
 
 def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:

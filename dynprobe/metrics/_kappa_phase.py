@@ -15,7 +15,7 @@ import numpy as np
 from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import Walk, walk
 from dynprobe.metrics._inputs import as_trajectory
-from dynprobe.metrics._reduce import mean_of_profile, mean_over_units, share
+from dynprobe.metrics._reduce import mean_of_profile, share
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
 
@@ -24,16 +24,9 @@ __all__ = ["kappa_phase"]
 
 def kappa_phase(w: Walk) -> Scores:
     """Score every row of a walk; ``per_unit`` also covers units that exist but stay out of the aggregates."""
-    ok, keep = w.step_ok & w.step_keep, w.step_keep
     lag = w.angle / np.pi
-    scores = mean_of_profile(
-        mean_over_units(lag, ok),
-        ok,
-        keep,
-        n_states=w.keep.sum((0, 2)),
-        short=len(w.norm) < 2,
-        per_unit=_per_unit(lag, w.step_ok, w.real[1:] & w.real[:-1]),
-    )
+    per_unit = _per_unit(lag, w.step_ok, w.real[1:] & w.real[:-1])
+    scores = mean_of_profile(w.step_terms.mean(lag), w.step_terms, short=len(w.norm) < 2, per_unit=per_unit)
     scores.extras = {
         "kappa_path": np.pi * max(len(w.norm) - 1, 0) * scores.value,
         "n_invalid": w.n_invalid,
@@ -51,8 +44,8 @@ def _per_unit(lag: Array, ok: Any, keep: Any) -> Array:
 def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
     if params["centre"] != "none":
         raise MetricError(
-            "kappa.phase/1 knows centre=none only: centring by the calibration mean inverts the sign of the response to "
-            "early injection, so it is not offered under this id."
+            "kappa.phase/1 knows centre=none only: centring by the calibration mean inverts the sign of the response "
+            "to early injection, so it is not offered under this id."
         )
     (x,) = inputs
     t = as_trajectory(x, mask, metric_id)
@@ -71,7 +64,7 @@ register(
         value_range="[0, 1]; 0 in phase, 0.5 quadrature, 1 anti-phase",
         unit="half-turns",
         invariances=frozenset({"R", "S", "S_l", "P", "T", "scale-per-state"}),
-        source="dynprobe; angular distance of Gromov et al. (arXiv 2403.17887) at n = 1, averaged over units and depths",
+        source="dynprobe; angular distance of Gromov et al. (arXiv 2403.17887) at n = 1, averaged",
         params={"centre": "none"},
         column="kappa_phase",
         levels={

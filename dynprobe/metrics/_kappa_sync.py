@@ -70,8 +70,9 @@ register(
         id="kappa.sync/1",
         sentence="One minus the mean pairwise cosine of a unit's updates over all depths.",
         formula=(
-            "u_{l,n} = (x_{l+1,n} − x_{l,n})/‖·‖ over valid non-zero updates, M_n ≥ 2 of them; R_n² = ‖(1/M_n) Σ_l u_{l,n}‖²; "
-            "C_n = (M_n·R_n² − 1)/(M_n − 1); κ_sync = 1 − mean_n C_n; zero means ≤ 16·eps·max(‖x_l‖, ‖x_{l+1}‖)"
+            "u_{l,n} = (x_{l+1,n} − x_{l,n})/‖·‖ over valid non-zero updates, M_n ≥ 2 of them; "
+            "R_n² = ‖(1/M_n) Σ_l u_{l,n}‖²; C_n = (M_n·R_n² − 1)/(M_n − 1); "
+            "κ_sync = 1 − mean_n C_n; zero means ≤ 16·eps·max(‖x_l‖, ‖x_{l+1}‖)"
         ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, M/(M−1)]",

@@ -21,35 +21,37 @@ __all__ = ["kappa_xcorr"]
 MIN_SAMPLES = 3
 
 
-def _mean_correlation(delta: Array, ok: Bools, floor: float) -> tuple[float, int]:
-    """Mean Pearson correlation over pairs of channels of [D, t], and the number of channels kept."""
-    live = [row for row in range(len(delta)) if ok[row].sum() and np.ptp(delta[row, ok[row]]) > floor]
-    values = []
+def _mean_correlation(delta: Array, ok: Bools, floor: float) -> tuple[float, int, bool]:
+    """Mean Pearson correlation over pairs of channels of [D, t], channels kept, and whether samples sufficed."""
+    live = [row for row in range(len(delta)) if ok[row].any() and np.ptp(delta[row, ok[row]]) > floor]
+    values, sampled = [], False
     for i, low in enumerate(live):
         for high in live[i + 1 :]:
             both = ok[low] & ok[high]
             if both.sum() < MIN_SAMPLES:
                 continue
+            sampled = True
             a, b = delta[low, both], delta[high, both]
             if np.ptp(a) <= floor or np.ptp(b) <= floor:
                 continue
             a, b = a - a.mean(), b - b.mean()
             values.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
-    return (float(np.mean(values)) if values else float("nan")), len(live)
+    return (float(np.mean(values)) if values else float("nan")), len(live), sampled
 
 
-def _mean_correlation_dense(delta: Array, ok: Bools, floor: float) -> tuple[Array, Any]:
+def _mean_correlation_dense(delta: Array, ok: Bools, floor: float) -> tuple[Array, Any, Bools]:
     """The same for rows whose channels share their valid samples: ``delta`` [D, B, t], ``ok`` [B, t]."""
     count = ok.sum(-1)
     high = np.where(ok, delta, -np.inf).max(-1, initial=-np.inf)
     low = np.where(ok, delta, np.inf).min(-1, initial=np.inf)
     with np.errstate(invalid="ignore", divide="ignore"):
-        live = (high - low > floor) & (count >= MIN_SAMPLES)
+        live = high - low > floor
         centred = np.where(ok, delta - share(np.where(ok, delta, 0.0).sum(-1), count)[..., None], 0.0)
         z = np.where(live[..., None], centred / np.sqrt((centred**2).sum(-1))[..., None], 0.0)
     n = live.sum(0)
     total = ((z.sum(0) ** 2).sum(-1) - n) / 2.0
-    return share(total, n * (n - 1) / 2.0), n
+    sampled = count >= MIN_SAMPLES
+    return np.where(sampled, share(total, n * (n - 1) / 2.0), np.nan), n, sampled
 
 
 def kappa_xcorr(w: Walk, keep: Bools | None = None) -> Scores:
@@ -60,11 +62,11 @@ def kappa_xcorr(w: Walk, keep: Bools | None = None) -> Scores:
     hop_ok = w.valid[..., 1:] & w.valid[..., :-1] & hop_keep
     delta = np.zeros(hop_keep.shape) if w.hop is None else 2.0 * np.sin(w.hop / 2.0)
     floor = NEAR_ZERO * w.eps
-    mean, live = np.full(batch, np.nan), np.zeros(batch, np.int64)
+    mean, live, sampled = np.full(batch, np.nan), np.zeros(batch, np.int64), np.zeros(batch, bool)
     if n_depths and n_tokens > 1:
-        mean, live = _mean_correlation_dense(delta, hop_ok[0], floor)
+        mean, live, sampled = _mean_correlation_dense(delta, hop_ok[0], floor)
         for row in np.flatnonzero((hop_ok != hop_ok[:1]).any((0, 2))):
-            mean[row], live[row] = _mean_correlation(delta[:, row], hop_ok[:, row], floor)
+            mean[row], live[row], sampled[row] = _mean_correlation(delta[:, row], hop_ok[:, row], floor)
     n_ok, n_keep = hop_ok.sum((0, 2)), hop_keep.sum((0, 2))
     tokens = keep.any(0).sum(-1) if n_depths else np.zeros(batch, np.int64)
     reason = first_reason(
@@ -75,7 +77,8 @@ def kappa_xcorr(w: Walk, keep: Bools | None = None) -> Scores:
         (n_keep == 0, "empty"),
         (2 * n_ok < n_keep, "coverage"),
         (live < 2, "depth<2"),
-        (np.isnan(mean), "coverage"),
+        (~sampled, "tokens<4"),
+        (np.isnan(mean), "depth<2"),
     )
     undefined = np.fromiter((r is not None for r in reason), bool, batch)
     return Scores(
@@ -102,8 +105,8 @@ register(
         id="kappa.xcorr/1",
         sentence="One minus the mean correlation, over tokens, of the movement at two depths.",
         formula=(
-            "δ_l(t) = ‖x̂_{l,t} − x̂_{l,t−1}‖; κ_xcorr = 1 − mean_{l<m} corr_t(δ_l, δ_m), Pearson over the t with t−1 and t "
-            "valid at both depths, at least 3; channels with max − min ≤ 16·eps dropped"
+            "δ_l(t) = ‖x̂_{l,t} − x̂_{l,t−1}‖; κ_xcorr = 1 − mean_{l<m} corr_t(δ_l, δ_m), Pearson over the t with t−1 "
+            "and t valid at both depths, at least 3; channels with max − min ≤ 16·eps dropped"
         ),
         input="trajectory[depth,unit,dim], units in order of time",
         value_range="[0, D/(D−1)], D = channels kept",

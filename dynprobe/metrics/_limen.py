@@ -1,7 +1,7 @@
 """``limen.ratio`` and its companions: how bursty a series of ct values is.
 
 ratio = max/mean is published, and needs three warnings. It grows with the length of the series even for structureless
-noise (the expectation for exponential values is the harmonic number H_T), so compare at equal T only. It usually *falls*
+noise (for exponential values the expectation is the harmonic number H_T): compare at equal T only. It usually *falls*
 under perturbation, because noise lifts the mean. And it says nothing for a single value. ``limen.qratio`` and
 ``limen.gini`` are the length-robust companions; ``limen.regime`` names the published bands and leaves the gaps between
 them gaps.
@@ -55,7 +55,8 @@ def gini(v: Values) -> Scores:
     place = np.arange(1, v.x.shape[1] + 1)
     weight = np.where(place <= v.n[:, None], 2 * place - v.n[:, None] - 1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ordered = np.where(weight == 0, 0.0, v.sorted)
+        # the weights sum to zero, so the smallest value can be taken off first: equal values then give exactly 0
+        ordered = np.where(weight == 0, 0.0, v.sorted - v.sorted[:, :1])
         value = (weight * ordered).sum(-1) / (v.n.astype(float) ** 2 * v.mean)
     return v.scores(value, v.reasons((v.mean == 0, "zero-denominator")))
 
@@ -95,7 +96,7 @@ def regimes(of: Scores) -> Scores:
 
 
 def _values(inputs: tuple[Any, ...], mask: Any, metric_id: str) -> tuple[Values, str]:
-    s = as_series(*inputs, mask, metric_id)
+    s = as_series(inputs[0], mask, metric_id)
     return Values(s.values, s.ok, s.keep), s.dtype
 
 

@@ -123,8 +123,9 @@ register(
         id="limen.ct/1",
         sentence="Chord between neighbouring unit states times the angle by which the chord turned.",
         formula=(
-            "ĥ_t = h_t/‖h_t‖; v_t = ĥ_t − ĥ_{t−1}; delta_t = ‖v_t‖; curv_t = angle(v_{t−1}, v_t); ct_t = delta_t·curv_t for "
-            "t ≥ 2; 0 and counted as stall if delta_t or delta_{t−1} ≤ 16·eps; value = mean over valid t"
+            "ĥ_t = h_t/‖h_t‖; v_t = ĥ_t − ĥ_{t−1}; delta_t = ‖v_t‖; curv_t = angle(v_{t−1}, v_t); "
+            "ct_t = delta_t·curv_t for t ≥ 2; 0 and counted as stall if delta_t or delta_{t−1} ≤ 16·eps; "
+            "value = mean over valid t"
         ),
         input="tokens[pos,dim]",
         value_range="[0, 2π]",
@@ -148,8 +149,8 @@ register(
         id="limen.ct2/1",
         sentence="Chord between neighbouring unit states times the norm of the second difference.",
         formula=(
-            "ct2_t = delta_t·‖ĥ_{t+1} − 2ĥ_t + ĥ_{t−1}‖, delta_t = ‖ĥ_t − ĥ_{t−1}‖, 1 ≤ t ≤ T−2; 0 and counted as stall if "
-            "delta_t ≤ 16·eps; value = mean over valid t"
+            "ct2_t = delta_t·‖ĥ_{t+1} − 2ĥ_t + ĥ_{t−1}‖, delta_t = ‖ĥ_t − ĥ_{t−1}‖, 1 ≤ t ≤ T−2; "
+            "0 and counted as stall if delta_t ≤ 16·eps; value = mean over valid t"
         ),
         input="tokens[pos,dim]",
         value_range="[0, 8]",

@@ -1,7 +1,7 @@
 """``measure``: all state metrics of a batch in one pass, the road every run takes.
 
 The states are read once (:func:`~dynprobe.metrics._geometry.walk`), then everything is arithmetic on small arrays over
-the whole batch. Results come at the four levels of the run folder: ``depth`` (one value per depth and token), ``token``,
+the whole batch. Results come at the levels of the run folder: ``depth`` (one value per depth and token), ``token``,
 ``profile`` (one per depth) and ``sample`` (one :class:`Result` per row and column). A float64 measurement equals
 :func:`~dynprobe.metrics.compute` on the same row, whatever the padding: the two share their implementation.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,6 @@ class Measurement:
         depth: Column → [depths, B, T]; row d holds the step d−1 → d; NaN where undefined.
         token: Column → [B, T].
         profile: Column → [depths, B].
-        profile_coverage: Coverage of each profile entry.
-        profile_reason: Reason of each NaN in a profile; ``first`` on rows that no step leads into.
         sample: One dict per row, column → :class:`Result`.
         n_nonfinite: Per row, states of real tokens with a NaN or infinite component.
         keep: Tokens that enter aggregates [B, T].
@@ -53,8 +51,6 @@ class Measurement:
     depth: dict[str, NDArray[Any]]
     token: dict[str, NDArray[Any]]
     profile: dict[str, NDArray[Any]]
-    profile_coverage: dict[str, NDArray[Any]]
-    profile_reason: dict[str, NDArray[np.object_]]
     sample: list[dict[str, Result]]
     n_nonfinite: NDArray[np.int64]
     keep: Bools
@@ -62,6 +58,31 @@ class Measurement:
     extractor_id: str
     dtype: str
     ids: dict[str, str] = field(default_factory=dict)
+    _scores: dict[str, Scores] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def profile_coverage(self) -> dict[str, NDArray[Any]]:
+        """Coverage of each profile entry; NaN on rows without one."""
+        out = {}
+        for column, grid in self.profile.items():
+            out[column] = np.full(grid.shape, np.nan)
+            coverage = self._scores[column].profile_coverage
+            assert coverage is not None
+            out[column][len(grid) - len(coverage) :] = coverage
+        return out
+
+    @cached_property
+    def profile_reason(self) -> dict[str, NDArray[np.object_]]:
+        """Reason of each NaN in a profile; ``first`` on rows that no step leads into."""
+        out = {}
+        for column, grid in self.profile.items():
+            scores = self._scores[column]
+            assert scores.profile is not None
+            out[column] = np.full(grid.shape, None, dtype=object)
+            offset = len(grid) - len(scores.profile)
+            out[column][:offset] = "first"
+            out[column][offset:] = scores.profile_reason
+        return out
 
     @property
     def low_precision(self) -> bool:
@@ -78,6 +99,7 @@ class _Item(NamedTuple):
 
 class _Plan(NamedTuple):
     items: tuple[_Item, ...]
+    bare: frozenset[str]
     turn: bool
     sync: bool
     hop: bool
@@ -101,10 +123,11 @@ def _plan(ids: tuple[str, ...]) -> _Plan:
             )
         full = str(parsed._replace(extraction={}))
         items[full] = _Item(parsed.id, parsed.params, full, column_name(full))
-    bare = {item.id for item in items.values()}
+    bare = frozenset(item.id for item in items.values())
     on_ct = {k for k in bare if k.startswith(("limen.", "debt.", "collapse."))} - {"limen.ct2/1"}
     return _Plan(
         tuple(items.values()),
+        bare,
         turn="curv.depth/1" in bare,
         sync="kappa.sync/1" in bare,
         hop="kappa.xcorr/1" in bare,
@@ -125,13 +148,14 @@ def _read_states(states: Any) -> list[torch.Tensor]:
     out = [states[d] for d in range(len(states))]
     if not out:
         raise MetricError("measure: no depths were given.")
-    if any(s.ndim != 3 for s in out):
+    shapes = {s.shape for s in out}
+    if any(len(shape) != 3 for shape in shapes):
         raise MetricError(
-            f"measure takes states [batch, pos, dim], found {list(out[0].shape)}. For states with slots make the slots the "
-            "units: states.flatten(0, 1) gives rows of [slot, dim]; then sink=0."
+            f"measure takes states [batch, pos, dim], found {list(out[0].shape)}. For states with slots make the slots "
+            "the units: states.flatten(0, 1) gives rows of [slot, dim]; then sink=0."
         )
-    if any(s.shape != out[0].shape for s in out):
-        raise MetricError(f"measure needs one shape at all depths, found {sorted({tuple(s.shape) for s in out})}.")
+    if len(shapes) > 1:
+        raise MetricError(f"measure needs one shape at all depths, found {sorted(map(tuple, shapes))}.")
     return out
 
 
@@ -195,39 +219,39 @@ def measure(
     context = Context(w, used, in_span, kind, debt_theta, ct=plan.ct, ct2=plan.ct2)
     name = str(handed).removeprefix("torch.")
     out = Measurement(
-        {}, {}, {}, {}, {}, [{} for _ in range(shape[0])],
+        {}, {}, {}, [{} for _ in range(shape[0])],
         n_nonfinite=(real & np.isnan(w.norm)).sum((0, 2)), keep=keep, first=first, dtype=name,
-        extractor_id=extractor or f"embed={embed},final_norm=pre,sink=drop{sink},span={'all' if span is None else 'mask'}",
+        extractor_id=extractor
+        or f"embed={embed},final_norm=pre,sink=drop{sink},span={'all' if span is None else 'mask'}",
     )  # fmt: skip
     wide = np.float64 if kind == torch.float64 else np.float32
     for item in plan.items:
         scores = SCORERS[item.id](context, item.params)
         _enter(out, item, scores, n_depths)
-    for column, rows in context.depth_rows({item.id for item in plan.items}).items():
-        grid = np.full((n_depths, *shape), np.nan, wide)
-        grid[n_depths - len(rows) :] = rows
+    for column, (rows, ok) in context.depth_rows(plan.bare).items():
+        grid = np.empty((n_depths, *shape), wide)
+        offset = n_depths - len(rows)
+        grid[:offset] = np.nan
+        grid[offset:] = rows
+        if ok is not None:
+            grid[offset:][~ok] = np.nan
         out.depth[column] = grid
     if first and "norm" in out.depth:
         zeroth = norms(tensors[0].detach().to(kind))
         out.depth["norm"][0] = np.where(real, zeroth, np.nan)
         out.n_nonfinite = out.n_nonfinite + (real & np.isnan(zeroth)).sum(1)
-    for column, rows in context.token_rows({item.id for item in plan.items}).items():
+    for column, rows in context.token_rows(plan.bare).items():
         out.token[column] = rows.astype(wide)
     return out
 
 
 def _enter(out: Measurement, item: _Item, scores: Scores, n_depths: int) -> None:
     out.ids[item.column] = item.full
+    out._scores[item.column] = scores
     if scores.profile is not None:
-        offset = n_depths - len(scores.profile)
-        batch = scores.profile.shape[1]
-        grid, coverage = np.full((n_depths, batch), np.nan), np.full((n_depths, batch), np.nan)
-        reason = np.full((n_depths, batch), "first", dtype=object)
-        grid[offset:], coverage[offset:], reason[offset:] = (
-            scores.profile, scores.profile_coverage, scores.profile_reason,
-        )  # fmt: skip
+        grid = np.full((n_depths, scores.profile.shape[1]), np.nan)
+        grid[n_depths - len(scores.profile) :] = scores.profile
         out.profile[item.column] = grid
-        out.profile_coverage[item.column], out.profile_reason[item.column] = coverage, reason
     for row, columns in enumerate(out.sample):
         result = scores.result(row, item.full, out.extractor_id, out.dtype)
         columns[item.column] = result

@@ -44,7 +44,7 @@ def winsorised(v: Values, c: float, m: Array, s: Array) -> tuple[Values, Bools]:
 
 
 def _raw(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
-    s = as_series(*inputs, mask, metric_id)
+    s = as_series(inputs[0], mask, metric_id)
     v = Values(s.values, s.ok, s.keep)
     series = np.where(v.ok, v.x, np.nan)
     return v.scores(v.mean, v.reasons(), series, {"max": v.max}).result(0, metric_id, dtype=s.dtype)
@@ -53,7 +53,7 @@ def _raw(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: 
 def _winsor(
     inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, reference: Any = None
 ) -> Result:
-    s = as_series(*inputs, mask, metric_id)
+    s = as_series(inputs[0], mask, metric_id)
     v = Values(s.values, s.ok, s.keep)
     m, scale = location_scale(v, params["ref"], reference, metric_id)
     capped, flat = winsorised(v, params["c"], m, scale)
@@ -69,7 +69,7 @@ def _winsor(
 
 
 def _zmad(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, reference: Any = None) -> Result:
-    s = as_series(*inputs, mask, metric_id)
+    s = as_series(inputs[0], mask, metric_id)
     v = Values(s.values, s.ok, s.keep)
     m, scale = location_scale(v, params["ref"], reference, metric_id)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,6 +1,6 @@
 """Read-outs of the output distribution: entropy, margin, NLL, and KL and flips between two runs.
 
-A vocabulary row is a hundred thousand numbers, so everything is done on a few rows at a time that stay in the cache: one
+A vocabulary row is a hundred thousand numbers, so everything is done on a few rows at a time, inside the cache: one
 pass for the maximum, one for the shifted logits, one for their exponentials, two sums. The two largest logits come from
 group maxima, not from a sort.
 
@@ -123,7 +123,7 @@ def output_metrics(logits: torch.Tensor, targets: torch.Tensor | None = None) ->
         log_total = np.log(np.where(np.isfinite(moment_), total_, np.nan))
         return {
             "entropy": (log_total - moment_ / total_).reshape(shape),
-            "margin": np.where(np.isnan(log_total), np.nan, -np.expm1(gap) / total_).reshape(shape),
+            "margin": np.where(np.isnan(log_total), np.nan, np.abs(np.expm1(gap)) / total_).reshape(shape),
             "nll": (log_total - at_target).reshape(shape),
         }
 

@@ -17,8 +17,8 @@ import torch
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms, pair_angle, validity, walk
-from dynprobe.metrics._inputs import as_trajectory, eps_of
-from dynprobe.metrics._reduce import mean_of_profile, mean_over_units, share
+from dynprobe.metrics._inputs import as_trajectory
+from dynprobe.metrics._reduce import Terms, mean_of_profile, mean_over_units, share
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Bools, Result, Scores, first_reason
 
@@ -43,15 +43,8 @@ def phase_paired(
     """
     n_steps, batch = clean.shape[:2]
     lag = (arm - clean) / np.pi
-    ok = ok & keep
-    scores = mean_of_profile(
-        mean_over_units(lag, ok),
-        ok,
-        keep,
-        n_states=n_states,
-        short=n_steps < 1,
-        per_unit=mean_over_units(lag, ok, axis=0),
-    )
+    terms = Terms(ok, keep, n_states)
+    scores = mean_of_profile(terms.mean(lag), terms, short=n_steps < 1, per_unit=terms.mean_steps(lag))
     if inject is not None:
         if not 0 <= inject <= n_steps:
             raise MetricError(f"inject={inject} is not a depth of a trajectory with {n_steps + 1} depths.")
@@ -131,7 +124,7 @@ def diverge(
             a, b = states_clean[depth].detach(), states_arm[depth].detach()
             if a.shape != b.shape or tuple(a.shape[:2]) != real.shape:
                 raise MetricError(
-                    f"diverge: shapes at depth {depth} are {list(a.shape)} and {list(b.shape)}, mask {list(real.shape)}."
+                    f"diverge: depth {depth} has shapes {list(a.shape)} and {list(b.shape)}, mask {list(real.shape)}."
                 )
             kind = dtype or (torch.float64 if a.dtype == torch.float64 else torch.float32)
             out[depth] = _diverge_depth(a.to(kind), b.to(a.device, kind), real)
@@ -247,10 +240,8 @@ def _compute_diverge(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any],
     grid = np.full(keep.shape, np.nan)
     for depth, (p, q) in enumerate(zip(a.states, b.states, strict=True)):
         grid[depth] = _diverge_depth(p, q, keep[depth])
-    ok = ~np.isnan(grid)
-    scores = mean_of_profile(
-        mean_over_units(grid, ok), ok, keep, n_states=keep.sum((0, 2)), per_unit=mean_over_units(grid, ok, axis=0)
-    )
+    terms = Terms(~np.isnan(grid), keep, keep.sum((0, 2)))
+    scores = mean_of_profile(terms.mean(grid), terms, per_unit=terms.mean_steps(grid))
     scores.extras = {"grid": np.moveaxis(grid, 1, 0)}
     return scores.result(0, metric_id, dtype=b.dtype)
 
@@ -315,7 +306,7 @@ register(
     MetricSpec(
         id="diverge.angle/1",
         sentence="Angle between the states of two runs at the same depth and unit.",
-        formula="(1/π)·angle(x_{l,n}, x'_{l,n}); profile = mean over units valid in both runs; value = mean over depths",
+        formula="(1/π)·angle(x_{l,n}, x'_{l,n}); profile = mean over units valid in both; value = mean over depths",
         input="trajectory[depth,unit,dim]×2, clean first",
         value_range="[0, 1]",
         unit="half-turns",

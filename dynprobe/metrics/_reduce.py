@@ -7,13 +7,14 @@ terms is valid. When several reasons apply the order is: empty, too short, too f
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from dynprobe.metrics._result import Array, Bools, Scores, first_reason
 
-__all__ = ["mean_of_profile", "mean_over_units", "profile_reasons", "share"]
+__all__ = ["Terms", "mean_of_profile", "mean_over_units", "profile_reasons", "share"]
 
 
 def share(part: Any, whole: Any) -> Array:
@@ -41,12 +42,64 @@ def profile_reasons(profile: Array, n_ok: Any, n_keep: Any, *cases: tuple[Any, s
     return out
 
 
+class Terms:
+    """Which terms [S, B, N] of an aggregate are valid and unmasked, and their counts, made once for many metrics.
+
+    Args:
+        ok: Valid terms; masked ones may be True.
+        keep: Unmasked terms.
+        n_states: Per row, unmasked states; zero means empty.
+    """
+
+    def __init__(self, ok: Bools, keep: Bools, n_states: Any) -> None:
+        self.ok, self.keep, self.n_states = ok & keep, keep, np.asarray(n_states)
+        self.n_ok, self.n_keep = self.ok.sum(-1), keep.sum(-1)
+        self.all_ok, self.all_keep = self.n_ok.sum(0), self.n_keep.sum(0)
+        self.batch = keep.shape[1]
+        self.complete = bool((self.all_ok == self.all_keep).all()) and bool((self.n_keep > 0).all())
+
+    @cached_property
+    def coverage(self) -> Array:
+        """Valid over unmasked terms per row."""
+        return share(self.all_ok, self.all_keep)
+
+    @cached_property
+    def profile_coverage(self) -> Array:
+        """Valid over unmasked terms per entry."""
+        return share(self.n_ok, self.n_keep)
+
+    @cached_property
+    def enough(self) -> Bools:
+        """Entries with at least half of their terms."""
+        return (2 * self.n_ok >= self.n_keep) & (self.n_ok > 0)
+
+    @cached_property
+    def n_units(self) -> Any:
+        """Units with at least one unmasked term, per row."""
+        return np.logical_or.reduce(self.keep, axis=0).sum(-1)
+
+    @cached_property
+    def _over_units(self) -> Array:
+        return np.where(self.n_ok > 0, self.n_ok, np.nan)
+
+    @cached_property
+    def _over_steps(self) -> Array:
+        count = self.ok.sum(0)
+        return np.where(count > 0, count, np.nan)
+
+    def mean(self, x: Array) -> Array:
+        """Mean over the valid units of each entry, [S, B]."""
+        return np.asarray(np.add.reduce(x, axis=-1, where=self.ok, initial=0.0) / self._over_units)
+
+    def mean_steps(self, x: Array) -> Array:
+        """Mean over the valid steps of each unit, [B, N]."""
+        return np.asarray(np.add.reduce(x, axis=0, where=self.ok, initial=0.0) / self._over_steps)
+
+
 def mean_of_profile(
     profile: Array,
-    ok: Bools,
-    keep: Bools,
+    terms: Terms,
     *,
-    n_states: Any,
     short: Bools | bool = False,
     short_text: str = "depth<2",
     few: Any = False,
@@ -59,9 +112,7 @@ def mean_of_profile(
 
     Args:
         profile: [S, B], already NaN where undefined for its own reasons; entries below half coverage become NaN here.
-        ok: Valid terms [S, B, N].
-        keep: Unmasked terms [S, B, N].
-        n_states: Per row, unmasked states; zero means empty.
+        terms: The terms behind it.
         short: Rows that are too short.
         short_text: Their reason.
         few: Rows with too few units.
@@ -70,36 +121,38 @@ def mean_of_profile(
         per_unit: Passed on.
         extras: Passed on.
     """
-    batch = profile.shape[1]
-    ok = ok & keep
-    n_ok, n_keep = ok.sum(-1), keep.sum(-1)
-    profile = np.where((2 * n_ok >= n_keep) & (n_ok > 0), profile, np.nan)
-    all_ok, all_keep = n_ok.sum(0), n_keep.sum(0)
-    coverage = share(all_ok, all_keep)
+    if not terms.complete:
+        profile = np.where(terms.enough, profile, np.nan)
     seen = ~np.isnan(profile)
     n_seen = seen.sum(0)
-    value = share(np.add.reduce(profile, axis=0, where=seen, initial=0.0), n_seen)
-    low = 2 * all_ok < all_keep
-    empty = (np.asarray(n_states) == 0) | ((all_keep == 0) & ~np.asarray(short))
-    reason = first_reason(
-        batch,
-        (empty, "empty"),
-        (short, short_text),
-        (few, few_text),
-        (low, "coverage"),
-        (n_seen == 0, "zero-denominator"),
-    )
-    undefined = np.fromiter((r is not None for r in reason), bool, batch)
-    cases = () if few_profile is None else ((few_profile, few_text),)
+    reason: list[str | None]
+    if terms.complete and len(profile) and short is False and few is False and bool(seen.all()):
+        reason, value = [None] * terms.batch, np.add.reduce(profile, axis=0) / len(profile)
+        profile_reason = None
+    else:
+        value = share(np.add.reduce(profile, axis=0, where=seen, initial=0.0), n_seen)
+        empty = (terms.n_states == 0) | ((terms.all_keep == 0) & ~np.asarray(short))
+        low = 2 * terms.all_ok < terms.all_keep
+        reason = first_reason(
+            terms.batch,
+            (empty, "empty"),
+            (short, short_text),
+            (few, few_text),
+            (low, "coverage"),
+            (n_seen == 0, "zero-denominator"),
+        )
+        value = np.where([r is not None for r in reason], np.nan, value)
+        cases = () if few_profile is None else ((few_profile, few_text),)
+        profile_reason = profile_reasons(profile, terms.n_ok, terms.n_keep, *cases)
     return Scores(
-        value=np.where(undefined, np.nan, value),
+        value=value,
         reason=reason,
-        coverage=coverage,
-        n_units=np.logical_or.reduce(keep, axis=0).sum(-1) if keep.shape[0] else np.zeros(batch, np.int64),
+        coverage=terms.coverage,
+        n_units=terms.n_units,
         n_steps=n_seen,
         profile=profile,
-        profile_coverage=share(n_ok, n_keep),
-        profile_reason=profile_reasons(profile, n_ok, n_keep, *cases),
+        profile_coverage=terms.profile_coverage,
+        profile_reason=profile_reason,
         per_unit=per_unit,
         extras=extras or {},
     )

@@ -187,6 +187,12 @@ def spec(metric_id: str) -> MetricSpec:
     return entry(parse_id(metric_id).id).spec
 
 
+def near_key(word: str, known: list[str]) -> str:
+    """Like ``did_you_mean``, but a wrong case is the nearest miss of all."""
+    same = [k for k in known if k.lower() == word.lower()]
+    return f" Did you mean {same[0]!r}?" if same else did_you_mean(word, known)
+
+
 def _typed(key: str, text: str, default: Any, metric_id: str) -> Any:
     if isinstance(default, (int, float)) and not isinstance(default, bool):
         try:
@@ -235,7 +241,7 @@ def parse_id(metric_id: str) -> ParsedId:
         else:
             known = [*definition.params, *EXTRACTION]
             raise MetricError(
-                f"{bare!r} has no parameter {key!r}.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}."
+                f"{bare!r} has no parameter {key!r}.{near_key(key, known)} Known: {', '.join(sorted(known))}."
             )
     return ParsedId(bare, params, extraction)
 

@@ -51,7 +51,7 @@ class Context:
 
     @cached_property
     def ct(self) -> CtSeries:
-        """ct (and ct2) at the last depth."""
+        """The ct (and ct2) series at the last depth."""
         if not self.states:
             raise MetricError("limen.* needs at least one depth; with embed=0 depth 0 does not take part.")
         return CtSeries(
@@ -81,27 +81,28 @@ class Context:
             return ct_scores(s.ct2, s.ok2, around(span), s.stall2, *counts)
         return ct_scores(s.ct, s.ok, past(span), s.stall, *counts)
 
-    def depth_rows(self, ids: set[str]) -> dict[str, Array]:
-        """Columns of the depth table; their rows are the last ones of the depth axis."""
-        w, ok = self.w, self.w.step_ok
-        out: dict[str, Array] = {}
+    def depth_rows(self, ids: frozenset[str]) -> dict[str, tuple[Array, Bools | None]]:
+        """Columns of the depth table with their defined entries (None = all); rows are the last of the depth axis."""
+        w = self.w
+        ok = None if w.step_ok.all() else w.step_ok
+        out: dict[str, tuple[Array, Bools | None]] = {}
         with np.errstate(divide="ignore", invalid="ignore"):
             if "resid.norm/1" in ids:
-                out["norm"] = np.where(w.real, w.norm, np.nan)
+                out["norm"] = (w.norm, w.real)
             if ids & {"kappa.phase/1", "delta.angle/1"}:
-                out["angle"] = np.where(ok, w.angle, np.nan)
+                out["angle"] = (w.angle, ok)
             if "delta.rel_prev/1" in ids:
-                out["delta_rel_prev"] = np.where(ok, w.diff / w.norm[:-1], np.nan)
+                out["delta_rel_prev"] = (w.diff / w.norm[:-1], ok)
             if "delta.rel_next/1" in ids:
-                out["delta_rel_next"] = np.where(ok, w.diff / w.norm[1:], np.nan)
+                out["delta_rel_next"] = (w.diff / w.norm[1:], ok)
             if "delta.rms/1" in ids:
-                out["delta_rms"] = np.where(ok, w.diff / np.sqrt(max(w.dim, 1)), np.nan)
+                out["delta_rms"] = (w.diff / np.sqrt(max(w.dim, 1)), ok)
         if "curv.depth/1" in ids:
             empty = np.full((0, *w.norm.shape[1:]), np.nan)
-            out["curv_depth"] = empty if w.turn is None else np.where(turn_defined(w), w.turn, np.nan)
+            out["curv_depth"] = (empty, None) if w.turn is None else (w.turn, turn_defined(w))
         return out
 
-    def token_rows(self, ids: set[str]) -> dict[str, Array]:
+    def token_rows(self, ids: frozenset[str]) -> dict[str, Array]:
         """Columns of the token table."""
         out: dict[str, Array] = {}
         if "kappa.phase/1" in ids and self.phase.per_unit is not None:

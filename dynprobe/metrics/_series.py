@@ -28,8 +28,9 @@ def quantile_sorted(ordered: Array, count: Any, q: float) -> Array:
     rows = np.arange(len(ordered))
     if not ordered.shape[1]:
         return np.full(len(ordered), np.nan)
-    a, b = ordered[rows, low], ordered[rows, high]
-    return np.where(count > 0, a + (b - a) * (place - low), np.nan)
+    some = count > 0
+    a, b = np.where(some, ordered[rows, low], 0.0), np.where(some, ordered[rows, high], 0.0)
+    return np.where(some, a + (b - a) * (place - low), np.nan)
 
 
 class Values:

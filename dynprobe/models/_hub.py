@@ -8,6 +8,7 @@ the commit the hub named, and only configuration, tokenizer and weight files are
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import ssl
@@ -82,7 +83,7 @@ def probe(address: str, seconds: float = _PROBE_SECONDS) -> str | None:
             # offline.
             trusted = not isinstance(exc.reason, ssl.SSLCertVerificationError)
             outcome.append(str(exc.reason) if trusted else None)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, http.client.HTTPException) as exc:
             outcome.append(str(exc) or type(exc).__name__)
 
     thread = threading.Thread(target=ask, name="dynprobe-hub-probe", daemon=True)

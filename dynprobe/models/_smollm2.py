@@ -33,14 +33,15 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 WHEEL_VARIABLE = "DYNPROBE_SMOLLM2_WHEEL"
 
-# Ordinary sentences; a model whose weights are in order predicts them at a perplexity of 10 to 30.
+# Ordinary sentences. Their perplexity is 8.8; with the query and key rows left in the file's order it is 20.8, so the
+# limit must lie between the two: such a model still writes English, and only a number tells.
 _SENTENCES = (
     "The heart pumps blood through the body, carrying oxygen to every organ and carbon dioxide back to the lungs.",
     "She opened the door, looked around the empty room, and realized that she had left her keys on the kitchen table.",
     "If you want to learn a new language, the best way to start is to listen to it every day and to practice speaking.",
     "The capital of France is Paris, the capital of Italy is Rome, and the capital of Spain is Madrid.",
 )
-_MAX_PERPLEXITY = 40.0
+_MAX_PERPLEXITY = 12.0
 
 
 def make(target: Path, *, force: bool = False, wheel: Path | None = None, progress: Progress | None = None) -> Path:

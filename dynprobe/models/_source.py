@@ -111,11 +111,11 @@ def resolve(
         if path.is_dir():
             return _folder_source(path, trust_remote_code=trust_remote_code, allow_bin=allow_bin)
         return _file_source(path)
-    if _looks_like_path(text):
-        raise ModelNotFoundError(_missing_path_message(text, path))
     url = _HUB_URL.match(text)
     if url:
         raise ModelNotFoundError(f"{text} is a web address. Type the hub id alone: --model {url['id']}")
+    if _looks_like_path(text):
+        raise ModelNotFoundError(_missing_path_message(text, path))
     if not _HUB_ID.fullmatch(text):
         raise ModelNotFoundError(
             f"{text!r} is neither a path that exists nor a hub id (ORGANISATION/NAME, letters, digits, '-', '_', '.')."

@@ -65,7 +65,10 @@ class Calibration:
         return float(np.interp(q, QUANTILE_LEVELS, self.signals[signal]))
 
     def site_stats(self, component: str, layer: int) -> SiteStats | None:
-        """Return the coordinate statistics of a site of the residual stream, or None for an update's site."""
+        """Return the coordinate statistics of a site, or None for an update (attention or MLP output).
+
+        Calibrations are made along the residual stream only.
+        """
         depth = {"resid_pre": layer, "resid_post": layer + 1}.get(component)
         if depth is None:
             return None
@@ -74,6 +77,7 @@ class Calibration:
             std=self.tensors["std"][depth],
             cov_basis=self.tensors.get(f"cov_basis.{depth}"),
             cov_sqrt=self.tensors.get(f"cov_sqrt.{depth}"),
+            site=f"{component}.{layer}",
         )
 
     def check(self, weights: str, dtype: str) -> None:

@@ -113,17 +113,20 @@ def displacement(
     alpha = strengths if strengths.ndim > 1 else pick(_per_state(strengths, mask))
     draw = _Draw(perturb, h, mask, noise_source, pick, dtype)
     u, dead = _write(perturb, states, norm, alpha, draw, site_stats, donor, lengths)
+    u = u.expand(states.shape)  # a fixed direction under a fixed unit is one vector for all states
     # An infinite entry makes a norm infinite, a NaN makes it NaN: one small test instead of one over all entries.
-    fine = torch.isfinite(norm[:, 0] + torch.linalg.vector_norm(u, dim=-1))
-    good = fine if dead is None else fine & ~dead
+    good = torch.isfinite(norm[:, 0] + torch.linalg.vector_norm(u, dim=-1))
+    if dead is not None:
+        good &= ~dead
     n_asked = _row_counts(mask)
     n_zero = n_nonfinite = torch.zeros_like(n_asked)
     written = mask
     if not bool(good.all()):
         u = torch.where(good[:, None], u, 0.0)
         written = _spread(good, mask)
-        n_nonfinite = n_asked - _row_counts(_spread(fine, mask))
-        n_zero = n_asked - n_nonfinite - _row_counts(written)
+        if dead is not None:
+            n_zero = _row_counts(_spread(dead & torch.isfinite(norm[:, 0]), mask))
+        n_nonfinite = n_asked - n_zero - _row_counts(written)
     if full:
         return Displacement(u.reshape(h.shape), written, n_asked, n_zero, n_nonfinite)
     everywhere = torch.zeros(h.shape, dtype=dtype, device=h.device)

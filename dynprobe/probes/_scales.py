@@ -98,7 +98,7 @@ class SiteStats:
 
         def make() -> Tensor:
             s = self.std.double()
-            live = (s > 0).sum(-1, keepdim=True)
+            live = (s > 0).double().sum(-1, keepdim=True)
             return torch.where(live > 0, torch.where(s > 0, 1 / s, 0.0) / live.sqrt(), torch.nan)
 
         return self._place("weights", like, make)
@@ -294,6 +294,7 @@ def passport(h: Tensor, u: Tensor, mask: Tensor, site_stats: SiteStats | None = 
         >>> float(rows["alpha_relnorm"][0]), round(float(rows["alpha_cos"][0]), 12)
         (0.75, 0.8)
     """
+    h, u = h.detach(), u.detach()
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     mask = (mask if mask.ndim == h.ndim - 1 else mask[..., None].expand(h.shape[:-1])).to(h.device)
     x, v = (h, u) if bool(mask.all()) else (h[mask], u[mask])
@@ -308,7 +309,7 @@ def passport(h: Tensor, u: Tensor, mask: Tensor, site_stats: SiteStats | None = 
             _in_deviations(v, h, mask, site_stats),
         ]
     )
-    norm, size, dot, spread, deviations = table.detach().cpu().numpy().astype(np.float64)
+    norm, size, dot, spread, deviations = table.cpu().numpy().astype(np.float64)
     root = h.shape[-1] ** 0.5
     with np.errstate(all="ignore"):
         cosine = _cosine(x, v, norm, size, dot)
@@ -341,8 +342,8 @@ def _cosine(x: Tensor, v: Tensor, norm: Float64, size: Float64, dot: Float64) ->
     cosine = (1 + c) / np.sqrt(square)
     ill = np.flatnonzero(~(square > 1e-2 * (1 + r**2)))
     if ill.size:
-        a = x[torch.from_numpy(ill).to(x.device)].detach().cpu().double().numpy()
-        b = a + v[torch.from_numpy(ill).to(v.device)].detach().cpu().double().numpy()
+        a = x[torch.from_numpy(ill).to(x.device)].cpu().double().numpy()
+        b = a + v[torch.from_numpy(ill).to(v.device)].cpu().double().numpy()
         length = np.linalg.norm(b, axis=-1)
         zero = length <= 16 * torch.finfo(x.dtype).eps * np.maximum(norm[ill], size[ill])
         cosine[ill] = np.where(zero, np.nan, (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * length))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import SelfTestError
+from dynprobe.metrics import measure
 from dynprobe.probes._capture import capture
 from dynprobe.probes._dispatch import live_hooks
 from dynprobe.probes._inputs import make_batch
@@ -72,6 +73,14 @@ def _worst(a: Tensor, b: Tensor) -> float:
     return float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")
 
 
+def _kappa(tape: Tape, row: int) -> float:
+    """κ of one row of a tape, as every run measures it."""
+    kept = tape.mask[row].to(tape.states[0].device)
+    states = [s[row][kept][None] for s in tape.states]
+    found = measure(states, torch.ones(states[0].shape[:2], dtype=torch.bool), metrics=("kappa.phase/1",))
+    return float(found.sample[0]["kappa_phase"].value)
+
+
 def check_null(subject: Subject, rows: Rows, perturb: Perturb | None = None, *, calibration: Any = None) -> Check:
     """α = 0 through the whole write path equals the untouched forward, bit for bit, in the same batch shape.
 
@@ -112,7 +121,7 @@ def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
     together = capture(subject, rows, logits="all", padding=side)
     assert together.logits is not None
     spread = _spread(together.logits[together.mask.to(together.logits.device)])
-    worst = floor = states = 0.0
+    worst = floor = states = kappa = 0.0
     for i, row in enumerate(rows):
         alone = capture(subject, [row], logits="all")
         repeated = capture(subject, [row] * len(rows), logits="all")
@@ -120,12 +129,13 @@ def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
         here = together.mask[i]
         worst = max(worst, _worst(together.logits[i][here], alone.logits[0]))
         floor = max(floor, _worst(repeated.logits[i], alone.logits[0]))
+        kappa = max(kappa, abs(_kappa(together, i) - _kappa(alone, 0)))
         for padded, bare in zip(together.states, alone.states, strict=True):
             scale = max(float(bare[0].float().norm(dim=-1).max()), 1e-12)
             states = max(states, _worst(padded[i][here], bare[0]) / scale)
     limit = max(10 * floor / spread, tolerance(subject.dtype))
     value = worst / spread
-    return Check("alone", value <= limit, value, limit, "SD of the logits", {"noise_floor": floor / spread, "side": side, "states": states})
+    return Check("alone", value <= limit, value, limit, "SD of the logits", {"noise_floor": floor / spread, "side": side, "states": states, "kappa_phase": kappa})
 
 
 def check_resume(subject: Subject, tape: Tape) -> Check:

@@ -59,6 +59,11 @@ class PerturbWriter:
             raise UsageError("scale=isokl is solved for by a protocol; use dp.run, which finds the strength of each row")
         if self.perturb.scale == "interp" and donors is None and self.perturb.alpha != 0:
             raise UsageError("scale=interp needs states of another prompt; use dp.run, which takes them from the next prompt")
+        if self.perturb.scale in ("coordstd", "cov") and any(c not in ("resid_pre", "resid_post") for c, _ in self.sites):
+            raise UsageError(
+                f"scale={self.perturb.scale} is calibrated along the residual stream; write at resid_post or resid_pre, "
+                "or take relnorm, mad or abs for attention and MLP outputs"
+            )
         self._stats: dict[Site, SiteStats | None] = {
             site: calibration.site_stats(*site) if calibration is not None else None for site in self.sites
         }

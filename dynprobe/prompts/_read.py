@@ -27,9 +27,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     r"""Read prompts from a file, in its order.
 
     Args:
-        path: a ``.txt`` file (one prompt a line; blank lines and surrounding spaces are dropped), a ``.jsonl``
-            file or a ``.parquet`` file with ``text`` (or ``prompt``) and optionally ``prompt_id`` (or ``id``), ``category`` and ``token_ids``;
-            ``-`` is standard input, JSON lines if its first line starts with ``{`` and plain lines otherwise.
+        path: a ``.txt`` file (one prompt a line; blank lines and surrounding spaces are dropped), a ``.jsonl`` file
+            or a ``.parquet`` file with ``text`` (or ``prompt``) and optionally ``prompt_id`` (or ``id``),
+            ``category`` and ``token_ids``; ``-`` is standard input, JSON lines if its first line starts with ``{``
+            and plain lines otherwise.
 
     Returns:
         The prompts; prompts without an id get one made from their text.

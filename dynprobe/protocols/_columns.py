@@ -22,9 +22,6 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
     "alpha_mad": ("alpha.mad/1", "1.4826·MAD", "written", "mean over written states", "Size in robust coordinate scales."),
     "alpha_abs": ("alpha.abs/1", "model units", "written", "mean of ‖u‖/√d", "RMS of the written displacement."),
     "alpha_cos": ("", "cosine", "written", "mean cos(h, h+u)", "Direction kept by the write."),
-    "equal_to": ("", "", "all", "", "Arm this row equals bit for bit; its tables are that arm's."),
-    "digest": ("", "", "all", "", "Hash of the last-depth states of a row that is stored as a digest."),
-    "reasons": ("", "", "all", "", "JSON: why values of this row are missing, by column."),
     "kappa_phase_d_inj": ("kappa.phase.paired/1", "half-turns", "all", "step into the injection", "Δκ of that step."),
     "kappa_phase_d_down": ("kappa.phase.paired/1", "half-turns", "all", "mean over later steps", "Δκ downstream."),
     "diverge_angle": ("diverge.angle/1", "half-turns", _AFFECTED, "last depth, mean over tokens", "Angle to clean."),
@@ -45,6 +42,7 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
             "id": column.metric_id, "unit": column.unit, "digest": column.digest, "span": runs_over,
             "aggregation": "; ".join(f"{level}: {how}" for level, how in column.levels.items()),
             "description": definition.sentence,
+            **({"dtype": "label"} if column.unit == "label" else {}),
         }  # fmt: skip
         facts[f"{name}_d"] = {
             **facts[name], "aggregation": "arm − clean, same tokens",

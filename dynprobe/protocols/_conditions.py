@@ -28,7 +28,8 @@ def resolve_perturbations(subject: Subject, config: RunConfig) -> list[Perturb]:
         SpecError: If a text does not parse.
         SiteError: If a site does not exist.
     """
-    found = [p.defaults_filled() for p in parse_many(list(config.perturb))]
+    found = [_seeded(text, p, config.seed).defaults_filled() for text in config.perturb for p in parse_many(text)]
+    _refuse_twins(found)
     need = [p for p in found if p.kind == "direction"]
     if config.direction is not None and config.contrast is not None:
         raise UsageError("--direction and --contrast both name a direction; give one of them")
@@ -52,6 +53,21 @@ def resolve_perturbations(subject: Subject, config: RunConfig) -> list[Perturb]:
         PerturbWriter(subject, perturb.replace(alpha=0.0))  # names every site once, so that a wrong one fails now
         out.append(perturb)
     return out
+
+
+def _seeded(text: str, perturb: Perturb, seed: int) -> Perturb:
+    """The run's seed serves a perturbation that names none."""
+    return perturb if "seed" in text or text.startswith("@") else perturb.replace(seed=seed)
+
+
+def _refuse_twins(perturbs: Sequence[Perturb]) -> None:
+    """Two writes of one seed at one site draw the same noise and would add up as one stronger write."""
+    for i, one in enumerate(perturbs):
+        for other in perturbs[:i]:
+            if one.kind != "direction" and other.kind != "direction" and (one.seed, one.where) == (other.seed, other.where):
+                raise UsageError(
+                    f"{one} and {other} draw the same noise at the same sites; give one of them another seed, e.g. seed={one.seed + 1}"
+                )
 
 
 def conditions_table(config: RunConfig, perturbs: Sequence[Perturb]) -> pd.DataFrame:

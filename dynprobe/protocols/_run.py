@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -197,8 +198,8 @@ def _begin(
         "model": {**{k: v for k, v in subject.facts.items() if k != "versions"}, "structure": subject.describe()},
         "weights": {"hash": weights, "files": subject.facts.get("weights_files")},
         "versions": {
-            "dynprobe": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            **subject.facts.get("versions", {}),
+            "dynprobe": __version__, "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(), **subject.facts.get("versions", {}),
         },
         "device": {"device": str(subject.device), "machine": platform.machine(), "threads": torch.get_num_threads()},
         "dtypes": {
@@ -245,6 +246,7 @@ def _work(
         )  # fmt: skip
     writer.update(
         self_tests=as_manifest(checks),
+        noise_floor={k: checks["alone"].detail[k] for k in ("noise_floor", "kappa_phase")},
         calibration_hash=calibration.hash if calibration is not None else None,
         batch_plan=batches,
         exact_length_batches=exact,

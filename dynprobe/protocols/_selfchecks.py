@@ -32,6 +32,8 @@ __all__ = ["all_checks", "model_checks", "refuse_if_broken"]
 #: Longer rows make a test slower and no sharper.
 _MAX_TOKENS = 24
 _MAX_ROWS = 4
+#: Raise when a check stores other numbers, so that an old cache is not taken for a new one.
+_CACHE_SCHEMA = 2
 
 Rows = Sequence[Sequence[int]]
 
@@ -44,7 +46,7 @@ def _short(rows: Rows) -> list[list[int]]:
 
 def _cache_file(subject: Subject) -> Path:
     key = {
-        "weights": subject.facts.get("weights_hash"), "dtype": str(subject.dtype), "device": str(subject.device),
+        "schema": _CACHE_SCHEMA, "weights": subject.facts.get("weights_hash"), "dtype": str(subject.dtype), "device": str(subject.device),
         "attention": subject.facts.get("attn_implementation"), "dynprobe": __version__, "torch": torch.__version__,
         "transformers": subject.facts.get("versions", {}).get("transformers"), "threads": torch.get_num_threads(),
     }  # fmt: skip

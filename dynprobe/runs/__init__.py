@@ -15,7 +15,7 @@ from dynprobe.runs._identity import hash_prompts, identity
 from dynprobe.runs._listing import list_runs
 from dynprobe.runs._manifest import Manifest, Part
 from dynprobe.runs._run import Run, open_run
-from dynprobe.runs._schema import COLUMNS, SCHEMA_VERSION, TABLES, Column, Table
+from dynprobe.runs._schema import COLUMNS, SCHEMA_VERSION, TABLES, Column, Table, registry_facts
 from dynprobe.runs._secrets import scrub, scrub_command
 from dynprobe.runs._states import decode_bfloat16
 from dynprobe.runs._writer import RunWriter
@@ -35,6 +35,7 @@ __all__ = [
     "identity",
     "list_runs",
     "open_run",
+    "registry_facts",
     "scrub",
     "scrub_command",
 ]

@@ -113,12 +113,12 @@ def _place(path: Path, produce: Callable[[Path], str]) -> Written:
 
 
 def _sync_and_hash(path: Path) -> str:
-    failure: list[OSError] = []
+    failure: list[BaseException] = []
 
     def sync(descriptor: int) -> None:
         try:
             os.fsync(descriptor)
-        except OSError as error:
+        except BaseException as error:  # raised again in the thread that writes
             failure.append(error)
 
     with path.open("rb") as file:
@@ -130,7 +130,7 @@ def _sync_and_hash(path: Path) -> str:
         finally:
             thread.join()
     if failure:
-        raise failure[0]
+        raise failure.pop()  # popped, so that the error and this frame do not keep each other alive
     return digest
 
 

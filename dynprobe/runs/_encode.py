@@ -78,7 +78,7 @@ def conform(name: str, data: Any, facts: Mapping[str, Mapping[str, str]]) -> pa.
     for column in order:
         array = _typed(columns[column], column, name, facts)
         arrays.append(array)
-        fields.append(_field(column, array.type, facts))
+        fields.append(_field(column, array.type, facts, name))
     lengths = {column: len(array) for column, array in zip(order, arrays, strict=True)}
     if len(set(lengths.values())) > 1:
         raise RunFolderError(f"Table {name} has columns of different lengths: {lengths}.")
@@ -90,7 +90,7 @@ def conform(name: str, data: Any, facts: Mapping[str, Mapping[str, str]]) -> pa.
 def empty(name: str) -> pa.Table:
     """Return the table ``name`` with its declared columns and no row."""
     schema = table_schema(name)
-    fields = [_field(c, _TYPES[COLUMNS[c].kind], {}) for c in (*schema.keys, *schema.columns)]
+    fields = [_field(c, _TYPES[COLUMNS[c].kind], {}, name) for c in (*schema.keys, *schema.columns)]
     return pa.schema(fields, metadata=_table_metadata(name)).empty_table()
 
 
@@ -129,7 +129,7 @@ def _columns(data: Any, name: str) -> dict[str, Any]:
 
 def _typed(values: Any, column: str, table: str, facts: Mapping[str, Mapping[str, str]]) -> pa.Array:
     declared = COLUMNS.get(column)
-    kind: str | None = declared.kind if declared else facts.get(column, {}).get("dtype") or None
+    kind: str | None = declared.kind if declared else facts_of(column, facts, table).get("dtype")
     try:
         if kind == "json":
             return pa.array([v if v is None or isinstance(v, str) else dumps(v) for v in _list(values)], pa.string())
@@ -222,8 +222,8 @@ def _list(values: Any) -> list[Any]:
     return [None if isinstance(v, float) and v != v else v for v in items]
 
 
-def _field(column: str, kind: Any, facts: Mapping[str, Mapping[str, str]]) -> pa.Field:
-    return pa.field(column, kind, metadata={METADATA_KEY: dumps(facts_of(column, facts)).encode()})
+def _field(column: str, kind: Any, facts: Mapping[str, Mapping[str, str]], table: str) -> pa.Field:
+    return pa.field(column, kind, metadata={METADATA_KEY: dumps(facts_of(column, facts, table)).encode()})
 
 
 def _table_metadata(name: str) -> dict[bytes, bytes]:

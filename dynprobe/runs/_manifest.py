@@ -182,7 +182,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     head = ("schema_version", "id8", "status", "created", "updated", "model_name", "command")
     ordered = {key: content.pop(key) for key in head} | content
     text = dumps(ordered, indent=1).removesuffix("\n}")
-    lines = ",\n  ".join(dumps(scrub(part.model_dump())) for part in manifest.parts)
+    lines = ",\n  ".join(dumps(part.model_dump()) for part in manifest.parts)
     listed = f"[\n  {lines}\n ]" if lines else "[]"
     # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
     return f'{text},\n "parts": {listed}\n}}\n'.encode("utf-8", "backslashreplace")

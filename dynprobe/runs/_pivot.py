@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError, did_you_mean
@@ -60,13 +61,14 @@ def pivot_table(
     own |= dict.fromkeys(key for _, key in joined.values() if key in names[home])
     frame = read(home, list(own))
     for name, (source, key) in joined.items():
-        wanted = [c for c in (*labels, *_keys_needed(joined)) if c in names[name] and c not in frame and c != key]
         if key not in frame:
             raise RunFolderError(f"Table {source} has no {key}, so {name} cannot be joined to it.")
-        right = read(name, [key, *dict.fromkeys(wanted)])
-        frame = frame.assign(**{key: frame[key].astype("object")}).merge(
-            right.assign(**{key: right[key].astype("object")}), on=key, how="left", validate="many_to_one"
-        )
+        wanted = [c for c in (*labels, *_keys_needed(joined)) if c in names[name] and c not in frame]
+        right = read(name, list(dict.fromkeys([key, *wanted])))
+        if right[key].duplicated().any():
+            raise RunFolderError(f"Table {name} has several rows with one {key}, so nothing can be joined to it.")
+        for column in dict.fromkeys(wanted):
+            frame[column] = _looked_up(frame[key], right[key], right[column])
     if guard and frame["track"].nunique() > 1:
         tracks = ", ".join(sorted(map(str, frame["track"].unique())))
         raise RunFolderError(
@@ -110,6 +112,14 @@ def _joins(names: dict[str, list[str]], home: str, labels: list[str]) -> dict[st
         if key in have and name in names and any(c in names[name] and c not in have for c in labels):
             joined[name] = ("samples" if "samples" in joined else home, key)
     return joined
+
+
+def _looked_up(keys: pd.Series, known: pd.Series, values: pd.Series) -> Any:
+    """Return ``values`` where ``known`` equals ``keys``, looked up once per category instead of once per row."""
+    found = pd.Index(known.astype(object)).get_indexer(keys.cat.categories.astype(object))
+    # The code of a missing key is -1, which stands for the last place: there, and only there, nothing is found.
+    places = np.append(found, -1)[keys.cat.codes.to_numpy()]
+    return values.array.take(places, allow_fill=True)
 
 
 def _keys_needed(joined: dict[str, tuple[str, str]]) -> list[str]:

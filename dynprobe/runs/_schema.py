@@ -10,11 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dynprobe.errors import RunFolderError, did_you_mean
 
-__all__ = ["COLUMNS", "FACTS", "SCHEMA_VERSION", "TABLES", "Column", "Table", "facts_of", "table_schema"]
+__all__ = [
+    "COLUMNS",
+    "FACTS",
+    "SCHEMA_VERSION",
+    "TABLES",
+    "Column",
+    "Table",
+    "facts_of",
+    "registry_facts",
+    "table_schema",
+]
 
 #: Version of the layout. Another major cannot be read by an older library; a minor only adds.
 SCHEMA_VERSION = "1.0"
@@ -92,6 +102,9 @@ COLUMNS: dict[str, Column] = {
     "reason": Column("label", "Why a value of the row is missing, empty where none is."),
     "coverage": Column("float32", "Share of the units that entered the values of the row.", "fraction"),
     "step": Column("int32", "Number of the controller's step, 0-based.", "steps"),
+    "reasons": Column("json", "Why values of this row are missing, by column."),
+    "equal_to": Column("label", "Condition this row equals bit for bit; its tokens and depths stand there."),
+    "digest": Column("label", "Hash of the last-depth states of a row that is stored as a digest."),
     "trial": Column("int32", "Number of the trial, 0-based.", "trials"),
     "criterion": Column("label", "What counts as destabilised."),
     "fit_id": Column("label", "Name of the fit."),
@@ -176,16 +189,47 @@ def table_schema(name: str) -> Table:
     return TABLES[name]
 
 
-def facts_of(column: str, facts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def facts_of(column: str, facts: Mapping[str, Mapping[str, str]], table: str = "") -> dict[str, str]:
     """Return what is known of a column: the caller's facts, else the table above, else empty texts.
+
+    Args:
+        column: Name of the column.
+        facts: Facts by ``column``, and by ``table.column`` where a column means another thing in another table.
+        table: Name of the table.
 
     Example:
         >>> facts_of("pos", {})["unit"]
         'tokens'
+        >>> facts_of("nll", {"nll": {"unit": "nat"}, "samples.nll": {"aggregation": "mean"}}, "samples")["aggregation"]
+        'mean'
     """
     own = COLUMNS.get(column)
     known = dict.fromkeys(FACTS, "")
     if own is not None:
         known |= {"unit": own.unit, "description": own.description}
-    known |= {str(name): "" if value is None else str(value) for name, value in facts.get(column, {}).items()}
+    for name in (column, f"{table}.{column}"):
+        known |= {str(key): "" if value is None else str(value) for key, value in facts.get(name, {}).items()}
     return known
+
+
+def registry_facts(columns: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the facts of metric columns as :meth:`RunWriter.begin` takes them.
+
+    Args:
+        columns: ``dynprobe.metrics.columns()``: name → object with ``metric_id``, ``unit``, ``digest`` and ``levels``
+            (what the value is aggregated over, for each level of the run folder).
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> nll = SimpleNamespace(metric_id="output.nll/1", unit="nat", digest="0165", levels={"sample": "mean"})
+        >>> registry_facts({"nll": nll})["samples.nll"]
+        {'aggregation': 'mean'}
+    """
+    facts: dict[str, dict[str, str]] = {}
+    for name, column in columns.items():
+        facts[name] = {"id": column.metric_id, "unit": column.unit, "digest": column.digest}
+        if column.unit == "label":
+            facts[name]["dtype"] = "label"
+        for level, aggregation in column.levels.items():
+            facts[f"{level}s.{name}"] = {"aggregation": aggregation}
+    return facts

@@ -9,6 +9,7 @@ repeated.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -80,6 +81,7 @@ _SHAPES = re.compile(
 _FLAG = re.compile(r"(?P<name>--?[A-Za-z][\w-]*|\b[A-Za-z_]\w*(?==))(?P<gap>=|\s+)(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
 
 
+@functools.lru_cache(maxsize=4096)
 def is_secret_key(key: str) -> bool:
     """Return whether a configuration key or flag names a secret.
 

@@ -73,8 +73,8 @@ class RunWriter:
             prompts_hash: From :func:`dynprobe.runs.hash_prompts`.
             manifest_fields: Further fields of :class:`dynprobe.runs.Manifest`, known or not. When a run is continued
                 they fill only what was not recorded before.
-            columns: Facts of the metric columns: name → ``id, unit, digest, span, aggregation, description`` and
-                optionally ``dtype`` (``float64``).
+            columns: Facts of the metric columns: name, or ``table.name``, → ``id, unit, digest, span, aggregation,
+                description`` and optionally ``dtype`` (``float64``); see :func:`dynprobe.runs.registry_facts`.
             force: Continue a run that another version of the library began.
             clock: Returns the time.
 

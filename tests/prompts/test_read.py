@@ -47,7 +47,7 @@ def test_parquet_file(tmp_path: Path) -> None:
     one, two = read_prompts(path)
     assert (one.prompt_id, one.category, two.category) == ("i", "x", None)
     pq.write_table(pa.table({"txt": ["a"]}), path)
-    with pytest.raises(PromptError, match="no column 'text'.*it has txt"):
+    with pytest.raises(PromptError, match=r"no column 'text'.*it has txt"):
         read_prompts(path)
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     with pytest.raises(PromptError, match="no rows"):

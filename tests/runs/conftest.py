@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ def begin(out: Path, ident: str = IDENT, **options: Any) -> RunWriter:
 
 
 def batch(number: int) -> dict[str, pd.DataFrame]:
+    return {name: frame.copy() for name, frame in _batch(number).items()}
+
+
+@functools.cache
+def _batch(number: int) -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(number)
     samples = [f"p{number}/{arm}" for arm in ("clean", "noisy")]
     tokens = pd.DataFrame([(s, p) for s in samples for p in range(3)], columns=["sample_id", "pos"])
@@ -60,11 +67,17 @@ def whole_tables(writer: RunWriter) -> None:
     )
 
 
-def write_all(out: Path, **options: Any) -> Path:
-    """Begin or continue, write what is missing, finish."""
+def write_all(out: Path, tidy: bool = True, **options: Any) -> Path:
+    """Begin or continue, write what is missing, finish; untidy: as if nothing ran after an error."""
     writer = begin(out, **options)
     if writer.status == "complete":
         return writer.folder
+    with writer if tidy else contextlib.nullcontext():
+        fill(writer)
+    return writer.folder
+
+
+def fill(writer: RunWriter) -> None:
     whole_tables(writer)
     for number in (0, 1):
         if number not in writer.finished:
@@ -73,7 +86,6 @@ def write_all(out: Path, **options: Any) -> Path:
             writer.write_states(number, keys, states, "float32")
             writer.write_batch(number, batch(number), {"seconds": 0.5})
     writer.finish({"samples": 4})
-    return writer.folder
 
 
 @pytest.fixture

@@ -112,6 +112,27 @@ def test_pivot_against_pandas(run_folder):
     assert run.pivot("nll", index="category", columns="arm").shape == (2, 2)
 
 
+def test_pivot_leaves_out_rows_without_a_sample(tmp_path, make):
+    writer = make["begin"](tmp_path)
+    batch = make["batch"](0)
+    batch["samples"] = batch["samples"].iloc[:1]
+    writer.write_table("conditions", {"condition_id": ["other", "clean"], "arm": ["wrong", "clean"]})
+    writer.write_batch(0, batch)
+    got = open_run(writer.folder).pivot("norm", columns="arm")
+    depths = batch["depths"]
+    expected = depths[depths["sample_id"] == "p0/clean"].groupby("depth")["norm"].mean()
+    assert got.columns.tolist() == ["clean"]
+    np.testing.assert_allclose(got["clean"], expected, rtol=1e-6)
+
+
+def test_pivot_refuses_doubled_samples(tmp_path, make):
+    writer = make["begin"](tmp_path)
+    writer.write_batch(0, make["batch"](0))
+    writer.write_batch(1, make["batch"](0))
+    with pytest.raises(RunFolderError, match="several rows with one sample_id"):
+        open_run(writer.folder).pivot("norm")
+
+
 def test_pivot_refuses_what_it_would_get_wrong(tmp_path, make):
     writer = make["begin"](tmp_path)
     batch = make["batch"](0)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dynprobe.metrics
 from dynprobe.errors import RunFolderError
-from dynprobe.runs import COLUMNS, TABLES, open_run
+from dynprobe.runs import COLUMNS, TABLES, open_run, registry_facts
 from dynprobe.runs._encode import conform, to_bytes
 from dynprobe.runs._tables import to_frame
 
@@ -167,6 +168,25 @@ def test_encodings_in_the_file(run_folder):
     assert columns["norm"].compression == columns["sample_id"].compression == "ZSTD"
     for key in ("sample_id", "track", "depth"):
         assert columns[key].has_dictionary_page
+
+
+def test_facts_of_the_registry_differ_by_table(tmp_path, make):
+    facts = registry_facts(dynprobe.metrics.columns())
+    writer = make["begin"](tmp_path, columns=facts)
+    batch = make["batch"](0)
+    batch["samples"] = batch["samples"].assign(limen_regime=["ADAPTIVE", None])
+    writer.write_batch(0, batch)
+    run = open_run(writer.folder)
+    columns = run.columns().set_index(["table", "column"])
+    registered = dynprobe.metrics.columns()["nll"]
+    for table, level in (("samples", "sample"), ("tokens", "token")):
+        assert columns.loc[(table, "nll"), ["id", "unit", "digest", "aggregation"]].tolist() == [
+            registered.metric_id,
+            registered.unit,
+            registered.digest,
+            registered.levels[level],
+        ]
+    assert isinstance(run.samples["limen_regime"].dtype, pd.CategoricalDtype)
 
 
 def test_facts_are_stored_and_read_back(tmp_path, make):

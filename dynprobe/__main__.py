@@ -1,0 +1,7 @@
+"""``python -m dynprobe``."""
+
+import sys
+
+from dynprobe.cli import main
+
+sys.exit(main())

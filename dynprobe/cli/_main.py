@@ -1,0 +1,70 @@
+"""Entry point: run the app, turn every error made on purpose into one message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``dynprobe`` and return its exit code: 0 done, 1 failed, 2 usage, 3 refused by a self-test, 130 interrupted.
+
+    Args:
+        arguments: Words after the program's name; default those of the process.
+
+    Example:
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        dynprobe ...
+        0
+    """
+    import typer
+
+    from dynprobe.cli._app import app
+    from dynprobe.errors import DynprobeError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(args=words, prog_name="dynprobe", standalone_mode=False)
+    except typer.Abort:
+        return _say("interrupted; the same command continues", 130)
+    except DynprobeError as error:
+        return _say(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command continues", 130)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); a second write at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return _say(f"{error.strerror}: {error.filename or 'while writing'}; choose another folder with --out", 1)
+        raise
+    except Exception as error:
+        # typer carries its own copy of click and does not export the base class of usage errors.
+        if not any(base.__name__ == "ClickException" for base in type(error).__mro__):
+            raise
+        return _usage(error)
+    return int(code or 0)
+
+
+def _usage(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())  # noqa: T201 - help goes to standard output
+        return 0
+    context = getattr(error, "ctx", None)
+    hint = "" if context is None else f"  (see: {context.command_path} --help)"
+    return _say(f"{error.format_message()}{hint}", 2)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"dynprobe: {message}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

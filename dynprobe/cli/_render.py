@@ -1,0 +1,243 @@
+"""Tables for people. Numbers carry their unit and their interval; a missing one carries its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dynprobe.metrics import MetricSpec
+    from dynprobe.probes import Calibration
+    from dynprobe.protocols import Diagnosis, Estimate
+    from dynprobe.runs import Run
+
+__all__ = ["calibration", "columns", "diagnosis", "listing", "metric_facts", "metric_list", "plan", "run", "summary_table"]
+
+#: Column of the summary → heading, digits, and whether its interval is shown.
+_SHOWN = {
+    "kappa_phase": ("κ phase", 4, False), "kappa_phase_d": ("Δκ (paired)", 5, True),
+    "kl_clean_pert": ("KL/nats", 4, True), "flip_rate": ("flips", 3, False), "nll_d": ("ΔNLL/nats", 4, True),
+    "limen_ratio": ("LIMEN ratio", 2, False), "repetition": ("repeats", 3, False),
+}  # fmt: skip
+
+
+def _console() -> Console:
+    # A pipe has no width; a table cut to 80 columns there would lose numbers.
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str:
+    if entry is None:
+        return "–"
+    mean, low, high = entry["mean"], entry.get("low"), entry.get("high")
+    if not interval:
+        return f"{mean:.{digits}f}"
+    text = f"{mean:+.{digits}f}"
+    if low is not None and high is not None and not math.isnan(low):
+        text += f"\n{low:+.{digits}f} … {high:+.{digits}f}"
+    return text
+
+
+def summary_table(summary: Mapping[str, Any], title: str) -> Table:
+    """Return one line per condition: means over prompts, 95 % intervals below the paired ones."""
+    table = Table(title=title, caption="means over prompts; below paired columns their 95 % bootstrap interval; – = not defined for this arm")
+    table.add_column("arm", no_wrap=True)
+    used = [name for name in _SHOWN if any(name in entry for entry in summary.values())]
+    for name in used:
+        table.add_column(_SHOWN[name][0], justify="right", no_wrap=_SHOWN[name][2])
+    table.add_column("regime")
+    for condition, entry in summary.items():
+        if entry.get("equal_to"):
+            table.add_row(condition, *["="] * len(used), "equal to clean, bit for bit")
+            continue
+        regimes = entry.get("regimes") or {}
+        regime = next((f"{label} {share:.0%}" for label, share in regimes.items()), "–")
+        table.add_row(condition, *[_number(entry.get(name), *_SHOWN[name][1:]) for name in used], regime)
+    return table
+
+
+def run(found: Run) -> None:
+    """Print a run: what was done, its table, its self-tests."""
+    console = _console()
+    manifest = found.manifest
+    config = manifest.config
+    console.print(Text(f"run {found.path}", style="bold"), soft_wrap=True)
+    for line in _what(config, manifest):
+        console.print(line, soft_wrap=True)
+    summary = found.summary
+    if summary and summary.get("conditions"):
+        n = next(iter(summary["conditions"].values()))["samples"]
+        console.print(summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm"))
+    else:
+        console.print(f"status {found.status}: {len(manifest.finished)} batches finished; the same command continues it")
+    tests = manifest.self_tests if isinstance(manifest.self_tests, dict) else {}
+    if tests:
+        words = [f"{name} {'ok' if t['passed'] else 'FAILED'} ({t['value']:.2g})" for name, t in tests.items()]
+        console.print("self-tests: " + " · ".join(words), soft_wrap=True)
+    console.print(f"tables: dp.open({str(found.path)!r}).samples   columns: dynprobe show {found.path} --columns", soft_wrap=True)
+
+
+def _what(config: Mapping[str, Any], manifest: Any) -> list[str]:
+    """The sentence that names unit, site and prompts."""
+    lines = []
+    model = manifest.model if isinstance(manifest.model, dict) else {}
+    lines.append(f"model   {model.get('model_id') or manifest.model_name}, {config.get('dtype')}, weights {str((manifest.weights or {}).get('hash'))[:28]}")
+    for spec in config.get("perturb") or ():
+        lines.append(f"perturb {spec}")
+        lines.append(f"        {_unit(spec)}")
+    rows = manifest.rows().get("prompts", 0)
+    if config.get("prompts"):
+        source = f"from {config['prompts']}"
+    elif config.get("prompt"):
+        source = "given in the call"
+    else:
+        source = "built-in" if not config.get("category") else "built-in, " + "+".join(config["category"])
+    new = config.get("max_new_tokens")
+    mode = "greedy" if not config.get("temperature") else f"temperature {config['temperature']}, top-p {config['top_p']}"
+    lines.append(f"prompts {rows} {source}, chat template {config.get('chat_template')}, " + (f"prefill + {new} new tokens, {mode}" if new else "prefill only"))
+    return lines
+
+
+_UNITS = {
+    "relnorm": "α is the size of the write as a share of each state's norm (‖u‖/‖h‖ = α)",
+    "coordstd": "α is in standard deviations of each coordinate over the calibration prompts",
+    "mad": "α is in robust deviations (1.4826·MAD) of each state's own coordinates",
+    "cov": "α scales noise with the calibration covariance of the site",
+    "abs": "α is the standard deviation of the noise in the model's own units",
+    "interp": "α is the share of the way to the state of the next prompt",
+    "neftune": "α is NEFTune's: α/√(L·d) times uniform noise",
+    "isokl": "α is the mean KL in nats that each row's strength was solved for",
+}
+_KIND_UNITS = {"scale": "h' = (1 + α)h", "rotate": "α is an angle in radians", "dropout": "α is a probability"}
+
+
+def _unit(spec: str) -> str:
+    from dynprobe.probes import Perturb
+
+    parsed = Perturb.parse(spec)
+    return _KIND_UNITS.get(parsed.kind) or _UNITS.get(parsed.scale, "")
+
+
+def plan(cost: Estimate) -> None:
+    """Print an estimate."""
+    console = _console()
+    table = Table(title="before the run", show_header=False)
+    for name, value in (
+        ("rows of samples", f"{cost.samples:,}"), ("rows of tokens", f"{cost.token_rows:,}"),
+        ("rows of depths", f"{cost.depth_rows:,}"), ("tables on disk (estimate)", _bytes(cost.metric_bytes)),
+        ("states on disk", _bytes(cost.state_bytes)), ("memory beside the weights (estimate)", _bytes(cost.memory_bytes)),
+        ("tokens through the model", f"{cost.forward_tokens:,}"),
+        ("time after loading (estimate)", "unknown" if cost.seconds is None else f"{cost.seconds:.0f} s"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def diagnosis(found: Diagnosis) -> None:
+    """Print what ``doctor`` found."""
+    console = _console()
+    table = Table(title=f"{found.found['name']}", show_header=False)
+    for name, value in {**found.found, **{k: v for k, v in found.provenance.items() if k not in ("versions", "notes")}}.items():
+        if name != "name":
+            table.add_row(name, "not found" if value is None else str(value))
+    console.print(table)
+    checks = Table(title="self-tests")
+    for heading in ("test", "verdict", "value", "limit", "unit", "numbers"):
+        checks.add_column(heading)
+    for name, check in found.checks.items():
+        style = "green" if check.passed else "bold red"
+        numbers = ", ".join(f"{k} {_short(v)}" for k, v in check.detail.items())
+        checks.add_row(name, Text("ok" if check.passed else "FAILED", style=style), f"{check.value:.3g}", f"{check.limit:.3g}", check.unit, numbers)
+    console.print(checks)
+    for note in found.provenance.get("notes") or ():
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def calibration(made: Calibration) -> None:
+    """Print a calibration's header and its signals."""
+    console = _console()
+    h = made.header
+    console.print(f"calibration {made.hash} of {h['model']}: {h['n_prompts']} prompts, {h['n_tokens']} tokens, {h['dtype']}", soft_wrap=True)
+    table = Table(title="clean signals over tokens")
+    table.add_column("signal")
+    for q in (0.01, 0.25, 0.5, 0.75, 0.9, 0.99):
+        table.add_column(f"q{100 * q:g}", justify="right")
+    for name in sorted(made.signals):
+        table.add_row(name, *[f"{made.quantile(name, q):.4g}" for q in (0.01, 0.25, 0.5, 0.75, 0.9, 0.99)])
+    console.print(table)
+
+
+def columns(found: Run) -> None:
+    """Print the columns of a run with their ids and units."""
+    _frame(found.columns(), f"columns of {found.path.name}")
+
+
+def listing(found: pd.DataFrame, folder: Path) -> None:
+    """Print the runs of a folder."""
+    if not len(found):
+        _console().print(f"no runs in {folder}")
+        return
+    _frame(found, f"runs in {folder}")
+
+
+def _frame(frame: pd.DataFrame, title: str) -> None:
+    table = Table(title=title)
+    for name in frame.columns:
+        table.add_column(str(name), overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*["" if value is None or value != value else str(value) for value in row])
+    _console().print(table)
+
+
+def metric_facts(spec: MetricSpec) -> dict[str, Any]:
+    """Return a definition as plain data."""
+    return {
+        "id": spec.id, "measures": spec.sentence, "formula": spec.formula, "input": spec.input, "range": spec.value_range,
+        "unit": spec.unit, "invariances": sorted(spec.invariances), "params": dict(spec.params), "column": spec.column,
+        "levels": dict(spec.levels), "source": spec.source, "digest": spec.digest, "vectors": list(spec.vectors),
+    }  # fmt: skip
+
+
+def metric_list(specs: Sequence[MetricSpec], *, core: Collection[str], default: Collection[str]) -> None:
+    """Print every metric with formula, range, unit, invariances and source."""
+    console = _console()
+    for spec in specs:
+        lists = "core, default" if spec.id in core else "default" if spec.id in default else "on request"
+        console.print(Text(f"{spec.id}  ({lists})", style="bold"), soft_wrap=True)
+        console.print(f"  {spec.sentence}", soft_wrap=True, markup=False)
+        facts = (
+            ("formula", spec.formula), ("input", spec.input), ("range", spec.value_range), ("unit", spec.unit),
+            ("unchanged", ", ".join(sorted(spec.invariances)) or "by nothing declared"), ("column", spec.column or "none"),
+            ("source", spec.source), ("digest", spec.digest),
+        )  # fmt: skip
+        for name, value in facts:
+            console.print(f"  {name:<9} {' '.join(str(value).split())}", soft_wrap=True, markup=False)
+    console.print(
+        "unchanged under: R rotation · R_l rotation per depth · S scale · S_l scale per depth · P permutation of units · "
+        "T length", soft_wrap=True, markup=False,
+    )  # fmt: skip
