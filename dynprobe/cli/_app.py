@@ -159,6 +159,9 @@ def _show(
     run: Annotated[Optional[Path], typer.Argument(help="A run folder.")] = None,
     metrics: Annotated[bool, typer.Option("--metrics", help="Print every metric: formula, range, unit, invariances, source.")] = False,
     columns: Annotated[bool, typer.Option("--columns", help="Print the columns of the run's tables.")] = False,
+    figure: Annotated[
+        Optional[Path], typer.Option(help="Draw where along the depth the perturbation is felt: .png, .svg or .pdf.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a run, or the metrics."""
@@ -167,7 +170,7 @@ def _show(
     if metrics:
         metrics_command(json)
     else:
-        show_command(run, columns, json)
+        show_command(run, columns, figure, json)
 
 
 @app.command("metrics")

@@ -132,15 +132,17 @@ def fetch_command(name: str, force: bool, wheel: Path | None) -> None:
     print(folder)  # noqa: T201
 
 
-def show_command(run: Path | None, columns: bool, as_json: bool) -> None:
+def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: bool) -> None:
     """``dynprobe show RUN``."""
-    from dynprobe.runs import open_run
+    from dynprobe.runs import draw_run, open_run
 
     if run is None:
         raise UsageError("name a run folder (dynprobe ls lists them), or type: dynprobe show --metrics")
     found = open_run(run)
     if as_json:
         _print_json({"run": str(found.path), "status": found.status, "manifest": found.manifest.model_dump(), "summary": found.summary})
+    elif figure is not None:
+        print(draw_run(found, figure))  # noqa: T201
     elif columns:
         _render.columns(found)
     else:

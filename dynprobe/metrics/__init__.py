@@ -18,7 +18,8 @@ from dynprobe.metrics._frame import frame
 from dynprobe.metrics._lists import CORE, DEFAULT
 from dynprobe.metrics._measure import Measurement, measure
 from dynprobe.metrics._output import lens_output, output_metrics, paired_output
-from dynprobe.metrics._paired import diverge, paired, phase_z
+from dynprobe.metrics._paired import diverge, paired
+from dynprobe.metrics._phase_z import phase_z
 from dynprobe.metrics._registry import (
     Column,
     MetricSpec,

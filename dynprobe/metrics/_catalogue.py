@@ -17,8 +17,9 @@ MODULES = (
     "_limen",
     "_norm",
     "_debt",
-    "_output",
+    "_output_metrics",
     "_paired",
+    "_phase_z",
 )
 
 

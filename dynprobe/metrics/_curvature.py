@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dynprobe.metrics._geometry import NEAR_ZERO, Walk, walk
+from dynprobe.metrics._geometry import NEAR_ZERO
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._reduce import Terms, mean_of_profile, mean_over_units
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores
+from dynprobe.metrics._walk import Walk, walk
 
 __all__ = ["curv_depth", "curv_token", "turn_defined"]
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics._geometry import Walk, walk
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._kappa_phase import kappa_phase
 from dynprobe.metrics._reduce import mean_of_profile
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
+from dynprobe.metrics._walk import Walk, walk
 
 __all__ = ["delta_angle", "delta_rel_next", "delta_rel_prev", "delta_rms", "resid_norm"]
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics._geometry import CHUNK_BYTES, CHUNK_BYTES_DEVICE, NEAR_ZERO, norms, validity
+from dynprobe.metrics import _geometry
+from dynprobe.metrics._geometry import CHUNK_BYTES_DEVICE, NEAR_ZERO, norms, validity, workspace
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._reduce import Terms, mean_of_profile, share
 from dynprobe.metrics._registry import MetricSpec, register
@@ -36,6 +37,11 @@ def _windows(keep: Bools, size: int) -> Any:
     any_keep = np.logical_or.reduce(keep, axis=0)
     counts = any_keep.sum(-1)
     longest = int(counts.max(initial=0))
+    if 0 < longest <= size:
+        # one window per row: leave the units where they are, so that states are sliced and not gathered
+        used = np.flatnonzero(any_keep.any(0))
+        places = np.arange(used[0], used[-1] + 1)
+        return np.where(any_keep[:, places], places, -1)[:, None, :]
     size = max(1, min(size, longest))
     n_windows = max(1, -(-longest // size))
     index = np.full((len(counts), n_windows * size), -1)
@@ -75,7 +81,9 @@ class _Windows:
         self.there = index >= 0
         self.rows = np.arange(index.shape[0])[:, None, None]
         self.groups, self.size = index.shape[0] * index.shape[1], index.shape[2]
-        self.whole = index.shape[1] == 1 and bool((index == np.arange(index.shape[2])).all())
+        start = int(index.max(initial=0)) - self.size + 1
+        in_place = np.where(index >= 0, index - start, np.arange(self.size)) == np.arange(self.size)
+        self.slice = slice(start, start + self.size) if index.shape[1] == 1 and bool(in_place.all()) else None
 
     def take(self, array: Any) -> Any:
         """[D, B, T] → [D, G, W]."""
@@ -84,19 +92,21 @@ class _Windows:
 
     def gather(self, state: torch.Tensor) -> torch.Tensor:
         """[B, T, dim] → [G, W, dim]."""
-        if self.whole:
-            x = state[:, : self.size]
+        if self.slice is not None:
+            x = state[:, self.slice]
         else:
             rows = torch.from_numpy(np.broadcast_to(self.rows, self.shape).reshape(-1).copy()).to(state.device)
             cols = torch.from_numpy(np.maximum(self.index, 0).reshape(-1)).to(state.device)
             x = state[rows, cols]
-        return x.reshape(self.groups, self.size, -1)
+            x = x.unflatten(0, (self.groups, self.size))
+        return x
 
     def grams(self, states: Sequence[torch.Tensor], scale: Array, usable: Bools) -> torch.Tensor:
         """Shifted cosines [k, G, W, W] in float64 of k depths of one width; ``scale`` is 1/norm, 0 where unusable."""
         pieces = [self.gather(s.detach()).to(self.dtype) for s in states]
         x = pieces[0][None] if len(pieces) == 1 else torch.stack(pieces)
-        unit = x * torch.from_numpy(scale[..., None]).to(x.device, x.dtype)
+        factor = torch.from_numpy(scale[..., None]).to(x.device, x.dtype)
+        unit = torch.mul(x, factor, out=workspace("chord", x))
         count = torch.from_numpy(np.maximum(usable.sum(-1), 1)).to(x.device, x.dtype)[..., None, None]
         if not usable.all():
             # a product with scale 0 would keep NaN, and the mean must not reach into unusable rows
@@ -104,6 +114,7 @@ class _Windows:
             unit = torch.where(flags, unit, 0.0)
         unit -= unit.sum(-2, keepdim=True) / count
         flat = unit.flatten(0, 1)
+        # .double() copies float32 products; a float64 product is fresh as well, so the caller may write into it
         gram = torch.bmm(flat, flat.transpose(1, 2)).double().cpu()
         return gram.view(len(states), self.groups, self.size, self.size)
 
@@ -172,7 +183,7 @@ def _fill(
     n_depths = len(states)
     steady = bool((usable == usable[:1]).all()) and len({s.shape[-1] for s in states}) == 1
     bytes_per_depth = windows.groups * windows.size * max(states[0].shape[-1] * 4, windows.size * 16)
-    block = max(1, (CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_DEVICE) // bytes_per_depth)
+    block = max(1, (_geometry.CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_DEVICE) // bytes_per_depth)
     block = block if steady else 1
     before: torch.Tensor | None = None
     before_raw: torch.Tensor | None = None

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics._geometry import Walk, walk
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._reduce import mean_of_profile, share
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
+from dynprobe.metrics._walk import Walk, walk
 
 __all__ = ["kappa_phase"]
 

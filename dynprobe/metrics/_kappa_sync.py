@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dynprobe.metrics._geometry import Walk, walk
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._reduce import share
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Result, Scores, first_reason
+from dynprobe.metrics._walk import Walk, walk
 
 __all__ = ["kappa_sync"]
 

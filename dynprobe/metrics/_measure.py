@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics._geometry import norms, walk
+from dynprobe.metrics._geometry import norms
 from dynprobe.metrics._inputs import eps_of
 from dynprobe.metrics._lists import CORE
 from dynprobe.metrics._registry import column_name, entry, parse_id
 from dynprobe.metrics._result import Bools, Result, Scores
 from dynprobe.metrics._sample import SCORERS, Context
+from dynprobe.metrics._walk import walk
 
 __all__ = ["Measurement", "measure"]
 

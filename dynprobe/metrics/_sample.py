@@ -13,7 +13,6 @@ from dynprobe.errors import MetricError
 from dynprobe.metrics._curvature import curv_depth, curv_token, turn_defined
 from dynprobe.metrics._debt import collapse_late, debt_cusum, debt_excess
 from dynprobe.metrics._delta import delta_rel_next, delta_rel_prev, delta_rms, resid_norm
-from dynprobe.metrics._geometry import Walk
 from dynprobe.metrics._kappa_geom import kappa_geom
 from dynprobe.metrics._kappa_phase import kappa_phase
 from dynprobe.metrics._kappa_sync import kappa_sync
@@ -22,6 +21,7 @@ from dynprobe.metrics._limen import gini, qratio, ratio, regimes
 from dynprobe.metrics._limen_ct import CtSeries, around, ct_scores, past
 from dynprobe.metrics._result import Array, Bools, Scores
 from dynprobe.metrics._series import Values
+from dynprobe.metrics._walk import Walk
 
 __all__ = ["SCORERS", "Context"]
 

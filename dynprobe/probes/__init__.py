@@ -7,6 +7,7 @@ from dynprobe.probes._generate import Sampling, generate, ignored_defaults
 from dynprobe.probes._inputs import Batch, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument, Site, Writer, sites_to_read
 from dynprobe.probes._load import load
+from dynprobe.probes._outputs import identical
 from dynprobe.probes._perturb import Perturb
 from dynprobe.probes._resume import logits_of, readout, resume
 from dynprobe.probes._selftest import (
@@ -49,6 +50,7 @@ __all__ = [
     "check_resume",
     "discover",
     "generate",
+    "identical",
     "ignored_defaults",
     "live_hooks",
     "load",

@@ -4,14 +4,15 @@ Hooks see ``[batch, columns, dim]`` and nothing else; in decoding the columns sh
 calls of the root module and keeps, for the current sequence, how many real tokens each row has had. So a write at
 ``positions=5`` means the same token in a padded batch, alone, in prefill and in decode.
 
-A forward continues the current sequence when it brings back the cache the previous one used, or a mask wider than its
-input; anything else starts a new sequence.
+A forward continues the current sequence when it brings back the very cache the previous one used or returned (or, from
+models without one, a mask that has grown by its columns); anything else starts a new sequence. A sequence's prompt is
+its first forward. A cache that was shortened in between (assisted decoding) is refused: its columns were taken back.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes._noise import row_key_from_tokens
 
 __all__ = ["Clock", "Step"]
@@ -59,7 +61,7 @@ class Clock:
     ) -> None:
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._given_keys = tuple(row_keys) if row_keys is not None else None
-        self._given_prompt = np.asarray(n_prompt, dtype=np.int64) if n_prompt is not None else None
+        self._given_prompt = tuple(n_prompt) if n_prompt is not None else None
         self._cache: Any = None
         self._seen = np.zeros(0, dtype=np.int64)
         self._width = 0
@@ -68,63 +70,110 @@ class Clock:
         self._index = -1
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        """Read one call of the root module and return its :class:`Step`."""
+        """Read one call of the root module and return its :class:`Step`.
+
+        Raises:
+            ModelError: If positions cannot be named: no input with two axes, a mask of an unknown form, a cache that
+                was cut since the last forward.
+            UsageError: If the names of the rows do not fit their number.
+        """
         call = dict(zip(self._names, args, strict=False)) | kwargs
-        ids, mask = call.get("input_ids"), call.get("attention_mask")
-        source = ids if ids is not None else call.get("inputs_embeds")
+        source = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if source is None:  # a model of another convention: its first tensor argument carries batch and positions
             source = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() >= 2), None)
         if source is None:
-            raise TypeError("the model was called without a tensor of at least two axes; positions cannot be named")
+            raise ModelError("the model was called without a tensor [batch, pos, …]; positions cannot be named")
         batch, columns = int(source.shape[0]), int(source.shape[1])
-        token_ids = source.detach().cpu() if source.dim() == 2 and not source.is_floating_point() else None
+        token_ids = None
+        if source.dim() == 2 and not source.is_floating_point():
+            with torch.inference_mode(False):
+                token_ids = source.detach().to("cpu", copy=True)
         cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+        held = _held(cache)
+        mask = call.get("attention_mask")
         flat = mask.detach().cpu().numpy().astype(bool) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        real = _real(flat if flat is not None else mask, batch, columns, held or 0)
 
-        known = self._index >= 0 and len(self._seen) == batch
-        same_cache = known and cache is not None and (cache is self._cache or self._cache is None) and self._grown(cache)
-        wider = flat is not None and flat.shape[1] > columns
-        if known and (same_cache or (wider and flat is not None and flat.shape[1] == self._width + columns)):
-            real = flat[:, -columns:] if flat is not None and flat.shape[1] >= columns else np.ones((batch, columns), bool)
+        if self._continues(batch, columns, cache, held, flat):
             start = self._seen
             self._index += 1
         else:
+            start = np.full(batch, held or 0, dtype=np.int64)
+            if flat is not None and flat.shape[1] > columns:  # a warm cache, and the mask knows its real tokens
+                start = flat[:, :-columns].sum(1)
             self._index = 0
-            real = flat[:, -columns:] if flat is not None else np.ones((batch, columns), bool)
-            start = self._start(flat if wider else None, cache, batch, columns)
-            total = start + real.sum(1)
-            self._prompt = self._given_prompt if self._given_prompt is not None and len(self._given_prompt) == batch else total
+            self._width = flat.shape[1] - columns if flat is not None else held or 0
             self._keys = self._name_rows(batch, token_ids, real)
-            self._width = int(flat.shape[1] - columns) if flat is not None else 0
+            self._prompt = self._name_prompt(start + real.sum(1))
         positions = np.where(real, start[:, None] + np.cumsum(real, 1) - 1, -1)
         self._seen = start + real.sum(1)
         self._width += columns
         self._cache = cache
         return Step(self._index, positions, self._prompt, self._keys, token_ids)
 
-    def _start(self, mask: np.ndarray | None, cache: Any, batch: int, columns: int) -> np.ndarray:
-        """Real tokens that came before a sequence whose beginning was not seen (a warm cache)."""
-        if mask is not None:
-            return mask[:, :-columns].sum(1)
-        held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        return np.full(batch, held, np.int64)
+    def end(self, output: Any) -> None:
+        """Note the cache that a forward returned; the next one may bring it back."""
+        self._cache = next((c for name in _CACHES if (c := getattr(output, name, None)) is not None), self._cache)
 
-    def _grown(self, cache: Any) -> bool:
-        """Whether the cache already holds something: an empty one belongs to a new sequence."""
-        length = getattr(cache, "get_seq_length", None)
-        if length is None:
-            return True
-        held = int(length())
-        return held > 0 or bool(getattr(cache, "has_previous_state", lambda *_: False)())
+    def release(self) -> None:
+        """Let go of the cache; the next forward starts a new sequence."""
+        self._cache, self._index = None, -1
+
+    def _continues(self, batch: int, columns: int, cache: Any, held: int | None, flat: np.ndarray | None) -> bool:
+        if self._index < 0 or len(self._seen) != batch:
+            return False
+        if cache is None:
+            return flat is not None and columns < flat.shape[1] == self._width + columns
+        if cache is not self._cache or held == 0:  # another sequence's, or one that was emptied
+            return False
+        if held is not None and held != self._width:
+            raise ModelError(
+                f"the cache holds {held} columns after forwards of {self._width}: it was cut in between, as assisted "
+                "decoding does, and positions cannot be named; generate without an assistant"
+            )
+        return True
 
     def _name_rows(self, batch: int, token_ids: Tensor | None, real: np.ndarray) -> tuple[str, ...]:
         if self._given_keys is not None:
-            if len(self._given_keys) == batch:
-                return self._given_keys
-            if batch % len(self._given_keys) == 0:  # beams or samples of one prompt share its noise
-                times = batch // len(self._given_keys)
-                return tuple(key for key in self._given_keys for _ in range(times))
-            raise ValueError(f"{len(self._given_keys)} row keys were given and the model was called with {batch} rows")
+            times, rest = divmod(batch, len(self._given_keys))
+            if rest:
+                raise UsageError(f"{len(self._given_keys)} row keys were given and the model was called on {batch} rows")
+            return tuple(key for key in self._given_keys for _ in range(times))  # beams and samples share their noise
         if token_ids is None:
             return tuple(f"row-{i}" for i in range(batch))
         return tuple(row_key_from_tokens(token_ids[i][torch.from_numpy(real[i])].tolist()) for i in range(batch))
+
+    def _name_prompt(self, total: np.ndarray) -> np.ndarray:
+        if self._given_prompt is None or len(total) % len(self._given_prompt):
+            return total
+        return np.repeat(np.asarray(self._given_prompt, dtype=np.int64), len(total) // len(self._given_prompt))
+
+
+def _held(cache: Any) -> int | None:
+    """Columns a cache holds; None where it cannot say (a recurrent state), 0 where it is empty."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # state-space caches know only whether they were used
+        try:
+            return None if cache.has_previous_state() else 0
+        except (AttributeError, ValueError):
+            return None
+
+
+def _real(mask: Any, batch: int, columns: int, held: int) -> np.ndarray:
+    """Which of a forward's columns are real tokens, ``[batch, columns]``."""
+    if mask is None:
+        return np.ones((batch, columns), dtype=bool)
+    if isinstance(mask, np.ndarray) and mask.shape[1] >= columns:
+        return mask[:, -columns:]
+    if isinstance(mask, Mapping):  # one mask per kind of attention, as static caches get it
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] == batch and mask.shape[3] >= held + columns:
+        # A real token sees itself, whatever window the attention has; padding sees nothing of the sort.
+        seen = mask[:, 0, :, held : held + columns].diagonal(dim1=1, dim2=2).detach().cpu()
+        return (seen if seen.dtype == torch.bool else seen > -1.0).numpy()
+    shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
+    raise ModelError(
+        f"an attention mask {shape} does not say which of {batch} × {columns} columns are real tokens; "
+        "pass attention_mask as [batch, pos] of ones and zeros"
+    )

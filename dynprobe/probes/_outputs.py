@@ -2,12 +2,12 @@
 
 Blocks return a tensor, a tuple, a list, a dict or a ``ModelOutput``, and the answer changes between library versions;
 indexing ``output[0]`` on a tensor silently slices the batch. Everything in dynprobe that touches a block's input or
-output goes through the three functions here, and nothing else guesses.
+output goes through the functions here, and nothing else guesses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynprobe.errors import ModelError
 
-__all__ = ["hidden_argument", "hidden_of", "ordinary", "replace_argument", "replace_hidden"]
+__all__ = ["hidden_argument", "hidden_of", "identical", "ordinary", "replace_argument", "replace_hidden", "wrapper_like"]
 
 _NAMES = ("hidden_states", "last_hidden_state", "hidden_state", "x", "hidden", "inputs_embeds")
 
@@ -67,16 +67,37 @@ def hidden_of(output: Any) -> Tensor:
 def replace_hidden(output: Any, state: Tensor) -> Any:
     """Return ``output`` with its state replaced by ``state``, in a container of the same type."""
     key = _key_of(output)
+    return state if key is None else _rebuild(type(output), _items(output), key, state)
+
+
+def wrapper_like(output: Any) -> Callable[[Tensor], Any]:
+    """Return a function that puts a state into a container like ``output``, whatever else that held left out.
+
+    A stub answers with it. Nothing but plain constants is kept of the output, so that no tensor and no cache of one
+    forward can reach another.
+
+    Example:
+        >>> import torch
+        >>> wrap = wrapper_like((torch.zeros(1, 2, 3), torch.ones(1, 2), True))
+        >>> wrap(torch.ones(1, 1, 3))
+        (tensor([[[1., 1., 1.]]]), None, True)
+    """
+    key, kind = _key_of(output), type(output)
     if key is None:
-        return state
-    if isinstance(output, Mapping):
-        items = {**output, key: state}
-        return type(output)(**items) if not isinstance(output, dict) or type(output) is not dict else items
-    items_list = list(output)
-    items_list[int(key)] = state
-    if hasattr(output, "_fields"):  # named tuple
-        return type(output)(*items_list)
-    return type(output)(items_list)
+        return lambda state: state
+    constants = {k: v if isinstance(v, bool | int | float | str) else None for k, v in _items(output).items()}
+    return lambda state: _rebuild(kind, constants, key, state)
+
+
+def _items(output: Any) -> dict[Any, Any]:
+    return dict(output if isinstance(output, Mapping) else enumerate(output))
+
+
+def _rebuild(kind: type, items: Mapping[Any, Any], key: int | str, state: Tensor) -> Any:
+    items = {**items, key: state}
+    if issubclass(kind, Mapping):
+        return items if kind is dict else kind(**items)
+    return kind(*items.values()) if hasattr(kind, "_fields") else kind(items.values())  # named tuples take positions
 
 
 def _argument_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
@@ -121,3 +142,18 @@ def ordinary(state: Tensor) -> Tensor:
         return state
     with torch.inference_mode(False):
         return state.clone()
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits: signed zeros differ, a NaN equals itself.
+
+    Example:
+        >>> import torch
+        >>> identical(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+        True
+        >>> identical(torch.tensor([0.0]), torch.tensor([-0.0]))
+        False
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

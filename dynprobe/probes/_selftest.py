@@ -20,6 +20,7 @@ from dynprobe.probes._capture import capture
 from dynprobe.probes._dispatch import live_hooks
 from dynprobe.probes._inputs import make_batch
 from dynprobe.probes._instrument import Instrument, sites_to_read
+from dynprobe.probes._outputs import identical
 from dynprobe.probes._perturb import Perturb
 from dynprobe.probes._resume import logits_of, readout, resume
 from dynprobe.probes._subject import Subject
@@ -103,8 +104,9 @@ def check_null(subject: Subject, rows: Rows, perturb: Perturb | None = None, *, 
     counts = instrument.check_fired()
     tape = instrument.tape(written)
     real = batch.mask
-    same_logits = torch.equal(bare[real], written[real]) and torch.equal(bare[real], untouched.logits[real])  # type: ignore[index]
-    same_states = all(torch.equal(a[real], b[real]) for a, b in zip(untouched.states, tape.states, strict=True))
+    assert untouched.logits is not None
+    same_logits = identical(bare[real], written[real]) and identical(bare[real], untouched.logits[real])
+    same_states = all(identical(a[real], b[real]) for a, b in zip(untouched.states, tape.states, strict=True))
     worst = max(_worst(bare[real], written[real]), *(_worst(a[real], b[real]) for a, b in zip(untouched.states, tape.states, strict=True)))
     passed = same_logits and same_states
     return Check("null", passed, worst if not passed else 0.0, 0.0, "max |difference|", {"spec": str(spec), **counts})

@@ -14,7 +14,7 @@ import torch
 
 from dynprobe import metrics
 from dynprobe.errors import SelfTestError
-from dynprobe.probes import Calibration, Sampling, Site, Subject, generate, make_batch, readout
+from dynprobe.probes import Calibration, Sampling, Site, Subject, generate, identical, make_batch, readout
 from dynprobe.prompts import Prompt
 from dynprobe.protocols._arms import Passage, Text, forced, free
 from dynprobe.protocols._conditions import Push
@@ -30,7 +30,6 @@ class Produced:
 
     tables: dict[str, pd.DataFrame]
     states: list[tuple[pd.DataFrame, torch.Tensor]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -78,9 +77,7 @@ class BatchRunner:
         tables = {
             name: pd.concat([p.tables[name] for p in collected if name in p.tables], ignore_index=True) for name in names
         }
-        noise = [p.facts["noise_floor"] for p in collected if "noise_floor" in p.facts]
-        facts = {"noise_floor": {k: max(n[k] for n in noise) for k in noise[0]}} if noise else {}
-        return Produced(tables, [s for p in collected for s in p.states], facts)
+        return Produced(tables, [s for p in collected for s in p.states])
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows that may share a forward."""
@@ -95,19 +92,21 @@ class BatchRunner:
 
     def _group(self, chosen: Sequence[int], replicate: int) -> list[Produced]:
         blank = [Text(self.prompts[i].prompt_id, tuple(self.rows[i])) for i in chosen]
-        texts, written = blank, None
+        texts = blank
         if self.config.max_new_tokens > 0:
             batch = make_batch(self.subject, [t.prompt for t in blank], side="left", row_keys=[t.row_key for t in blank])
             new = generate(self.subject, batch, self._sampling(replicate))
             texts = [Text(t.row_key, t.prompt, tuple(n)) for t, n in zip(blank, new, strict=True)]
         out: list[Produced] = []
+        solved = np.full(len(chosen), np.nan)
         for group in self._groups([len(t.fed) for t in texts]):  # texts of one batch may end early
-            out.append(self._forced_arms([texts[i] for i in group], [chosen[i] for i in group], replicate))
+            made, magnitude = self._forced_arms([texts[i] for i in group], [chosen[i] for i in group], replicate)
+            out.append(made)
+            if magnitude is not None:
+                solved[group] = magnitude
         if self.push is not None and self.config.max_new_tokens > 0:
-            push = self.push
-            if any(p.scale in ("interp", "isokl") for p in push.perturbs):
-                clean = self._forced(blank)
-                push = push.prepare(blank, self._partners(chosen), clean, self._side)
+            # The free arm is pushed with the strength that was solved for on the clean text.
+            push = self.push.prepare(blank, self._partners(chosen), magnitude=solved)
             written = free(
                 self.subject, blank, self._sampling(replicate), push.writers(),
                 span=self.span, theta=self.theta, extra_sites=self._extra,
@@ -128,11 +127,15 @@ class BatchRunner:
         """Each row's donor is the next prompt of the run, whatever batch either is in."""
         return [list(self.rows[(i + 1) % len(self.rows)]) for i in chosen]
 
-    def _forced_arms(self, texts: list[Text], chosen: Sequence[int], replicate: int) -> Produced:
+    def _forced_arms(
+        self, texts: list[Text], chosen: Sequence[int], replicate: int
+    ) -> tuple[Produced, np.ndarray | None]:
         clean = self._forced(texts)
         parts = [self._tabulate(clean, "clean", chosen, replicate)]
+        magnitude = None
         if self.push is not None:
-            push = self.push.prepare(texts, self._partners(chosen), clean, self._side)
+            push = self.push.prepare(texts, self._partners(chosen), clean=clean, side=self._side)
+            magnitude = push.magnitude
             sham = self._forced(texts, push.writers(sham=True))
             parts.append(self._sham(clean, sham, chosen, replicate))
             del sham
@@ -140,7 +143,7 @@ class BatchRunner:
             parts.append(self._tabulate(arm, "perturbed.forced", chosen, replicate, clean=clean, push=push))
         names = dict.fromkeys(name for p in parts for name in p.tables)
         tables = {n: pd.concat([p.tables[n] for p in parts if n in p.tables], ignore_index=True) for n in names}
-        return Produced(tables, [s for p in parts for s in p.states])
+        return Produced(tables, [s for p in parts for s in p.states]), magnitude
 
     def _labels(self, passage: Passage, condition: str, chosen: Sequence[int], replicate: int) -> Labels:
         tokenizer = self.subject.tokenizer
@@ -154,9 +157,9 @@ class BatchRunner:
     def _sham(self, clean: Passage, sham: Passage, chosen: Sequence[int], replicate: int) -> Produced:
         """The sham arm must equal the clean one bit for bit; then it is stored as a digest of it."""
         mask = clean.mask
-        same = all(torch.equal(a[mask.to(a.device)], b[mask.to(b.device)]) for a, b in zip(clean.tape.states, sham.tape.states, strict=True))
         assert clean.logits is not None and sham.logits is not None
-        if not same or not torch.equal(clean.logits[mask.to(clean.logits.device)], sham.logits[mask.to(clean.logits.device)]):
+        pairs = zip([*clean.tape.states, clean.logits], [*sham.tape.states, sham.logits], strict=True)
+        if not all(identical(a[mask.to(a.device)], b[mask.to(b.device)]) for a, b in pairs):
             raise SelfTestError(
                 "the sham arm (alpha=0) differs from the clean arm in the same batch shape; no number of this batch could "
                 "be trusted. Is the model in training mode, or its arithmetic not deterministic?"

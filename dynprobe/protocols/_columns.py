@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dynprobe import metrics
 from dynprobe.protocols._config import RunConfig
+from dynprobe.runs import registry_facts
 
 __all__ = ["column_facts"]
 
@@ -34,16 +35,10 @@ _ON_SPAN = ("limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "c
 def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
     """Return the facts of every metric column a run may write."""
     span = config.span if config.span != "auto" else ("new" if config.max_new_tokens else "prompt")
-    facts: dict[str, dict[str, str]] = {}
+    facts = registry_facts(metrics.columns())
     for name, column in metrics.columns().items():
-        definition = metrics.spec(column.metric_id)
         runs_over = span if column.metric_id.startswith(_ON_SPAN) else "all"
-        facts[name] = {
-            "id": column.metric_id, "unit": column.unit, "digest": column.digest, "span": runs_over,
-            "aggregation": "; ".join(f"{level}: {how}" for level, how in column.levels.items()),
-            "description": definition.sentence,
-            **({"dtype": "label"} if column.unit == "label" else {}),
-        }  # fmt: skip
+        facts[name] |= {"span": runs_over, "description": metrics.spec(column.metric_id).sentence}
         facts[f"{name}_d"] = {
             **facts[name], "aggregation": "arm − clean, same tokens",
             "description": f"Paired difference of {name} under teacher forcing.",
@@ -54,6 +49,5 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
             "id": metric_id, "unit": unit, "digest": digest, "span": span if runs_over == "span" else runs_over,
             "aggregation": how, "description": text,
         }  # fmt: skip
-    for name in ("kappa_phase_d",):
-        facts[name]["id"] = "kappa.phase.paired/1"
+    facts["kappa_phase_d"] |= {"id": "kappa.phase.paired/1", "digest": metrics.spec("kappa.phase.paired/1").digest}
     return facts

@@ -116,17 +116,37 @@ class Push:
     donors: dict[Site, list[torch.Tensor]] = field(default_factory=dict)
     magnitude: np.ndarray | None = None
 
-    def prepare(self, texts: Sequence[Text], partners: Sequence[Sequence[int]], clean: Passage, side: str) -> Push:
-        """Return a push that has what its scales need for these rows."""
+    def prepare(
+        self,
+        texts: Sequence[Text],
+        partners: Sequence[Sequence[int]],
+        *,
+        clean: Passage | None = None,
+        side: str = "right",
+        magnitude: np.ndarray | None = None,
+    ) -> Push:
+        """Return a push that has what its scales need for these rows.
+
+        Args:
+            texts: The rows.
+            partners: Token ids of the prompt whose states each row moves towards under ``interp``.
+            clean: Clean passage over the texts, from which ``isokl`` solves each row's strength.
+            side: Padding side of the clean passage.
+            magnitude: Strengths that were solved already; used where there is no clean passage.
+        """
         donors: dict[Site, list[torch.Tensor]] = {}
-        magnitude = None
+        solved: np.ndarray | None = None
         for perturb in self.perturbs:
             if perturb.scale == "interp":
                 sites = PerturbWriter(self.subject, perturb.replace(alpha=0.0)).sites
                 donors |= donor_states(self.subject, sites, partners)
             elif perturb.scale == "isokl":
-                magnitude = solve_isokl(self.subject, perturb, texts, clean, self.calibration, side)
-        return Push(self.subject, self.perturbs, self.calibration, donors, magnitude)
+                solved = (
+                    magnitude
+                    if clean is None
+                    else solve_isokl(self.subject, perturb, texts, clean, self.calibration, side)
+                )
+        return Push(self.subject, self.perturbs, self.calibration, donors, solved)
 
     def writers(self, *, sham: bool = False) -> list[PerturbWriter]:
         """Return fresh writers; ``sham`` writes with α = 0 through the same path."""

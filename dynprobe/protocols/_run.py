@@ -279,7 +279,6 @@ def _span(config: RunConfig) -> str:
 
 def _batches(writer: RunWriter, runner: BatchRunner, batches: Sequence[Sequence[int]], tell: Listener) -> None:
     started, n_rows, n_tokens = time.perf_counter(), 0, 0
-    samples: list[pd.DataFrame] = [open_run(writer.folder).samples] if writer.finished else []
     dtype = str(runner.subject.dtype).removeprefix("torch.")
     tell(Progress("batch", len(writer.finished), len(batches)))
     for number, batch in enumerate(batches):
@@ -289,12 +288,13 @@ def _batches(writer: RunWriter, runner: BatchRunner, batches: Sequence[Sequence[
         made = runner.run(batch)
         for keys, states in made.states:
             writer.write_states(number, keys, states, dtype)
-        writer.write_batch(number, made.tables, made.facts or None)
-        n_rows, n_tokens = n_rows + len(made.tables["samples"]), n_tokens + len(made.tables["tokens"])
-        samples.append(made.tables["samples"])
-        writer.event("batch", number=number, rows=len(made.tables["samples"]), seconds=round(time.perf_counter() - begun, 3))
-        summary = summarise(pd.concat([s.astype(object) for s in samples], ignore_index=True).infer_objects())
-        tell(Progress("batch", len(writer.finished), len(batches), n_rows, n_tokens, time.perf_counter() - started, summary))
+        writer.write_batch(number, made.tables)
+        rows = len(made.tables["samples"])
+        # A first table early; the last one is made from the disk. In between nothing is kept.
+        first = summarise(made.tables["samples"]) if n_rows == 0 else None
+        n_rows, n_tokens = n_rows + rows, n_tokens + len(made.tables["tokens"])
+        writer.event("batch", number=number, rows=rows, seconds=round(time.perf_counter() - begun, 3))
+        tell(Progress("batch", len(writer.finished), len(batches), n_rows, n_tokens, time.perf_counter() - started, first))
     final = summarise(open_run(writer.folder).samples)
     writer.finish({"conditions": final, "seconds": round(time.perf_counter() - started, 2)})
     tell(Progress("done", len(batches), len(batches), n_rows, n_tokens, time.perf_counter() - started, final))

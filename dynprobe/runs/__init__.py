@@ -11,6 +11,7 @@ this library knows is refused; secrets are never stored.
 
 from __future__ import annotations
 
+from dynprobe.runs._figures import draw_run
 from dynprobe.runs._identity import hash_prompts, identity
 from dynprobe.runs._listing import list_runs
 from dynprobe.runs._manifest import Manifest, Part
@@ -31,6 +32,7 @@ __all__ = [
     "RunWriter",
     "Table",
     "decode_bfloat16",
+    "draw_run",
     "hash_prompts",
     "identity",
     "list_runs",

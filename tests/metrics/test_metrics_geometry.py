@@ -92,7 +92,7 @@ def test_near_zero_follows_the_dtype_handed_in():
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    from dynprobe.metrics import DEFAULT, _geometry, _kappa_geom
+    from dynprobe.metrics import DEFAULT, _geometry
 
     g = torch.Generator().manual_seed(3)
     states = list(torch.cumsum(torch.randn(9, 3, 7, 16, generator=g, dtype=torch.float64), 0))
@@ -102,7 +102,6 @@ def test_chunks_do_not_matter(monkeypatch):
     whole = measure(states, mask, metrics=DEFAULT, debt_theta=0.5)
     for budget in (1, 16 * 7 * 8, 16 * 7 * 8 * 3 * 2, 16 * 7 * 8 * 3 * 4):
         monkeypatch.setattr(_geometry, "CHUNK_BYTES", budget)
-        monkeypatch.setattr(_kappa_geom, "CHUNK_BYTES", budget)
         monkeypatch.setattr(_geometry, "_local", type(_geometry._local)())
         small = measure(states, mask, metrics=DEFAULT, debt_theta=0.5)
         for a, b in zip(whole.sample, small.sample, strict=True):

@@ -1,0 +1,48 @@
+# Each target makes what it needs: `make demo` and `make test` run on a machine that has only Python >= 3.11 and make.
+PYTHON ?= python3
+VENV   ?= .venv
+PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
+SOURCES = dynprobe tests benchmarks examples
+
+.PHONY: demo test test-slow check format bench figure clean
+
+demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (downloads about 300 MB once)
+	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
+
+.venv-demo/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	.venv-demo/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt '.[demo]'
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(VENV)/.installed  ## all tests that need no download
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed  ## end-to-end tests on real weights
+	$(VENV)/bin/python -m pytest -q -m slow
+
+check: $(VENV)/.installed  ## format, lint, types, import rules
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff format $(SOURCES)
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+
+bench: $(VENV)/.installed  ## the budgets, on this machine (needs the real weights; an idle machine)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt '.[peers]'
+	$(VENV)/bin/python benchmarks/capture.py
+	$(VENV)/bin/python benchmarks/memory.py
+	$(VENV)/bin/python benchmarks/startup.py
+	$(VENV)/bin/python benchmarks/bare_command.py
+
+clean:
+	rm -rf $(VENV) .venv-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
