@@ -22,7 +22,7 @@ from dynprobe.models import cache_root, fetch
 
 
 def once(out: str) -> tuple[float, float]:
-    """Run it in a pseudo-terminal; the first table is seen when its arm `perturbed.free` appears."""
+    """Run it in a pseudo-terminal; the first table is seen when its arm `perturbed.forced` appears."""
     begun = time.perf_counter()
     pid, terminal = pty.fork()
     if pid == 0:
@@ -38,7 +38,7 @@ def once(out: str) -> tuple[float, float]:
         if not piece:
             break
         text += piece
-        if not first and b"perturbed.free" in text:
+        if not first and b"perturbed.forced" in text:
             first = time.perf_counter() - begun
     _, status = os.waitpid(pid, 0)
     if status:

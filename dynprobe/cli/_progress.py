@@ -22,14 +22,13 @@ class Listener:
 
     Args:
         quiet: Show nothing.
-        tables: Print the table over the prompts finished so far once, after the first batch.
+        tables: Print the table over the prompts finished so far once.
     """
 
     def __init__(self, *, quiet: bool = False, tables: bool = True) -> None:
         self._console = Console(stderr=True)
         self._on = not quiet and self._console.is_terminal
         self._tables = tables
-        self._shown = False
         self._status: Any = None
 
     def __enter__(self) -> Listener:
@@ -56,8 +55,8 @@ class Listener:
             if progress.seconds > 0 and progress.rows:
                 left = progress.seconds / max(progress.done, 1) * (progress.total - progress.done)
                 line += f" · {progress.rows / progress.seconds:.1f} rows/s · {progress.tokens / progress.seconds:.0f} tokens/s · {left:.0f} s left"
-        if progress.summary is not None and self._tables and not self._shown and progress.done < progress.total:
-            self._shown = True
-            self._console.print(_render.summary_table(progress.summary, f"first {progress.done} of {progress.total} batches"))
+        if progress.summary is not None and self._tables:
+            n = next(iter(progress.summary.values()))["samples"]
+            self._console.print(_render.summary_table(progress.summary, f"so far: the forced arms of {n} texts"))
         if self._status is not None:
             self._status.update(line)

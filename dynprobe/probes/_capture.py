@@ -1,20 +1,28 @@
-"""Read and push a model: one call that captures, and two contexts around the user's own call."""
+"""Read and push a model: one call that captures, and two contexts around the user's own call.
+
+``capture`` runs the forward itself, so it does so in evaluation mode and puts every module back into its own mode
+afterwards. ``record`` and ``perturb`` watch a forward that is the user's: its mode, its gradients and its devices are
+left alone, and a model in training mode is recorded with its dropout on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from dynprobe.errors import ModelError, UsageError
+from dynprobe.errors import ModelError, SiteError, UsageError
+from dynprobe.probes._calibration import Calibration
+from dynprobe.probes._clock import Step
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
-from dynprobe.probes._instrument import Instrument, Writer, sites_to_read
-from dynprobe.probes._perturb import Perturb
+from dynprobe.probes._instrument import Instrument, Site, sites_to_read
 from dynprobe.probes._resume import logits_of, select_last
-from dynprobe.probes._subject import Subject, discover
+from dynprobe.probes._subject import Subject, blocks_by_pattern, discover, evaluating
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where
 from dynprobe.probes._writers import Perturbs, make_writers
@@ -26,22 +34,45 @@ class _Halt(Exception):  # noqa: N818 - control flow, not an error
     """The last wanted state was read; the rest of the forward is not needed."""
 
 
+#: What was found in modules that were handed over bare; without the module itself, which would never be freed.
+_FOUND: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
 def as_subject(model: nn.Module | Subject) -> Subject:
-    """Return the subject of a module, discovering it once per module."""
+    """Return the subject of a module; the module is searched once, and left in the mode it was in.
+
+    Raises:
+        ModelError: If no chain of blocks is found.
+    """
     if isinstance(model, Subject):
         return model
-    known = model.__dict__.get("_dynprobe_subject")
-    if not isinstance(known, Subject):
-        training = model.training
-        known = discover(model, name=type(model).__name__)
-        model.train(training)
-        object.__setattr__(model, "_dynprobe_subject", known)
-    return known
+    found = _FOUND.get(model)
+    if found is None or not _still_there(model, found):
+        with evaluating(model):
+            subject = discover(model, name=type(model).__name__)
+        found = {f.name: getattr(subject, f.name) for f in fields(subject) if f.name != "model"}
+        _FOUND[model] = found
+    return Subject(model=model, **found)
 
 
-def _last_needed(subject: Subject, instrument: Instrument) -> int:
-    layers = [layer if c != "resid_pre" else layer - 1 for c, layer in instrument.read]
-    return max(layers, default=subject.n_layers - 1)
+def _still_there(model: nn.Module, found: dict[str, Any]) -> bool:
+    """Whether the blocks are the ones that were found (layers may have been cut or replaced since)."""
+    try:
+        return blocks_by_pattern(model, found["block_path"]) == found["blocks"]
+    except SiteError:
+        return False
+
+
+def _halt_after(subject: Subject, read: Sequence[Site]) -> Any:
+    """Stop the forward behind the last wanted state; returns the handle of the hook that does so."""
+
+    def halt(*_: Any) -> None:
+        raise _Halt
+
+    layer = max((layer - (component == "resid_pre") for component, layer in read), default=subject.n_layers - 1)
+    if layer < 0:
+        return subject.blocks[0].register_forward_pre_hook(halt)
+    return subject.blocks[layer].register_forward_hook(halt)
 
 
 def capture(
@@ -55,6 +86,7 @@ def capture(
     padding: str = "right",
     chat_template: str = "none",
     row_keys: Sequence[str] | None = None,
+    calibration: Calibration | None = None,
 ) -> Tape:
     """Run one forward over prompts and keep the states that ``where`` names.
 
@@ -72,6 +104,7 @@ def capture(
         padding: Side of the padding, ``"right"`` or ``"left"``.
         chat_template: ``"auto"`` wraps texts as a user turn where the tokenizer has a template.
         row_keys: Names of the rows for the noise; default a hash of each row's first tokens.
+        calibration: From :func:`dynprobe.calibrate`; needed by the scales ``coordstd`` and ``cov``.
 
     Returns:
         The tape.
@@ -79,6 +112,7 @@ def capture(
     Raises:
         SiteError: If a layer or component does not exist.
         PromptError: If there is nothing to feed.
+        CalibrationError: If the scale needs a calibration that is not there.
 
     Example:
         >>> from dynprobe.testing import tiny_llama
@@ -91,31 +125,27 @@ def capture(
     subject = as_subject(subject)
     rows = tokenize(subject, prompts, chat_template=chat_template)
     batch = make_batch(subject, rows, side=padding, row_keys=row_keys)
-    read = sites_to_read(subject, Where.parse(where) if isinstance(where, str) else where)
-    writers = make_writers(subject, perturb)
+    read = sites_to_read(subject, Where.parse(where))
+    writers = make_writers(subject, perturb, calibration=calibration)
     instrument = Instrument(subject, read, writers, row_keys=batch.row_keys, n_prompt=batch.n_prompt, grad=grad)
     inputs = batch.model_inputs(subject)
-    if logits == "last" and padding == "left" and subject.accepts("logits_to_keep"):
+    if logits == "last" and bool(batch.mask[:, -1].all()) and subject.accepts("logits_to_keep"):
         inputs["logits_to_keep"] = 1
     found: Tensor | None = None
-    with instrument, (nullcontext() if grad else torch.no_grad()):
+    with evaluating(subject.model), instrument, nullcontext() if grad else torch.no_grad():
         if logits is None:
-            last = subject.blocks[_last_needed(subject, instrument)]
-
-            def halt(*_: Any) -> None:
-                raise _Halt
-
-            handle = last.register_forward_hook(halt)
+            handle = _halt_after(subject, read)
             try:
-                with suppress(_Halt):
-                    subject.model(**inputs)
+                subject.model(**inputs)
+            except _Halt:
+                instrument.end_step()
             finally:
                 handle.remove()
         else:
             found = logits_of(subject.model(**inputs))
+            if logits == "last":
+                found = found[:, -1] if found.shape[1] == 1 else select_last(found, batch.mask)
     instrument.check_fired()
-    if found is not None and logits == "last":
-        found = found[:, -1] if found.shape[1] == 1 else select_last(found, batch.mask)
     return instrument.tape(found)
 
 
@@ -125,18 +155,22 @@ class Recording:
     def __init__(self, instrument: Instrument) -> None:
         self._instrument = instrument
         self._tape: Tape | None = None
+        self._last: Step | None = None
 
     @property
     def tape(self) -> Tape:
         """The tape of the latest sequence the model was called on."""
-        if self._tape is None or not self._tape.mask.shape[1] == sum(s.positions.shape[1] for s in self._instrument.steps):
-            self._tape = self._instrument.tape()
+        last = self._instrument.steps[-1] if self._instrument.steps else None
+        if self._tape is None or last is not self._last:
+            self._tape, self._last = self._instrument.tape(), last
         return self._tape
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self.tape, name)
 
-    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+    def __getitem__(self, key: tuple[str, int] | str) -> Tensor:
         return self.tape[key]
 
     def __repr__(self) -> str:
@@ -147,6 +181,9 @@ class Recording:
 def record(model: nn.Module | Subject, where: str | Where = "layers=all", *, grad: bool = False) -> Iterator[Recording]:
     """Record the states of whatever the user calls inside the block: ``model(...)`` or ``model.generate(...)``.
 
+    Rows are recorded as they run. Under beam search the rows of a tape are beams, and a beam may go on with another's
+    text; sample or decode greedily where a row should be one text.
+
     Args:
         model: The model itself, or a subject.
         where: What to keep.
@@ -154,6 +191,9 @@ def record(model: nn.Module | Subject, where: str | Where = "layers=all", *, gra
 
     Yields:
         A recording; ``.states``, ``.mask`` and all else of a tape. A new sequence replaces the one before.
+
+    Raises:
+        SelfTestError: If a block did not run exactly once per forward, so that the tape would have a hole.
 
     Example:
         >>> import torch
@@ -165,9 +205,10 @@ def record(model: nn.Module | Subject, where: str | Where = "layers=all", *, gra
         4
     """
     subject = as_subject(model)
-    instrument = Instrument(subject, sites_to_read(subject, Where.parse(where) if isinstance(where, str) else where), grad=grad)
-    with instrument:
+    with Instrument(subject, sites_to_read(subject, Where.parse(where)), grad=grad) as instrument:
         yield Recording(instrument)
+        if instrument.step is None:
+            instrument.check_fired()
 
 
 @contextmanager
@@ -176,7 +217,7 @@ def perturb(
     perturb: Perturbs,
     *,
     row_keys: Sequence[str] | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[Instrument]:
     """Perturb whatever the user calls inside the block.
 
@@ -185,6 +226,13 @@ def perturb(
         perturb: What to write.
         row_keys: Names of the rows for the noise; default a hash of each row's first real tokens.
         calibration: Needed by the scales ``coordstd`` and ``cov``.
+
+    Yields:
+        The instrument; ``.passport()`` is the size of what was written to the latest sequence, in every unit.
+
+    Raises:
+        ModelError: If the model was not called inside the block.
+        SelfTestError: If a block did not run exactly once per forward.
 
     Example:
         >>> import torch
@@ -197,10 +245,12 @@ def perturb(
         (True, False)
     """
     subject = as_subject(model)
-    writers: list[Writer] = make_writers(subject, perturb, calibration=calibration)
+    writers = make_writers(subject, perturb, calibration=calibration)
     if not writers:
         raise UsageError("dp.perturb needs a perturbation, e.g. dp.perturb(model, 'alpha=0.1')")
     with Instrument(subject, (), writers, row_keys=row_keys) as instrument:
         yield instrument
         if not instrument.steps:
             raise ModelError("the model was not called inside dp.perturb, so nothing was perturbed")
+        if instrument.step is None:
+            instrument.check_fired()

@@ -137,7 +137,9 @@ class Clock:
         if self._given_keys is not None:
             times, rest = divmod(batch, len(self._given_keys))
             if rest:
-                raise UsageError(f"{len(self._given_keys)} row keys were given and the model was called on {batch} rows")
+                raise UsageError(
+                    f"{len(self._given_keys)} row keys were given and the model was called on {batch} rows"
+                )
             return tuple(key for key in self._given_keys for _ in range(times))  # beams and samples share their noise
         if token_ids is None:
             return tuple(f"row-{i}" for i in range(batch))

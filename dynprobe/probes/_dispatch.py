@@ -79,14 +79,15 @@ class Attachment:
     """A reader or writer on a module; ``remove()`` takes it off again."""
 
     gate: _Gate
-    client: Reader | Writer
+    client: Reader | Writer | None
     role: str
 
     def remove(self) -> None:
         """Take the client off the module; a second call does nothing."""
         clients: list[Any] = self.gate.writers if self.role == "write" else self.gate.readers
-        if self.client in clients:
+        if self.client is not None:
             clients.remove(self.client)
+            self.client = None
         self.gate.close_if_idle()
 
 
@@ -104,14 +105,15 @@ def attach(
     Returns:
         The attachment; call ``remove()`` on it.
     """
+    if (read is None) == (write is None):
+        raise TypeError("attach() needs one of read= or write=")
     gates = _GATES.setdefault(module, {})
     gate = gates.setdefault(side, _Gate(weakref.ref(module), side))
     gate.open()
     if write is not None:
         gate.writers.append(write)
         return Attachment(gate, write, "write")
-    if read is None:
-        raise TypeError("attach() needs read= or write=")
+    assert read is not None
     gate.readers.append(read)
     return Attachment(gate, read, "read")
 

@@ -8,7 +8,7 @@ the same pure function as every other draw, so that batch size and order cannot 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ _CHOOSING = (
     "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams",
     "repetition_penalty", "no_repeat_ngram_size", "penalty_alpha", "length_penalty", "diversity_penalty",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-    "min_length", "min_new_tokens", "guidance_scale", "encoder_repetition_penalty",
+    "min_length", "min_new_tokens", "guidance_scale", "encoder_repetition_penalty", "sequence_bias",
+    "exponential_decay_length_penalty", "watermarking_config", "top_h",
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def ignored_defaults(subject: Subject) -> dict[str, Any]:
 def _neutral_config(subject: Subject, sampling: Sampling) -> Iterator[Any]:
     from transformers import GenerationConfig
 
-    model = subject.model
+    model: Any = subject.model
     eos = end_tokens(subject) if sampling.stop_at_eos else []
     neutral = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
@@ -125,7 +126,9 @@ def _neutral_config(subject: Subject, sampling: Sampling) -> Iterator[Any]:
         model.generation_config = before
 
 
-def generate(subject: Subject, batch: Batch, sampling: Sampling, instrument: Instrument | None = None) -> list[list[int]]:
+def generate(
+    subject: Subject, batch: Batch, sampling: Sampling, instrument: Instrument | None = None
+) -> list[list[int]]:
     """Generate a continuation of each row and return the new tokens, end token included.
 
     Args:
@@ -154,15 +157,15 @@ def generate(subject: Subject, batch: Batch, sampling: Sampling, instrument: Ins
         if sampling.top_p < 1.0:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_GumbelMax(sampling, batch.row_keys, [int(n) for n in batch.lengths]))
-    with torch.no_grad(), _neutral_config(subject, sampling) as config:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
-        call = {"generation_config": config, "logits_processor": processors} if processors else {"generation_config": config}
-        if instrument is None:
-            out = subject.model.generate(**inputs, **call)
-        else:
-            with instrument:
-                out = subject.model.generate(**inputs, **call)
-    ends = set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+    if subject.accepts("attention_mask"):
+        inputs["attention_mask"] = batch.mask.long()
+    if processors:
+        inputs["logits_processor"] = processors
+    model: Any = subject.model
+    with torch.no_grad(), _neutral_config(subject, sampling) as config, instrument or nullcontext():
+        out = model.generate(**inputs, generation_config=config)
+    ends = set(config.eos_token_id or ())
     rows: list[list[int]] = []
     for new in out[:, batch.input_ids.shape[1] :].tolist():
         stop = next((i for i, token in enumerate(new) if token in ends), len(new) - 1)

@@ -56,11 +56,14 @@ class Batch:
 
 
 def pad_token(subject: Subject) -> int:
-    """Return a token id to pad with; its value never matters because the mask hides it."""
-    tokenizer = subject.tokenizer
+    """Return a token id to pad with; its value never matters because the mask hides it.
+
+    A padding token that was added to the tokenizer after training has no row in the embedding and is not taken.
+    """
+    vocab = subject.vocab_size
     for name in ("pad_token_id", "eos_token_id"):
-        value = getattr(tokenizer, name, None)
-        if isinstance(value, int):
+        value = getattr(subject.tokenizer, name, None)
+        if isinstance(value, int) and (vocab is None or value < vocab):
             return value
     return 0
 
@@ -79,20 +82,27 @@ def tokenize(subject: Subject, prompts: Prompts, *, chat_template: str = "none")
     """
     if isinstance(prompts, str):
         prompts = [prompts]
+    rows: list[list[int]]
     if isinstance(prompts, Tensor):
-        rows: list[list[int]] = prompts.tolist()
-    elif prompts and isinstance(prompts[0], str):
+        if prompts.dim() != 2 or prompts.is_floating_point():
+            raise PromptError(f"token ids are a LongTensor [batch, pos], not {prompts.dtype} {tuple(prompts.shape)}")
+        rows = prompts.tolist()
+    elif all(isinstance(prompt, str) for prompt in prompts):
         rows = [_encode(subject, str(text), chat_template) for text in prompts]
+    elif any(isinstance(prompt, str | int) for prompt in prompts):
+        raise PromptError("prompts are texts, or lists of token ids, one list a prompt: [[5, 6, 7], [8, 9]]")
     else:
-        rows = [list(map(int, row)) for row in prompts]  # type: ignore[union-attr]
+        rows = [[int(token) for token in row] for row in prompts]
     if not rows:
         raise PromptError("no prompt was given; pass at least one text")
     vocab = subject.vocab_size
     for number, row in enumerate(rows):
         if not row:
             raise PromptError(f"prompt {number} has no tokens; every prompt needs at least one")
-        if vocab is not None and (max(row) >= vocab or min(row) < 0):
-            raise PromptError(f"prompt {number} has token id {max(row)}; the vocabulary ends at {vocab - 1}")
+        outside = [token for token in row if token < 0 or (vocab is not None and token >= vocab)]
+        if outside:
+            last = "" if vocab is None else f"; the vocabulary of {subject.name} is 0…{vocab - 1}"
+            raise PromptError(f"prompt {number} has token id {outside[0]}{last}")
     return rows
 
 

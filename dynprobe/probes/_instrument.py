@@ -8,13 +8,14 @@ shorter table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprobe.errors import ModelError, SelfTestError
+from dynprobe.errors import ModelError, SelfTestError, UsageError
 from dynprobe.probes._clock import Clock, Step
 from dynprobe.probes._dispatch import Attachment, attach
 from dynprobe.probes._outputs import ordinary
@@ -63,14 +64,18 @@ def sites_to_read(subject: Subject, where: Where) -> list[Site]:
 
     Raises:
         SiteError: If a layer or component does not exist.
+        UsageError: If the spec names a part of a row: a tape holds whole rows.
     """
+    for key in ("positions", "phase", "iterations", "slots"):
+        if getattr(where, key) is not None:
+            raise UsageError(
+                f"{key} was given in where={str(where)!r}; reading keeps whole rows of a model with layers. Name "
+                "layers and component there, and pick from the tape: tape.at(layer=6, pos=-1)"
+            )
     layers = where.resolve_layers(subject.n_layers)
     sites: list[Site] = []
-    for component in where.components() or ("resid_post",):
-        if component == "resid_mid":
-            if not subject.sequential:
-                subject.module_at("attn_out", 0)
-                raise ModelError(f"{subject.name} runs attention and MLP side by side; it has no resid_mid")
+    for component in where.components():
+        if component == "resid_mid" and subject.sequential:
             sites += [(c, layer) for layer in layers for c in ("resid_pre", "attn_out")]
             continue
         if component == "resid_post" and len(layers) == subject.n_layers:
@@ -149,10 +154,11 @@ class Instrument:
             handle.remove()
         self._attachments.clear()
         self._handles.clear()
+        self.clock.release()
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.step = self.clock.begin(args, kwargs)
-        if self.step.index == 0 and self.steps:  # a new sequence: the tape holds the latest one
+        if self.step.index == 0:  # a new sequence: the tape holds the latest one
             self.steps.clear()
             self._captured = {site: [] for site in self.read}
             self.fired.clear()
@@ -163,23 +169,51 @@ class Instrument:
 
     def _end(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         assert self.step is not None
-        for site, held in self._captured.items():
-            if held and held[-1][1] >= 0 and held[-1][0]._version != held[-1][1]:
-                raise ModelError(
-                    f"{self.subject.name} changed the state of {site[0]}.{site[1]} in place after handing it on; "
-                    "load it again with mutates=True so that captures are copied"
-                )
+        self.clock.end(output)
         for listener in self._listeners:
             listener(self.step, output)
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Close the current forward; called by hand where it was stopped on purpose after its last wanted state.
+
+        Raises:
+            ModelError: If a recorded state was changed in place after it was handed on.
+        """
         self.step = None
+        for (component, layer), held in self._captured.items():
+            if held and held[-1][1] >= 0 and held[-1][0]._version != held[-1][1]:
+                raise ModelError(
+                    f"{self.subject.name} changed the state of {component}.{layer} in place after handing it on, "
+                    "which its trial forward did not show; make a subject = dp.discover(model), set subject.mutates = "
+                    "True so that states are copied when they are read, and use it in place of the model"
+                )
+
+    def _shaped(self, state: Tensor) -> Tensor:
+        """The state with its batch and position axes apart, checked against the positions of this forward."""
+        assert self.step is not None
+        rows, columns = self.step.positions.shape
+        if state.dim() == 2 and len(state) == rows * columns:
+            return state.reshape(rows, columns, state.shape[-1])
+        if state.shape[:2] == (rows, columns):
+            return state
+        if state.dim() >= 3 and len(state) == rows and self.step.token_ids is None and not self.fired:
+            # An input that is no text (an image): the positions are those of the first state that is seen.
+            positions = np.tile(np.arange(state.shape[1]), (rows, 1))
+            self.step = replace(self.step, positions=positions, n_prompt=np.full(rows, state.shape[1]))
+            self.steps[-1] = self.step
+            return state
+        raise ModelError(
+            f"a state {tuple(state.shape)} does not fit the {rows} × {columns} positions of the input; "
+            f"{self.subject.name} changes the number of positions on the way"
+        )
 
     def _writing(self, writer: Writer, site: Site) -> Any:
         def write(state: Tensor) -> Tensor:
             if self.step is None:  # a block called outside the root's forward is not part of a trajectory
                 return state
+            shaped = self._shaped(state)
             self.fired[site, "write"] = self.fired.get((site, "write"), 0) + 1
-            flat = state.dim() == 2
-            shaped = state.reshape(*self.step.positions.shape, state.shape[-1]) if flat else state
             after = writer.write(shaped, site, self.step)
             return state if after is shaped else after.reshape(state.shape)
 
@@ -189,10 +223,8 @@ class Instrument:
         def read(state: Tensor) -> None:
             if self.step is None:
                 return
+            kept = self._shaped(state if self._grad else state.detach())
             self.fired[site, "read"] = self.fired.get((site, "read"), 0) + 1
-            kept = state if self._grad else state.detach()
-            if kept.dim() == 2:
-                kept = kept.reshape(*self.step.positions.shape, kept.shape[-1])
             if state.is_inference() or self.subject.mutates:
                 kept = ordinary(kept) if state.is_inference() else kept.clone()
                 self._captured[site].append((kept, -1))
@@ -218,37 +250,43 @@ class Instrument:
             if count != expected * times:
                 raise SelfTestError(
                     f"fired: {component}.{layer} was {'read' if role == 'read' else 'written'} {count} times in "
-                    f"{expected} forwards; it must be {expected * times}. Is the block called in a loop, skipped or compiled?"
+                    f"{expected} forwards; it must be {expected * times}. Is the block called in a loop, skipped or "
+                    "compiled?"
                 )
         return {"forwards": expected, "sites": len(wanted), "fired": sum(self.fired.values())}
 
     def tape(self, logits: Tensor | None = None) -> Tape:
-        """Join everything recorded so far into a tape."""
+        """Join everything recorded so far into a tape of ordinary tensors.
+
+        Raises:
+            ModelError: If nothing was recorded, or the last forward did not finish.
+        """
         if not self.steps:
             raise ModelError("nothing was recorded: the model was not called inside the with block")
-        joined = {site: self._join(held) for site, held in self._captured.items() if held}
+        if self.step is not None:
+            raise ModelError("the last forward did not finish, so there is no whole trajectory; call the model again")
         by_depth, updates = {}, {}
-        for (component, layer), state in joined.items():
-            if component == "resid_post":
-                by_depth[layer + 1] = state
-            elif component == "resid_pre":
-                by_depth[layer] = state
-            else:
-                updates[component, layer] = state
-        positions = torch.from_numpy(np.concatenate([s.positions for s in self.steps], axis=1))
-        ids = [s.token_ids for s in self.steps]
-        return Tape(
-            states=States(by_depth, self.subject.n_layers),
-            mask=positions >= 0,
-            positions=positions,
-            token_ids=torch.cat(ids, 1) if all(i is not None for i in ids) else None,  # type: ignore[arg-type]
-            n_prompt=torch.from_numpy(self.steps[0].n_prompt.copy()),
-            logits=logits,
-            updates=updates,
-            row_keys=self.steps[0].row_keys,
-            subject=self.subject,
-            passport=self.passport(),
-        )
+        with torch.inference_mode(False):  # joining inside the user's inference mode would make inference tensors
+            joined = {site: self._join(held) for site, held in self._captured.items() if held}
+            for (component, layer), state in joined.items():
+                if component in ("resid_pre", "resid_post"):
+                    by_depth[layer + (component == "resid_post")] = state
+                else:
+                    updates[component, layer] = state
+            positions = torch.from_numpy(np.concatenate([s.positions for s in self.steps], axis=1))
+            ids = [s.token_ids for s in self.steps if s.token_ids is not None]
+            return Tape(
+                states=States(by_depth, self.subject.n_layers),
+                mask=positions >= 0,
+                positions=positions,
+                token_ids=torch.cat(ids, 1) if len(ids) == len(self.steps) else None,
+                n_prompt=torch.from_numpy(self.steps[0].n_prompt.copy()),
+                logits=None if logits is None else ordinary(logits),
+                updates=updates,
+                row_keys=self.steps[0].row_keys,
+                subject=self.subject,
+                passport=self.passport(),
+            )
 
     def passport(self, fed: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Mean size of all writes, per row and unit; empty without a perturbation.

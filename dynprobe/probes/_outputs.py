@@ -7,7 +7,8 @@ output goes through the functions here, and nothing else guesses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from dynprobe.errors import ModelError
 
-__all__ = ["hidden_argument", "hidden_of", "identical", "ordinary", "replace_argument", "replace_hidden", "wrapper_like"]
+__all__ = [
+    "hidden_argument",
+    "hidden_of",
+    "identical",
+    "ordinary",
+    "replace_argument",
+    "replace_hidden",
+    "wrapper_like",
+]
 
 _NAMES = ("hidden_states", "last_hidden_state", "hidden_state", "x", "hidden", "inputs_embeds")
 
@@ -37,8 +46,8 @@ def _key_of(output: Any) -> int | str | None:
             if _is_state(item):
                 return index
     raise ModelError(
-        f"a block returned {type(output).__name__} and no floating-point tensor with at least two axes was found in it; "
-        "name the modules that return states with layers='path.to.blocks.*'"
+        f"a block returned {type(output).__name__} and no floating-point tensor with at least two axes was found in "
+        "it; name the modules that return states with layers='path.to.blocks.*'"
     )
 
 
@@ -61,20 +70,39 @@ def hidden_of(output: Any) -> Tensor:
         (True, True, True)
     """
     key = _key_of(output)
-    return output if key is None else output[key]  # type: ignore[no-any-return]
+    return output if key is None else output[key]
 
 
 def replace_hidden(output: Any, state: Tensor) -> Any:
     """Return ``output`` with its state replaced by ``state``, in a container of the same type."""
     key = _key_of(output)
-    return state if key is None else _rebuild(type(output), _items(output), key, state)
+    return state if key is None else Wrapper(type(output), _items(output), key)(state)
 
 
-def wrapper_like(output: Any) -> Callable[[Tensor], Any]:
-    """Return a function that puts a state into a container like ``output``, whatever else that held left out.
+@dataclass(frozen=True)
+class Wrapper:
+    """Puts a state into the container that a block returns; ``wrapper_like`` makes one."""
 
-    A stub answers with it. Nothing but plain constants is kept of the output, so that no tensor and no cache of one
-    forward can reach another.
+    kind: Any
+    items: Mapping[Any, Any]
+    key: int | str | None
+
+    def __call__(self, state: Tensor) -> Any:
+        """Return ``state`` in a new container."""
+        if self.key is None:
+            return state
+        items = {**self.items, self.key: state}
+        if issubclass(self.kind, Mapping):
+            return items if self.kind is dict else self.kind(**items)
+        # Named tuples take their fields one by one.
+        return self.kind(*items.values()) if hasattr(self.kind, "_fields") else self.kind(items.values())
+
+
+def wrapper_like(output: Any) -> Wrapper:
+    """Return what wraps a state like ``output`` does, with everything else that it held left out.
+
+    A stub answers with it. Nothing but plain constants is kept, so that no tensor and no cache of one forward can reach
+    another.
 
     Example:
         >>> import torch
@@ -82,22 +110,15 @@ def wrapper_like(output: Any) -> Callable[[Tensor], Any]:
         >>> wrap(torch.ones(1, 1, 3))
         (tensor([[[1., 1., 1.]]]), None, True)
     """
-    key, kind = _key_of(output), type(output)
+    key = _key_of(output)
     if key is None:
-        return lambda state: state
+        return Wrapper(Tensor, {}, None)
     constants = {k: v if isinstance(v, bool | int | float | str) else None for k, v in _items(output).items()}
-    return lambda state: _rebuild(kind, constants, key, state)
+    return Wrapper(type(output), constants, key)
 
 
 def _items(output: Any) -> dict[Any, Any]:
     return dict(output if isinstance(output, Mapping) else enumerate(output))
-
-
-def _rebuild(kind: type, items: Mapping[Any, Any], key: int | str, state: Tensor) -> Any:
-    items = {**items, key: state}
-    if issubclass(kind, Mapping):
-        return items if kind is dict else kind(**items)
-    return kind(*items.values()) if hasattr(kind, "_fields") else kind(items.values())  # named tuples take positions
 
 
 def _argument_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:

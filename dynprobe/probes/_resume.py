@@ -1,4 +1,9 @@
-"""Continue a forward from a depth, and read a state through the model's own tail."""
+"""Continue a forward from a depth, and read a state through the model's own tail.
+
+Both run the model's own forward in evaluation mode, with the blocks below stubbed, so masks, position embeddings and
+caches are the model's business. Whether a model allows it (some blocks look back past the one below) is measured by the
+``resume`` and ``readout`` self-tests and not assumed.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._dispatch import attach
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument, Site
+from dynprobe.probes._outputs import ordinary
 from dynprobe.probes._stub import stubbed
-from dynprobe.probes._subject import Subject
+from dynprobe.probes._subject import Subject, evaluating
 from dynprobe.probes._tape import Tape
 
 __all__ = ["logits_of", "readout", "resume", "select_last"]
@@ -27,7 +33,10 @@ def logits_of(output: object) -> Tensor:
         return logits
     if isinstance(output, Tensor):
         return output
-    raise ModelError(f"the model returned {type(output).__name__} without logits; load it as a language model")
+    raise ModelError(
+        f"the model returned {type(output).__name__} without logits; load it as a language model, or ask for none with "
+        "logits=None"
+    )
 
 
 def select_last(logits: Tensor, mask: Tensor) -> Tensor:
@@ -67,7 +76,7 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
             f"states are {tuple(start.shape)}; a tape of {rows} rows × {tape.token_ids.shape[1]} columns needs "
             f"[k·{rows}, {tape.token_ids.shape[1]}, dim]"
         )
-    start = start.to(subject.device)
+    start = start.to(device=subject.device, dtype=subject.state_dtype)
     batch = Batch(
         tape.token_ids.repeat(times, 1).to(subject.device),
         tape.mask.repeat(times, 1).to(subject.device),
@@ -75,21 +84,20 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
         tuple(int(n) for n in tape.n_prompt) * times,
     )
 
-    def state_after(index: int) -> Tensor | None:
-        if index == at - 1:
-            return start
-        if times == 1 and index + 1 in tape.states.depths:  # some models look back at lower states
-            return tape.states[index + 1].to(subject.device)
-        return None
-
-    read: list[Site] = [("resid_post", layer) for layer in range(at, subject.n_layers)]
-    read.insert(0, ("resid_pre", at) if at < subject.n_layers else ("resid_post", subject.n_layers - 1))
+    read: list[Site] = [("resid_post", layer) for layer in range(max(at - 1, 0), subject.n_layers)]
+    if at == 0:
+        read.insert(0, ("resid_pre", 0))
     instrument = Instrument(subject, read, row_keys=batch.row_keys, n_prompt=batch.n_prompt)
     attachment = None
     if at == 0:
         attachment = attach(subject.blocks[0], side="input", write=lambda _: start)
     try:
-        with torch.no_grad(), stubbed(subject, at, state_after), instrument:
+        with (
+            evaluating(subject.model),
+            torch.no_grad(),
+            stubbed(subject, at, lambda index: start if index == at - 1 else None),
+            instrument,
+        ):
             output = subject.model(**batch.model_inputs(subject))
     finally:
         if attachment is not None:
@@ -105,7 +113,7 @@ def readout(subject: Subject, h: Tensor) -> Tensor:
 
     Args:
         subject: The subject.
-        h: ``[dim]``, ``[pos, dim]`` or ``[batch, pos, dim]``, a state of depth L (or of any depth: the logit lens).
+        h: ``[…, dim]``, e.g. ``[batch, pos, dim]``: a state of depth L (or of any depth: the logit lens).
 
     Returns:
         Logits with the same leading axes, ``[…, vocab]``.
@@ -115,13 +123,13 @@ def readout(subject: Subject, h: Tensor) -> Tensor:
     """
     if subject.dim is not None and h.shape[-1] != subject.dim:
         raise UsageError(f"states of width {h.shape[-1]} were given; {subject.name} has width {subject.dim}")
-    lead = h.shape[:-1]
-    states = h.reshape(1, -1, h.shape[-1]) if h.dim() < 3 else h
-    states = states.to(device=subject.device, dtype=subject.dtype)
+    # Without a batch axis each state is a row of one token: no context length can be too short for it.
+    states = h.reshape(-1, h.shape[-2] if h.dim() >= 3 else 1, h.shape[-1])
+    states = states.to(device=subject.device, dtype=subject.state_dtype)
     ids = torch.zeros(states.shape[:2], dtype=torch.long, device=subject.device)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ("readout",) * len(ids), (ids.shape[1],) * len(ids))
     last = subject.n_layers - 1
-    with torch.no_grad(), stubbed(subject, subject.n_layers, lambda i: states if i == last else None):
-        output = subject.model(**batch.model_inputs(subject))
-    logits = logits_of(output)
-    return logits.reshape(*lead, logits.shape[-1])
+    stubs = stubbed(subject, subject.n_layers, lambda index: states if index == last else None)
+    with evaluating(subject.model), torch.no_grad(), stubs:
+        logits = ordinary(logits_of(subject.model(**batch.model_inputs(subject))))
+    return logits.reshape(*h.shape[:-1], logits.shape[-1])

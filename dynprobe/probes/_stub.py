@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynprobe.errors import ModelError
 from dynprobe.probes._outputs import hidden_argument
 from dynprobe.probes._subject import Subject
 
@@ -29,7 +30,15 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
         subject: Whose blocks are stubbed.
         below: Number of blocks that do not run.
         state_after: What block ``i`` hands on; None passes its input through (nothing looks at it).
+
+    Raises:
+        ModelError: If it is not known what the blocks return, because no trial forward could be run.
     """
+    if len(subject.wrappers) < below:
+        raise ModelError(
+            f"it is not known what the blocks of {subject.name} return, since no trial forward was run; "
+            "make the subject again with trial_input=<a tensor the model accepts>"
+        )
     replaced: list[tuple[Any, Any]] = []
     try:
         for index in range(below):
@@ -46,11 +55,10 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
 
 
 def _stub(subject: Subject, index: int, state_after: Callable[[int], Tensor | None]) -> Callable[..., Any]:
-    container = subject.containers[index] if index < len(subject.containers) else None
+    wrap = subject.wrappers[index]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         recorded = state_after(index)
-        state = recorded if recorded is not None else hidden_argument(args, kwargs)
-        return state if container is None else (state, *container[1:])
+        return wrap(recorded if recorded is not None else hidden_argument(args, kwargs))
 
     return forward

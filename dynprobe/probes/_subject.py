@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from dynprobe._types import COMPONENTS
 from dynprobe.errors import ModelError, SiteError, did_you_mean
-from dynprobe.probes._trial import Trial, watch
+from dynprobe.probes._outputs import Wrapper
+from dynprobe.probes._trial import TrialError, watch
 
-__all__ = ["Subject", "discover"]
+__all__ = ["Subject", "discover", "evaluating"]
 
 
 @dataclass(eq=False)
@@ -38,11 +40,13 @@ class Subject:
         embedding: Path of the token embedding, or None.
         final_norm: Path of the module that takes the last block's output, or None.
         head: Path of the output projection, or None.
-        dim: Width of the residual stream, or None until a state was seen.
+        dim: Width of the residual stream, or None where no trial was run.
+        state_dtype: Dtype of the states (some models keep them in float32 beside bf16 weights), or None likewise.
+        chained: Whether every block takes in exactly what the one before gave out.
         updates: Relative paths of attention and MLP inside each block, keyed ``attn_out`` and ``mlp_out``.
         sequential: Whether the MLP reads the state after attention (then ``resid_mid`` exists).
         mutates: Whether blocks change tensors in place after handing them on (then captures are copied).
-        containers: What each block returns besides its state, to rebuild the same container in a stub.
+        wrappers: Per block, what puts a state into the container that it returns; empty where no trial was run.
         facts: Everything recorded about where the weights came from.
     """
 
@@ -55,10 +59,12 @@ class Subject:
     final_norm: str | None = None
     head: str | None = None
     dim: int | None = None
+    state_dtype: torch.dtype | None = None
+    chained: bool = True
     updates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sequential: bool = False
     mutates: bool = False
-    containers: tuple[Any, ...] = ()
+    wrappers: tuple[Wrapper, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,25 +97,35 @@ class Subject:
     def module_at(self, component: str, layer: int) -> tuple[nn.Module, str]:
         """Return the module and the side (``input`` or ``output``) where a component of a layer can be touched.
 
+        One state has one place: what enters block l > 0 is touched where block l − 1 hands it out, so that a write at
+        either name is seen by a read at the other.
+
         Raises:
             SiteError: If the layer is out of range or the component was not found in this model.
         """
         if not 0 <= layer < self.n_layers:
             raise SiteError(f"layer {layer} was asked for; {self.name} has layers 0…{self.n_layers - 1}")
-        block = self.blocks[layer]
         if component == "resid_post":
-            return block, "output"
+            return self.blocks[layer], "output"
         if component == "resid_pre":
-            return block, "input"
+            if layer and not self.chained:
+                raise SiteError(
+                    f"{self.name} changes the state between its blocks, so what enters layer {layer} is no state of "
+                    f"the track; use resid_post of layer {layer - 1}"
+                )
+            return (self.blocks[layer - 1], "output") if layer else (self.blocks[0], "input")
         if component in self.updates:
-            return block.get_submodule(self.updates[component][layer]), "output"
-        if component == "resid_mid":
+            return self.blocks[layer].get_submodule(self.updates[component][layer]), "output"
+        if component == "resid_mid" and self.sequential:
             raise SiteError("resid_mid is read as resid_pre + attn_out and cannot be written; write attn_out instead")
+        if component == "resid_mid" and "mlp_out" in self.updates:
+            raise SiteError(f"{self.name} runs attention and MLP side by side; it has no resid_mid")
         if component not in COMPONENTS:
-            raise SiteError(f"unknown component {component!r}; known: {', '.join(COMPONENTS)}.{did_you_mean(component, COMPONENTS)}")
+            near = did_you_mean(component, COMPONENTS)
+            raise SiteError(f"unknown component {component!r}; known: {', '.join(COMPONENTS)}.{near}")
         raise SiteError(
-            f"{component} was asked for, and no module of {self.name}'s blocks adds exactly that update to the residual "
-            "stream; use resid_pre or resid_post"
+            f"{component} was asked for, and no module of {self.name}'s blocks adds exactly that update to the "
+            "residual stream; use resid_pre or resid_post"
         )
 
     def describe(self) -> dict[str, Any]:
@@ -145,16 +161,28 @@ def _path_of(model: nn.Module, getter: str) -> str | None:
         target = function()
     except (NotImplementedError, AttributeError):
         return None
-    return next((name for name, module in model.named_modules() if module is target), None) if target is not None else None
+    return next((name for name, module in model.named_modules() if module is target), None)
 
 
-def _blocks_by_pattern(model: nn.Module, pattern: str) -> tuple[nn.Module, ...]:
-    names = [name for name, _ in model.named_modules()]
+def blocks_by_pattern(model: nn.Module, pattern: str) -> tuple[nn.Module, ...]:
+    names = [name for name, _ in model.named_modules() if name]
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count(".")]
     if not found:
         near = did_you_mean(pattern, {".".join([*n.split(".")[:-1], "*"]) for n in names if n.split(".")[-1].isdigit()})
         raise SiteError(f"layers={pattern!r} matches no module of {type(model).__name__}.{near}")
     return tuple(model.get_submodule(name) for name in found)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the length of the block, and each module back into its own mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def discover(
@@ -174,13 +202,14 @@ def discover(
         tokenizer: Tokenizer to keep with it.
         name: Name for tables.
         facts: Provenance to keep with it.
-        trial_input: Input of the trial forward; None uses four token ids.
+        trial_input: Input of the trial forward; None uses a few token ids. Where that fails, ``layers`` is believed
+            without a trial, and what needs one (attention and MLP outputs, resume, readout) is refused.
 
     Returns:
         The subject.
 
     Raises:
-        ModelError: If no chain of blocks is found.
+        ModelError: If no chain of blocks is found, or the named modules do not run once each and in order.
         SiteError: If ``layers`` matches nothing.
 
     Example:
@@ -191,21 +220,32 @@ def discover(
     """
     model.eval()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder–decoder; dynprobe reads decoders. Pass its decoder, or layers='decoder.block.*'")
+        raise ModelError(
+            f"{name} is an encoder–decoder, whose two streams have positions of their own; dynprobe reads one stream. "
+            "Pass one half alone: model.get_decoder()"
+        )
     subject = Subject(model, tokenizer, name, facts=dict(facts or {}))
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")
-    chosen = _blocks_by_pattern(model, layers) if layers is not None else None
+    subject.block_path = layers or ""
+    subject.blocks = blocks_by_pattern(model, layers) if layers is not None else ()
     try:
-        trial: Trial = watch(model, chosen, trial_input)
-    except ModelError:
-        if chosen is None:
+        trial = watch(model, subject.blocks or None, trial_input)
+    except TrialError:
+        if layers is None or trial_input is not None:
             raise
-        # An explicit pattern on a module whose input we do not know: the first real call tells the rest.
-        subject.block_path, subject.blocks = layers or "", chosen
-        return subject
-    subject.blocks, subject.dim = trial.blocks, trial.dim
+        return subject  # a module whose input we do not know: the first real call tells the rest
     subject.block_path = layers or trial.block_path
-    subject.final_norm, subject.updates = trial.final_norm, trial.updates
-    subject.sequential, subject.mutates, subject.containers = trial.sequential, trial.mutates, trial.containers
+    for fact in (
+        "blocks",
+        "dim",
+        "state_dtype",
+        "chained",
+        "final_norm",
+        "updates",
+        "sequential",
+        "mutates",
+        "wrappers",
+    ):
+        setattr(subject, fact, getattr(trial, fact))
     return subject

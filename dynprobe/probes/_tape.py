@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynprobe.errors import SiteError
+from dynprobe.probes._where import Where
 
 if TYPE_CHECKING:
     import xarray
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 __all__ = ["States", "Tape"]
 
 
-class States(Sequence[Tensor]):
-    """States by depth: ``states[d]`` is ``[batch, pos, dim]``, ``states[:]`` stacks them where widths agree."""
+class States:
+    """States by depth: ``states[d]`` is ``[batch, pos, dim]``, ``states[:]`` stacks them where widths agree.
+
+    Numbers are depths, not indices: a tape of depths 6 and 7 has no ``states[0]``, and ``states[-1]`` is depth L. A
+    slice of depths takes those that were captured.
+    """
 
     def __init__(self, by_depth: Mapping[int, Tensor], last: int) -> None:
         self._by_depth = dict(sorted(by_depth.items()))
-        self._last = last
+        self.last = last
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -42,15 +47,13 @@ class States(Sequence[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._by_depth.values())
 
-    @overload
-    def __getitem__(self, depth: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, depth: slice) -> Tensor: ...
     def __getitem__(self, depth: int | slice) -> Tensor:
         if isinstance(depth, slice):
-            wanted = range(self._last + 1)[depth]
-            return torch.stack([self[d] for d in wanted if d in self._by_depth])
-        absolute = depth + self._last + 1 if depth < 0 else depth
+            chosen = [self._by_depth[d] for d in range(self.last + 1)[depth] if d in self._by_depth]
+            if not chosen:
+                raise SiteError(f"no depth of {depth} is on the tape; it holds {_ranges(self.depths) or 'none'}")
+            return torch.stack(chosen)
+        absolute = depth + self.last + 1 if depth < 0 else depth
         if absolute not in self._by_depth:
             raise SiteError(f"depth {depth} was asked for; the tape holds depths {_ranges(self.depths) or 'none'}")
         return self._by_depth[absolute]
@@ -76,7 +79,7 @@ class Tape:
     """What one capture holds.
 
     Attributes:
-        states: States by depth, each ``[batch, pos, dim]``.
+        states: States by depth, each ``[batch, pos, dim]``; the model's own tensors where it does not overwrite them.
         updates: Attention and MLP outputs that were asked for, by ``(component, layer)``.
         mask: ``[batch, pos]`` bool, True where a real token stands.
         positions: ``[batch, pos]`` absolute 0-based positions among real tokens, −1 at padding.
@@ -117,12 +120,15 @@ class Tape:
         Raises:
             SiteError: If the layer was not captured or a row has no such position.
         """
-        n_layers = self.states._last
+        state = self.states[self._layer(layer) + 1]
+        return state if pos is None else self._pick(state, pos)
+
+    def _layer(self, layer: int) -> int:
+        n_layers = self.states.last
         absolute = layer + n_layers if layer < 0 else layer
         if not 0 <= absolute < n_layers:
             raise SiteError(f"layer {layer} was asked for; there are layers 0…{n_layers - 1}")
-        state = self.states[absolute + 1]
-        return state if pos is None else self._pick(state, pos)
+        return absolute
 
     def _pick(self, state: Tensor, pos: int) -> Tensor:
         lengths = self.mask.sum(1)
@@ -134,21 +140,32 @@ class Tape:
         columns = hit.float().argmax(1).to(state.device)
         return state[torch.arange(len(state), device=state.device), columns]
 
-    def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        """Return a component of a layer: ``tape["mlp_out", 6]``; TransformerLens's names work too."""
-        component, layer = key
-        n_layers = self.states._last
-        layer = layer + n_layers if layer < 0 else layer
-        if component == "resid_post":
-            return self.states[layer + 1]
-        if component == "resid_pre":
-            return self.states[layer]
+    def __getitem__(self, key: tuple[str, int] | str) -> Tensor:
+        """Return a component of a layer: ``tape["mlp_out", 6]``, ``tape["blocks.6.hook_mlp_out"]``.
+
+        TransformerLens's names of components work too (``tape["hook_mlp_out", 6]``).
+
+        Raises:
+            SiteError: If the layer or component is not on the tape.
+        """
+        name, number = (key, None) if isinstance(key, str) else key
+        where = Where(component=name)
+        layers = where.layers if number is None else (number,)
+        if layers is None or where.component is None or len(where.component) != 1 or where.component == ("all",):
+            raise SiteError(f"{key!r} names no one place; write tape['mlp_out', 6] or tape['blocks.6.hook_mlp_out']")
+        component, layer = str(where.component[0]), self._layer(int(layers[0]))  # type: ignore[arg-type]
+        if component in ("resid_pre", "resid_post"):
+            return self.states[layer + (component == "resid_post")]
         if (component, layer) in self.updates:
             return self.updates[component, layer]
-        if component == "resid_mid" and ("attn_out", layer) in self.updates:
+        parallel = self.subject is not None and not self.subject.sequential
+        if component == "resid_mid" and ("attn_out", layer) in self.updates and not parallel:
             return self.states[layer] + self.updates["attn_out", layer]
         held = sorted({c for c, _ in self.updates} | {"resid_pre", "resid_post"})
-        raise SiteError(f"{component!r} of layer {layer} is not on this tape; it holds {', '.join(held)}. Capture it with where='component={component}'")
+        raise SiteError(
+            f"{component!r} of layer {layer} is not on this tape; it holds {', '.join(held)}. "
+            f"Capture it with where='component={component}'"
+        )
 
     def to_xarray(self) -> xarray.DataArray:
         """Return the states as an ``xarray.DataArray`` with dimensions depth, batch, pos, dim."""
@@ -156,7 +173,8 @@ class Tape:
             import xarray
         except ImportError as error:
             raise ImportError("to_xarray() needs xarray: pip install 'dynprobe[xarray]'") from error
-        values = torch.stack([s.detach().float().cpu() for s in self.states]).numpy()
+        wide = torch.stack([s.detach().cpu() for s in self.states])
+        values = (wide if wide.dtype == torch.float64 else wide.float()).numpy()  # NumPy has no bfloat16
         coords: dict[str, Any] = {
             "depth": list(self.depths),
             "row_key": ("batch", list(self.row_keys)),

@@ -36,6 +36,10 @@ class PerturbWriter:
         calibration: Coordinate statistics for ``coordstd`` and ``cov``, and for the passport.
         donors: Clean states of other prompts, for ``interp``.
         magnitude: Strength of each row in units of its norm, for ``isokl``, ``[batch]``.
+
+    Attributes:
+        counts: States of the latest sequence that were ``asked`` to be written, and of those the ones left alone since
+            they had no norm (``zero``) or were ``nonfinite``.
     """
 
     def __init__(
@@ -55,14 +59,17 @@ class PerturbWriter:
         self.sites: tuple[Site, ...] = tuple((c, layer) for c in where.components() for layer in layers)
         for component, layer in self.sites:
             subject.module_at(component, layer)
-        if self.perturb.scale == "isokl" and magnitude is None and self.perturb.alpha != 0:
-            raise UsageError("scale=isokl is solved for by a protocol; use dp.run, which finds the strength of each row")
-        if self.perturb.scale == "interp" and donors is None and self.perturb.alpha != 0:
-            raise UsageError("scale=interp needs states of another prompt; use dp.run, which takes them from the next prompt")
-        if self.perturb.scale in ("coordstd", "cov") and any(c not in ("resid_pre", "resid_post") for c, _ in self.sites):
+        scale, writes = self.perturb.scale, self.perturb.alpha != 0
+        if scale == "isokl" and magnitude is None and writes:
             raise UsageError(
-                f"scale={self.perturb.scale} is calibrated along the residual stream; write at resid_post or resid_pre, "
-                "or take relnorm, mad or abs for attention and MLP outputs"
+                "scale=isokl is solved for by a protocol; use dp.run, which finds the strength of each row"
+            )
+        if scale == "interp" and donors is None and writes:
+            raise UsageError("scale=interp needs states of another prompt; use dp.run, which takes the next prompt's")
+        if scale in ("coordstd", "cov") and any(c not in ("resid_pre", "resid_post") for c, _ in self.sites):
+            raise UsageError(
+                f"scale={scale} is calibrated along the residual stream; write at resid_post or resid_pre, or take "
+                "relnorm, mad or abs for attention and MLP outputs"
             )
         self._stats: dict[Site, SiteStats | None] = {
             site: calibration.site_stats(*site) if calibration is not None else None for site in self.sites
@@ -70,6 +77,7 @@ class PerturbWriter:
         self._donors, self._magnitude = donors, magnitude
         self.counts = {"asked": 0, "zero": 0, "nonfinite": 0}
         self._notes: list[tuple[np.ndarray, Passport]] = []
+        self._first: Step | None = None
 
     def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
         """First position this perturbation writes at in each row, ``[batch]``; ``length`` where there is none."""
@@ -79,8 +87,10 @@ class PerturbWriter:
 
     def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
         """Return the perturbed state; the very same object where no position of this step is written."""
-        if step.index == 0 and site == self.sites[0]:
+        if step.index == 0 and step is not self._first:  # a new sequence
+            self._first = step
             self._notes.clear()
+            self.counts = dict.fromkeys(self.counts, 0)
         wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
         if not wanted.any():
             return state
@@ -104,8 +114,10 @@ class PerturbWriter:
         return after
 
     def _donor(self, site: Site, step: Step, state: Tensor) -> Tensor | None:
-        if self._donors is None or self.perturb.scale != "interp":
+        if self.perturb.scale != "interp":
             return None
+        if self._donors is None:  # α = 0: nothing is moved towards anything
+            return state
         rows = []
         for i, held in enumerate(self._donors[site]):
             index = torch.from_numpy(step.positions[i]).clamp(0, len(held) - 1)
@@ -147,7 +159,10 @@ class CallableWriter:
         after = self._function(state, f"{site[0]}.{site[1]}")
         if not isinstance(after, Tensor) or after.shape != state.shape:
             got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
-            raise UsageError(f"the function given as perturbation returned {got} at {site[0]}.{site[1]}; it must return {tuple(state.shape)}")
+            raise UsageError(
+                f"the function given as perturbation returned {got} at {site[0]}.{site[1]}; it must return "
+                f"{tuple(state.shape)}"
+            )
         return after if after.dtype == state.dtype else after.to(state.dtype)
 
 

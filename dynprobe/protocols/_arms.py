@@ -93,11 +93,19 @@ def span_mask(passage_mask: Tensor, positions: np.ndarray, texts: Sequence[Text]
     return passage_mask.cpu() & ((pos < prompt) if span == "prompt" else (pos >= prompt))
 
 
-def _measure(tape: Tape, mask: Tensor, positions: np.ndarray, texts: Sequence[Text], span: str, theta: float | None) -> Measurement:
+def _measure(
+    tape: Tape,
+    mask: Tensor,
+    positions: np.ndarray,
+    texts: Sequence[Text],
+    span: str,
+    theta: float | None,
+    which: Sequence[str] = metrics.DEFAULT,
+) -> Measurement:
     chosen = span_mask(mask, positions, texts, span)
     device = tape.states[0].device
     return metrics.measure(
-        list(tape.states), mask.to(device), metrics=metrics.DEFAULT, span=chosen.to(device), debt_theta=theta
+        list(tape.states), mask.to(device), metrics=which, span=chosen.to(device), debt_theta=theta
     )
 
 
@@ -110,6 +118,7 @@ def forced(
     span: str = "auto",
     theta: float | None = None,
     extra_sites: Sequence[tuple[str, int]] = (),
+    which: Sequence[str] = metrics.DEFAULT,
 ) -> Passage:
     """Run texts through the model in one teacher-forced forward and measure them.
 
@@ -121,6 +130,7 @@ def forced(
         span: Tokens of token-axis metrics.
         theta: Level of the debts.
         extra_sites: Attention or MLP outputs to keep as well.
+        which: Metrics to compute.
     """
     batch = make_batch(
         subject, [t.fed for t in texts], side=side,
@@ -136,7 +146,7 @@ def forced(
     outputs = metrics.output_metrics(logits, targets.to(logits.device))
     positions = tape.positions.numpy()
     return Passage(
-        list(texts), tape, mask, positions, _measure(tape, mask, positions, texts, span, theta), outputs, logits
+        list(texts), tape, mask, positions, _measure(tape, mask, positions, texts, span, theta, which), outputs, logits
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,9 @@ from dynprobe.errors import SelfTestError
 from dynprobe.probes import Calibration, Sampling, Site, Subject, generate, identical, make_batch, readout
 from dynprobe.prompts import Prompt
 from dynprobe.protocols._arms import Passage, Text, forced, free
-from dynprobe.protocols._conditions import Push
+from dynprobe.protocols._conditions import Push, written_depths
 from dynprobe.protocols._config import RunConfig
-from dynprobe.protocols._tables import Labels, passage_tables
+from dynprobe.protocols._tables import Labels, passage_tables, row_status
 
 __all__ = ["BatchRunner", "Produced"]
 
@@ -46,6 +46,7 @@ class BatchRunner:
         exact: Whether only rows of one length may share a forward.
         span: Tokens of token-axis metrics.
         saved: Sites whose states are written.
+        early: Called once, with the samples of the first forced arms, before the first free arm is written.
     """
 
     subject: Subject
@@ -57,11 +58,13 @@ class BatchRunner:
     exact: bool
     span: str
     saved: Sequence[Site] = ()
+    early: Callable[[pd.DataFrame], None] | None = None
 
     @property
     def theta(self) -> float | None:
         """Level of the debts: the clean 90 % quantile of ct."""
-        return None if self.calibration is None else self.calibration.quantile("limen_ct", 0.9)
+        known = self.calibration is not None and "limen_ct" in self.calibration.signals
+        return self.calibration.quantile("limen_ct", 0.9) if known and self.calibration is not None else None
 
     @property
     def _extra(self) -> list[Site]:
@@ -104,6 +107,9 @@ class BatchRunner:
             out.append(made)
             if magnitude is not None:
                 solved[group] = magnitude
+        if self.early is not None:
+            self.early(pd.concat([p.tables["samples"] for p in out], ignore_index=True))
+            self.early = None
         if self.push is not None and self.config.max_new_tokens > 0:
             # The free arm is pushed with the strength that was solved for on the clean text.
             push = self.push.prepare(blank, self._partners(chosen), magnitude=solved)
@@ -175,7 +181,8 @@ class BatchRunner:
                 "sample_id": labels.ids, "prompt_id": list(labels.prompt_ids), "condition_id": "sham",
                 "replicate": replicate, "category": list(labels.categories),
                 "n_prompt": [len(t.prompt) for t in sham.texts], "n_new": [len(t.new) for t in sham.texts],
-                "status": "ok", "equal_to": "clean", "digest": digests,
+                "n_fed": mask.sum(1).numpy(), "n_nonfinite": clean.measured.n_nonfinite,
+                "status": row_status(clean.measured.n_nonfinite), "equal_to": "clean", "digest": digests,
             }
         )  # fmt: skip
         return Produced({"samples": table})
@@ -202,16 +209,17 @@ class BatchRunner:
                 "affected_from": push.first_position(passage.texts, passage.mask.shape[1]),
             }
         lens = self._lens(passage) if self.config.lens else None
-        tables = passage_tables(passage, labels, span=self.span, lens=lens, **pairing)
-        if push is not None and push.magnitude is not None:
-            unreached = np.isnan(push.magnitude)
-            tables["samples"].loc[unreached, "status"] = "isokl-unreached"
+        tables = passage_tables(passage, labels, span=self.span, lens=lens, perturbed=push is not None, **pairing)
+        if push is not None:
+            first = push.first_position(passage.texts, passage.mask.shape[1])
+            tables["samples"].loc[first >= [len(t.fed) for t in passage.texts], "status"] = "not-written"
+            if push.magnitude is not None:
+                tables["samples"].loc[np.isnan(push.magnitude), "status"] = "isokl-unreached"
         return Produced(tables, self._states(passage, labels))
 
-    def _inject(self, push: Push) -> int | None:
+    def _inject(self, push: Push) -> int:
         """Depth of the first state that is changed."""
-        depths = [layer + 1 if c == "resid_post" else layer for w in push.writers(sham=True) for c, layer in w.sites]
-        return min(depths) if depths else None
+        return min(depth for p in push.perturbs for depth in written_depths(self.subject, p))
 
     def _lens(self, passage: Passage) -> dict[str, np.ndarray]:
         """Logit lens: every depth through the model's own tail, compared with the model's output."""

@@ -15,16 +15,21 @@ import torch
 
 from dynprobe import metrics, models
 from dynprobe.errors import CalibrationError, UsageError
-from dynprobe.probes import Calibration, Subject, load_calibration, tokenize
+from dynprobe.probes import Calibration, Subject, load_calibration
 from dynprobe.probes import load as load_subject
 from dynprobe.probes._calibration import CALIBRATION_SCHEMA, covariance_root, principal_components, quantiles
-from dynprobe.prompts import Prompt, content_hash, from_texts, load_prompts
+from dynprobe.prompts import Prompt, content_hash, load_prompts
 from dynprobe.protocols._arms import Passage, Text, forced
 from dynprobe.protocols._plan import plan_batches
+from dynprobe.protocols._prompts import as_prompts, token_rows
+from dynprobe.protocols._weights import weights_of
+from dynprobe.runs import hash_prompts
 
-__all__ = ["calibrate", "calibration_folder"]
+__all__ = ["calibrate", "calibrated"]
 
 _COMPONENTS = 16
+#: What the signals of a calibration need; the rest of the default list would only cost time.
+_SIGNALS = ("kappa.phase/1", "delta.angle/1", "resid.norm/1", "limen.ct/1", "limen.ct2/1")
 
 
 def _cache_root() -> Path:
@@ -32,21 +37,17 @@ def _cache_root() -> Path:
     return models.cache_root() / "calibrations"
 
 
-def _key(subject: Subject, prompts: Sequence[Prompt], cov_depths: Sequence[int]) -> dict[str, Any]:
+def _key(
+    subject: Subject, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], cov_depths: Sequence[int]
+) -> dict[str, Any]:
     return {
-        "weights": str(subject.facts.get("weights_hash", "")),
+        "weights": subject.facts.get("weights_hash") or weights_of(subject),
         "dtype": str(subject.dtype).removeprefix("torch."),
         "prompts": content_hash(list(prompts)),
+        "tokens": hash_prompts(rows),
         "cov_depths": sorted(set(cov_depths)),
         "schema": CALIBRATION_SCHEMA,
     }
-
-
-def calibration_folder(subject: Subject, prompts: Sequence[Prompt], cov_depths: Sequence[int] = ()) -> Path:
-    """Return where the calibration of this model on these prompts lives in the cache."""
-    key = _key(subject, prompts, cov_depths)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return _cache_root() / f"{digest}"
 
 
 def calibrate(
@@ -79,47 +80,66 @@ def calibrate(
         SiteError: If a layer does not exist.
     """
     subject = load_subject(model, device=device, dtype=dtype)
+    weights_of(subject)
     chosen = _prompts(prompts)
     for layer in cov_layers:
         subject.module_at("resid_post", layer)
-    cov_depths = [layer + 1 for layer in cov_layers]
-    folder = calibration_folder(subject, chosen, cov_depths)
-    key = _key(subject, chosen, cov_depths)
+    return calibrated(subject, chosen, cov_depths=[layer + 1 for layer in cov_layers], force=force)
+
+
+def calibrated(
+    subject: Subject, prompts: Sequence[Prompt] | None = None, *, cov_depths: Sequence[int] = (), force: bool = False
+) -> Calibration:
+    """Return the calibration of a subject, with the covariance of some depths, from the cache where it is there."""
+    chosen = _prompts(prompts)
+    rows = token_rows(subject, chosen)
+    key = _key(subject, chosen, rows, cov_depths)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    folder = _cache_root() / digest
     if not force and (folder / "calibration.json").exists():
         with suppress(CalibrationError):  # a damaged cache entry is made again; nothing is lost
             found = load_calibration(folder)
             found.check(key["weights"], key["dtype"])
             return found
-    made = _measure(subject, chosen, cov_depths, {**key, "hash": folder.name})
-    made.save(folder)
+    made = _measure(subject, chosen, rows, cov_depths, {**key, "hash": digest})
+    try:
+        made.save(folder)
+    except OSError as error:
+        warnings.warn(
+            f"the calibration could not be kept in {folder} ({error.strerror or error}) and will be measured again next "
+            "time; set DYNPROBE_CACHE to a folder with room",
+            stacklevel=2,
+        )
     return made
 
 
 def _prompts(prompts: Sequence[str] | Sequence[Prompt] | None) -> list[Prompt]:
-    if prompts is None:
-        return load_prompts(source="calibration")
-    if prompts and isinstance(prompts[0], Prompt):
-        return [p for p in prompts if isinstance(p, Prompt)]
-    return from_texts([str(p) for p in prompts])
+    return load_prompts(source="calibration") if prompts is None else as_prompts(prompts)
 
 
-def _passages(subject: Subject, prompts: Sequence[Prompt]) -> list[Passage]:
-    rows = tokenize(subject, [list(p.token_ids) for p in prompts] if prompts[0].token_ids else [p.text for p in prompts])
+def _passages(subject: Subject, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]) -> list[Passage]:
     plan = plan_batches(
         [len(r) for r in rows], max_new_tokens=0, n_layers=subject.n_layers,
         dim=subject.dim or 1, vocab=subject.vocab_size or 1,
     )  # fmt: skip
     return [
-        forced(subject, [Text(prompts[i].prompt_id, tuple(rows[i])) for i in batch], span="all") for batch in plan
+        forced(subject, [Text(prompts[i].prompt_id, tuple(rows[i])) for i in batch], span="all", which=_SIGNALS)
+        for batch in plan
     ]
 
 
-def _measure(subject: Subject, prompts: Sequence[Prompt], cov_depths: Sequence[int], header: dict[str, Any]) -> Calibration:
+def _measure(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Sequence[int]],
+    cov_depths: Sequence[int],
+    header: dict[str, Any],
+) -> Calibration:
     states: list[list[torch.Tensor]] = [[] for _ in range(subject.n_layers + 1)]
     signals: dict[str, list[np.ndarray]] = {}
     profiles: list[np.ndarray] = []
     steps: list[np.ndarray] = []
-    for passage in _passages(subject, prompts):
+    for passage in _passages(subject, prompts, rows):
         passage.logits = None
         keep = passage.mask.numpy() & (passage.positions >= 1)
         chosen = torch.from_numpy(keep)
@@ -163,18 +183,23 @@ def _site_tensors(states: Sequence[Sequence[torch.Tensor]], cov_depths: Sequence
     for depth, pieces in enumerate(states):
         x = torch.cat(list(pieces))
         x = x[torch.isfinite(x).all(-1)]
+        if len(x) < 2:  # a broken block: there is nothing to estimate here, and a guess would be used as a unit
+            for held in (means, stds, mads):
+                held.append(torch.full((x.shape[-1],), torch.nan))
+            continue
         mean = x.double().mean(0)
         centred = (x.double() - mean).float()
         means.append(mean.float())
         stds.append(x.double().std(0).float())
-        middle = torch.from_numpy(np.median(x.numpy(), axis=0))
-        mads.append(torch.from_numpy(np.median((x - middle).abs().numpy(), axis=0)))
+        columns = x.T.contiguous()  # a median along the last axis is several times faster
+        middle = torch.from_numpy(np.median(columns.numpy(), axis=1, keepdims=True))
+        mads.append(torch.from_numpy(np.median((columns - middle).abs().numpy(), axis=1)))
         rows, values = principal_components(centred, _COMPONENTS)
         pcs.append(rows)
         variances.append(values)
         if depth in cov_depths:
             extra[f"cov_basis.{depth}"], extra[f"cov_sqrt.{depth}"] = covariance_root(centred)
-    same = len({t.shape for t in pcs}) == 1
+    same = len({t.shape for t in pcs}) == 1 and len(pcs) == len(states)
     return {
         "mean": torch.stack(means), "std": torch.stack(stds), "mad": torch.stack(mads),
         **({"pcs": torch.stack(pcs), "pc_var": torch.stack(variances)} if same else {}), **extra,

@@ -17,57 +17,95 @@ from dynprobe.protocols._arms import Passage, Text
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._strength import contrast_direction, donor_states, read_direction, solve_isokl
 
-__all__ = ["Push", "conditions_table", "resolve_perturbations"]
+__all__ = ["Push", "conditions_table", "resolve_perturbations", "written_depths"]
 
 
-def resolve_perturbations(subject: Subject, config: RunConfig) -> list[Perturb]:
+#: Kinds with a unit of their own, which no noise scale multiplies.
+_OWN_UNIT = ("scale", "rotate", "dropout")
+
+
+def resolve_perturbations(
+    subject: Subject, config: RunConfig, given: Sequence[Perturb | str] | None = None
+) -> list[Perturb]:
     """Parse the perturbations of a run, fill defaults, and give directions their vectors.
+
+    Args:
+        subject: The subject.
+        config: The settings.
+        given: The perturbations as they were handed in, where some are objects: a direction is no text.
 
     Raises:
         UsageError: If a direction is missing, superfluous, or two sources of it are given.
         SpecError: If a text does not parse.
         SiteError: If a site does not exist.
     """
-    found = [_seeded(text, p, config.seed).defaults_filled() for text in config.perturb for p in parse_many(text)]
-    _refuse_twins(found)
-    need = [p for p in found if p.kind == "direction"]
+    items = config.perturb if given is None else given
+    found = [_seeded(item, p, config.seed).defaults_filled() for item in items for p in parse_many(item)]
+    need = [p for p in found if p.kind == "direction" and p.direction is None]
     if config.direction is not None and config.contrast is not None:
         raise UsageError("--direction and --contrast both name a direction; give one of them")
     if (config.direction or config.contrast) and not need:
-        raise UsageError("a direction was given and no perturbation uses it; add kind=direction to --perturb")
-    if need and not (config.direction or config.contrast) and any(p.direction is None for p in need):
+        raise UsageError("a direction was given and no perturbation needs it; add kind=direction to --perturb")
+    if need and not (config.direction or config.contrast):
         raise UsageError("kind=direction needs --direction FILE or --contrast 'TEXT A' 'TEXT B'")
     if any(p.scale == "isokl" for p in found) and len(found) > 1:
         raise UsageError("scale=isokl solves for one strength; it cannot act together with other perturbations")
-    out = []
-    for perturb in found:
-        if perturb.kind == "direction" and perturb.direction is None:
-            vector = (
-                read_direction(config.direction)
-                if config.direction is not None
-                else contrast_direction(subject, perturb, config.contrast or ("", ""))
-            )
-            if subject.dim is not None and len(vector) != subject.dim:
-                raise UsageError(f"the direction has {len(vector)} entries; {subject.name} has width {subject.dim}")
-            perturb = perturb.replace(direction=vector)
-        PerturbWriter(subject, perturb.replace(alpha=0.0))  # names every site once, so that a wrong one fails now
-        out.append(perturb)
-    return out
+    writers = [PerturbWriter(subject, p.replace(alpha=0.0)) for p in found]  # a site that does not exist fails here
+    _refuse_twins(writers)
+    return [_directed(subject, p, config) for p in found]
 
 
-def _seeded(text: str, perturb: Perturb, seed: int) -> Perturb:
-    """The run's seed serves a perturbation that names none."""
-    return perturb if "seed" in text or text.startswith("@") else perturb.replace(seed=seed)
+def _directed(subject: Subject, perturb: Perturb, config: RunConfig) -> Perturb:
+    """The perturbation with its vector, where its kind has one."""
+    if perturb.kind != "direction":
+        return perturb
+    vector = perturb.direction
+    if vector is None and config.direction is not None:
+        vector = read_direction(config.direction)
+    elif vector is None:
+        vector = contrast_direction(subject, perturb, config.contrast or ("", ""))
+    if subject.dim is not None and len(vector) != subject.dim:
+        raise UsageError(f"the direction has {len(vector)} entries; {subject.name} has width {subject.dim}")
+    return perturb.replace(direction=vector)
 
 
-def _refuse_twins(perturbs: Sequence[Perturb]) -> None:
-    """Two writes of one seed at one site draw the same noise and would add up as one stronger write."""
-    for i, one in enumerate(perturbs):
-        for other in perturbs[:i]:
-            if one.kind != "direction" and other.kind != "direction" and (one.seed, one.where) == (other.seed, other.where):
+def _seeded(item: Perturb | str, perturb: Perturb, seed: int) -> Perturb:
+    """The run's seed serves a perturbation that names none; an object and a file always say what they mean."""
+    unnamed = isinstance(item, str) and not item.strip().startswith("@") and "seed" not in item
+    return perturb.replace(seed=seed) if unnamed else perturb
+
+
+def _law(perturb: Perturb) -> str | None:
+    """The distribution a perturbation draws from, or None: what is drawn from two laws is independent."""
+    if perturb.kind in ("direction", "scale") or perturb.scale == "interp":
+        return None
+    return "uniform" if perturb.kind == "dropout" or perturb.scale == "neftune" else "normal"
+
+
+def _refuse_twins(writers: Sequence[PerturbWriter]) -> None:
+    """Two writes of one seed at one place draw the same noise and would add up as one stronger write."""
+    for i, first in enumerate(writers):
+        for second in writers[:i]:
+            one, other = second.perturb, first.perturb
+            drawn = _law(one) is not None and (_law(one), one.seed) == (_law(other), other.seed)
+            if drawn and set(first.sites) & set(second.sites) and _meet(one, other):
                 raise UsageError(
-                    f"{one} and {other} draw the same noise at the same sites; give one of them another seed, e.g. seed={one.seed + 1}"
+                    f"{one} and {other} draw the same noise at the same places; give one of them another seed, "
+                    f"e.g. seed={one.seed + 1}"
                 )
+
+
+def _meet(one: Perturb, other: Perturb) -> bool:
+    """Whether two perturbations write at a common position of a row."""
+    pos, n_prompt = np.tile(np.arange(256), (4, 1)), np.array([1, 4, 16, 64])
+    masks = [p.where.mask(pos, n_prompt, positions="1:") for p in (one, other)]
+    return bool((masks[0] & masks[1]).any())
+
+
+def written_depths(subject: Subject, perturb: Perturb) -> list[int]:
+    """Return the depths of the states that a perturbation is the first to change, one per site."""
+    sites = PerturbWriter(subject, perturb.replace(alpha=0.0)).sites
+    return [layer if component == "resid_pre" else layer + 1 for component, layer in sites]
 
 
 def conditions_table(config: RunConfig, perturbs: Sequence[Perturb]) -> pd.DataFrame:
@@ -81,7 +119,7 @@ def conditions_table(config: RunConfig, perturbs: Sequence[Perturb]) -> pd.DataF
         one = specs[0] if specs else None
         return {
             "condition_id": name, "arm": arm, "decode_mode": mode,
-            "scale": one.scale if one else None, "alpha": one.alpha if one else 0.0,
+            "scale": one.scale if one and one.kind not in _OWN_UNIT else None, "alpha": one.alpha if one else 0.0,
             "kind": one.kind if one else None, "where": str(one.where) if one else None,
             "seed": one.seed if one else None,
             "params": [str(p) for p in specs] if specs else None, **base,
@@ -154,12 +192,19 @@ class Push:
             PerturbWriter(
                 self.subject,
                 p.replace(alpha=0.0) if sham else p,
-                calibration=self.calibration,
+                calibration=self._yardstick(p),
                 donors=self.donors or None,
                 magnitude=None if sham or self.magnitude is None else np.nan_to_num(self.magnitude, nan=0.0),
             )
             for p in self.perturbs
         ]
+
+    def _yardstick(self, perturb: Perturb) -> Calibration | None:
+        """The calibration, where it knows the written depths: a broken block gave it no finite state to learn from."""
+        if self.calibration is None:
+            return None
+        known = torch.isfinite(self.calibration.tensors["std"]).all(-1)
+        return self.calibration if bool(known[written_depths(self.subject, perturb)].all()) else None
 
     def first_position(self, texts: Sequence[Text], length: int) -> np.ndarray:
         """First position any of the perturbations writes at, per row."""

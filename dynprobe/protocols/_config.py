@@ -70,6 +70,13 @@ class RunConfig(BaseModel):
             raise ValueError("temperature is a finite number")
         return value
 
+    @property
+    def measured_span(self) -> Literal["prompt", "new", "all"]:
+        """Tokens of token-axis and set metrics, with ``auto`` resolved."""
+        if self.span != "auto":
+            return self.span
+        return "new" if self.max_new_tokens > 0 else "prompt"
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that define the numbers of this run."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_IDENTITY}

@@ -11,6 +11,7 @@ from dynprobe.probes import Check, Subject, tokenize
 from dynprobe.probes import load as load_subject
 from dynprobe.prompts import load_prompts
 from dynprobe.protocols._selfchecks import all_checks
+from dynprobe.protocols._weights import weights_of
 
 __all__ = ["Diagnosis", "doctor"]
 
@@ -61,6 +62,7 @@ def doctor(model: str | nn.Module | Subject, **options: Any) -> Diagnosis:
         0.0
     """
     subject = load_subject(model, **options)
+    weights_of(subject)
     if subject.tokenizer is not None:
         rows = tokenize(subject, [p.text for p in load_prompts(limit=6)])
     else:

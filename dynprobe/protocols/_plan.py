@@ -13,9 +13,11 @@ from typing import Any
 __all__ = ["Estimate", "estimate", "plan_batches"]
 
 #: Rows of a planned batch hold at most this many bytes of states and of logits.
-_BATCH_BYTES = 192 * 2**20
-#: Smaller batches show a first table sooner and cost little on a CPU, where a forward is compute-bound anyway.
-_MAX_ROWS = 12
+_BATCH_BYTES = 512 * 2**20
+#: A decode step of 24 rows costs little more than one of 4 (the weights are read once), so batches are large …
+_MAX_ROWS = 32
+#: … except the first, which brings a first table on screen soon and fails early where something is wrong.
+_FIRST_ROWS = 4
 
 _BYTES_PER_TOKEN_ROW = 40
 _BYTES_PER_DEPTH_ROW = 30
@@ -56,7 +58,8 @@ def plan_batches(
     batches: list[list[int]] = []
     for index in order:
         width = lengths[index] + max_new_tokens
-        limit = batch_size if isinstance(batch_size, int) else max(1, min(_MAX_ROWS, _BATCH_BYTES // (per_token * width)))
+        most = _FIRST_ROWS if len(batches) == 1 and len(order) > 2 * _FIRST_ROWS else _MAX_ROWS
+        limit = batch_size if isinstance(batch_size, int) else max(1, min(most, _BATCH_BYTES // (per_token * width)))
         fits = batches and len(batches[-1]) < limit
         if fits and exact and lengths[batches[-1][0]] != lengths[index]:
             fits = False
@@ -108,6 +111,7 @@ def estimate(
     forced_arms: int,
     free_arms: int,
     state_sites: int = 0,
+    update_sites: int = 0,
     itemsize: int = 4,
     tokens_per_second: float | None = None,
     steps_per_second: float | None = None,
@@ -125,6 +129,7 @@ def estimate(
         forced_arms: Arms that are teacher-forced, sham included.
         free_arms: Arms that write their own text, the clean one included.
         state_sites: Sites whose states are written.
+        update_sites: Of those, attention and MLP outputs, which have rows of their own in the depths table.
         itemsize: Bytes of one coordinate.
         tokens_per_second: Measured speed of a forward over whole texts.
         steps_per_second: Measured speed of decoding steps.
@@ -134,13 +139,14 @@ def estimate(
     stored_arms = max(forced_arms - 1, 1) + max(free_arms - 1, 0)  # sham rows equal to clean are one digest
     arms = forced_arms + max(free_arms - 1, 0)
     token_rows = tokens * stored_arms
-    depth_rows = token_rows * (n_layers + 1)
+    depth_rows = token_rows * (n_layers + 1 + update_sites)
     widest = max(sum(lengths[i] + grown for i in batch) for batch in batches) if batches else 0
     prefill = sum(lengths) * num_samples * free_arms
     steps = max_new_tokens * free_arms * num_samples * len(batches)
     seconds = None
     if tokens_per_second:
-        seconds = (tokens * forced_arms + prefill) / tokens_per_second + (steps / steps_per_second if steps_per_second else 0.0)
+        seconds = (tokens * forced_arms + prefill) / tokens_per_second
+        seconds += steps / steps_per_second if steps_per_second else 0.0
     return Estimate(
         samples=len(lengths) * num_samples * arms,
         token_rows=token_rows,

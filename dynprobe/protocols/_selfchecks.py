@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,46 @@ from dynprobe.probes import (
     check_null,
     check_readout,
     check_resume,
+    tokenize,
 )
+from dynprobe.prompts import load_prompts
 
 __all__ = ["all_checks", "model_checks", "refuse_if_broken"]
 
 #: Longer rows make a test slower and no sharper.
-_MAX_TOKENS = 24
-_MAX_ROWS = 4
+_MAX_TOKENS = 12
+_MAX_ROWS = 3
 #: Raise when a check stores other numbers, so that an old cache is not taken for a new one.
-_CACHE_SCHEMA = 2
+_CACHE_SCHEMA = 3
 
 Rows = Sequence[Sequence[int]]
 
 
 def _short(rows: Rows) -> list[list[int]]:
+    """A few rows of different lengths, so that there is padding to be wrong about."""
     picked = sorted(rows, key=len)
     step = max(1, len(picked) // _MAX_ROWS)
-    return [list(r)[:_MAX_TOKENS] for r in picked[::step][:_MAX_ROWS]]
+    chosen = picked[::step][:_MAX_ROWS]
+    return [list(r)[: max(_MAX_TOKENS - 3 * i, 1)] for i, r in enumerate(chosen)]
+
+
+def _fixed_rows(subject: Subject, rows: Rows) -> list[list[int]]:
+    """Rows of three lengths that do not depend on the run, as a verdict that is kept for a model must not."""
+    if subject.tokenizer is not None:
+        found = tokenize(subject, [p.text for p in load_prompts(source="calibration", limit=_MAX_ROWS)])
+    elif subject.vocab_size:
+        vocab = subject.vocab_size
+        found = [[(7 * i + 3 * j + 1) % vocab for i in range(_MAX_TOKENS)] for j in range(_MAX_ROWS)]
+    else:
+        return _short(rows)
+    return [row[: _MAX_TOKENS - 3 * i] for i, row in enumerate(found)]
 
 
 def _cache_file(subject: Subject) -> Path:
     key = {
-        "schema": _CACHE_SCHEMA, "weights": subject.facts.get("weights_hash"), "dtype": str(subject.dtype), "device": str(subject.device),
+        "schema": _CACHE_SCHEMA, "weights": subject.facts.get("weights_hash"),
+        "class": type(subject.model).__qualname__, "blocks": subject.block_path,
+        "dtype": str(subject.dtype), "device": str(subject.device),
         "attention": subject.facts.get("attn_implementation"), "dynprobe": __version__, "torch": torch.__version__,
         "transformers": subject.facts.get("versions", {}).get("transformers"), "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -59,7 +78,7 @@ def model_checks(subject: Subject, rows: Rows, *, fresh: bool = False) -> dict[s
 
     Args:
         subject: The subject.
-        rows: Token ids to try with.
+        rows: Token ids to try with where there is no text to take.
         fresh: Ignore the cache.
     """
     path = _cache_file(subject)
@@ -69,16 +88,21 @@ def model_checks(subject: Subject, rows: Rows, *, fresh: bool = False) -> dict[s
             return {name: Check(**stored[name]) for name in ("alone", "resume")}
         except (ValueError, KeyError, TypeError):
             path.unlink(missing_ok=True)  # damaged: measure again
-    short = _short(rows)
-    tape = capture(subject, short, logits="all")
-    found = {"alone": check_alone(subject, short), "resume": check_resume(subject, tape)}
+    fixed = _fixed_rows(subject, rows)
+    tape = capture(subject, fixed, logits="all")
+    found = {"alone": check_alone(subject, fixed), "resume": check_resume(subject, tape)}
     if subject.facts.get("weights_hash"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".selftest-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({name: check.as_dict() for name, check in found.items()}, file)
-        Path(temporary).replace(path)
+        with suppress(OSError):  # what cannot be kept is measured again
+            _keep(path, json.dumps({name: check.as_dict() for name, check in found.items()}))
     return found
+
+
+def _keep(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".selftest-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(temporary).replace(path)
 
 
 def all_checks(
@@ -104,7 +128,7 @@ def all_checks(
         "null": check_null(subject, short, perturb, calibration=calibration),
         "fired": check_fired(subject, short),
         "readout": check_readout(subject, tape),
-        **model_checks(subject, rows, fresh=fresh),
+        **model_checks(subject, short, fresh=fresh),
     }
     return {name: found[name] for name in ("null", "alone", "resume", "fired", "readout")}
 

@@ -1,0 +1,188 @@
+"""Everything about a run that is known before anything is computed or written.
+
+Whatever can be refused is refused here: a wrong setting, a site the model does not have, a prompt it cannot read. So an
+error leaves no folder behind.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dynprobe import __version__
+from dynprobe.errors import ModelError, UsageError
+from dynprobe.probes import Perturb, Site, Subject, Where, ignored_defaults, sites_to_read
+from dynprobe.probes import load as load_subject
+from dynprobe.prompts import Prompt, content_hash
+from dynprobe.protocols._columns import column_facts
+from dynprobe.protocols._conditions import resolve_perturbations
+from dynprobe.protocols._config import RunConfig
+from dynprobe.protocols._prompts import choose_prompts, token_rows
+from dynprobe.protocols._weights import weights_of
+from dynprobe.runs import Run, RunWriter, identity, open_run
+from dynprobe.runs._find import find_run
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run that could begin.
+
+    Attributes:
+        subject: The subject.
+        config: The settings.
+        prompts: The prompts.
+        rows: Their token ids.
+        perturbs: What acts, with all defaults filled in.
+        saved: Sites whose states are written; empty without ``states``.
+    """
+
+    subject: Subject
+    config: RunConfig
+    prompts: Sequence[Prompt]
+    rows: Sequence[Sequence[int]]
+    perturbs: Sequence[Perturb]
+    saved: Sequence[Site]
+
+    @cached_property
+    def weights(self) -> str:
+        """Hash of the weights."""
+        return weights_of(self.subject)
+
+    @cached_property
+    def ident(self) -> str:
+        """Identity of the run: the same exactly where the numbers would be the same."""
+        settings = {
+            **self.config.identity(),
+            "perturb": [str(p) for p in self.perturbs],
+            "directions": [p.direction_digest for p in self.perturbs if p.direction_digest],
+            # Noise is drawn under the prompts' names, so the same text under another name is another run.
+            "prompt_names": [p.prompt_id for p in self.prompts],
+        }
+        return identity(settings, [list(r) for r in self.rows], self.weights)
+
+    def finished(self) -> Run | None:
+        """Return this run where it lies finished under ``out``."""
+        out = Path(self.config.out)
+        folder = out if (out / "manifest.json").is_file() else find_run(out, self.ident) if out.is_dir() else None
+        run = None if folder is None else open_run(folder)
+        return run if run is not None and run.manifest.id8 == self.ident and run.status == "complete" else None
+
+    def begin(self) -> RunWriter:
+        """Begin the run's folder, or continue it."""
+        perturbs = [str(p) for p in self.perturbs]
+        return RunWriter.begin(
+            self.config.out,
+            model_name=self.subject.name,
+            config={**self.config.model_dump(mode="json"), "perturb": perturbs},
+            ident=self.ident,
+            prompts_hash=content_hash(list(self.prompts)),
+            manifest_fields={k: v for k, v in self._facts().items() if v is not None},
+            columns=column_facts(self.config),
+            force=self.config.force,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        subject, facts = self.subject, self.subject.facts
+        dtype = str(subject.dtype).removeprefix("torch.")
+        called = bool(sys.argv) and Path(sys.argv[0]).name.removesuffix(".exe") == "dynprobe"
+        return {
+            "command": ["dynprobe", *sys.argv[1:]] if called else None,
+            "model": {**{k: v for k, v in facts.items() if k != "versions"}, "structure": subject.describe()},
+            "weights": {"hash": self.weights, "files": facts.get("weights_files")},
+            "versions": {
+                "dynprobe": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                "python": platform.python_version(), **facts.get("versions", {}),
+            },
+            "device": {"device": str(subject.device), "machine": platform.machine(), "threads": torch.get_num_threads()},
+            "dtypes": {
+                "weights": dtype, "metrics": "float32",
+                "low_precision_angles": dtype in ("bfloat16", "float16"),
+            },
+            "seeds": {"noise": [p.seed for p in self.perturbs], "sampling": self.config.seed},
+            "ignored_generation_defaults": ignored_defaults(subject),
+        }  # fmt: skip
+
+
+def prepare(model: Any, prompts: Sequence[Any] | None, settings: Mapping[str, Any]) -> Prepared:
+    """Load what a run needs and refuse what it cannot do.
+
+    Args:
+        model: Hub id, folder, GGUF file, known name, module, or subject.
+        prompts: Texts, token ids or prompts; None takes those of the settings.
+        settings: Fields of :class:`RunConfig`; ``perturb`` and ``where`` may be objects.
+
+    Raises:
+        UsageError: If a setting is wrong, or the model cannot do what it asks.
+        ModelError: If the model cannot be loaded or read.
+    """
+    config, given = _configuration(model, settings)
+    subject = _load(model, config)
+    chosen = choose_prompts(config, prompts)
+    grow = max(config.max_new_tokens - 1, 0)
+    rows = token_rows(subject, chosen, chat_template=config.chat_template, grow=grow)
+    perturbs = resolve_perturbations(subject, config, given)
+    sites = sites_to_read(subject, Where.parse(config.where))
+    # One state has one row: the output of a block and the input of the next are the same place.
+    places = {(c, at) if c in ("attn_out", "mlp_out") else ("", at + (c == "resid_post")): (c, at) for c, at in sites}
+    ready = Prepared(subject, config, chosen, rows, perturbs, tuple(places.values()) if config.states else ())
+    _refuse(ready)
+    return ready
+
+
+def _configuration(model: Any, settings: Mapping[str, Any]) -> tuple[RunConfig, list[Perturb | str]]:
+    """The settings with objects turned into the text they stand for, and the perturbations as they were given."""
+    values = dict(settings)
+    perturb = values.get("perturb")
+    if perturb is None:
+        items: list[Any] = []
+    else:
+        items = [perturb] if isinstance(perturb, str | Perturb) or callable(perturb) else list(perturb)
+    if any(callable(i) and not isinstance(i, Perturb) for i in items):
+        raise UsageError(
+            "dp.run stores what it did and cannot store a function; use dp.capture(perturb=fn) instead"
+        )
+    values["perturb"] = tuple(str(i) for i in items)
+    if isinstance(values.get("where"), Where):
+        values["where"] = str(values["where"])
+    return RunConfig.build(**{"model": model if isinstance(model, str) else None, **values}), items
+
+
+def _load(model: str | nn.Module | Subject, config: RunConfig) -> Subject:
+    if not isinstance(model, str):
+        return load_subject(model)
+    keys = ("revision", "dtype", "device", "device_map", "trust_remote_code", "allow_bin")
+    return load_subject(model, **{key: getattr(config, key) for key in keys})
+
+
+def _refuse(run: Prepared) -> None:
+    """Refuse what would only fail, or write nothing, in the middle of a run."""
+    subject, new = run.subject, run.config.max_new_tokens
+    if new > 0 and not hasattr(subject.model, "generate"):
+        raise ModelError(
+            f"{subject.name} ({type(subject.model).__name__}) has no generate(); add --max-new-tokens 0 to measure "
+            "the prompts only"
+        )
+    for perturb in run.perturbs:
+        if perturb.scale == "interp" and len(run.rows) < 2:
+            raise UsageError("scale=interp takes its donor from the next prompt; give at least two prompts")
+        if perturb.scale in ("coordstd", "cov") and subject.tokenizer is None:
+            raise UsageError(
+                f"scale={perturb.scale} needs a calibration, and {subject.name} has no tokenizer to read the calibration "
+                "prompts with; load it with tokenizer=…, or take relnorm, mad or abs"
+            )
+        if new < 2 and perturb.where.phases() == ("decode",):
+            raise UsageError(
+                f"{perturb} writes at generated tokens only, and with max_new_tokens={new} none goes through the model; "
+                "take at least 2 (the last token is not fed back)"
+            )
