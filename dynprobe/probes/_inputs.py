@@ -45,7 +45,7 @@ class Batch:
 
     def model_inputs(self, subject: Subject, *, cache: bool = False) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward."""
-        inputs: dict[str, Any] = {"input_ids": self.input_ids}
+        inputs: dict[str, Any] = {subject.token_argument: self.input_ids}
         if subject.accepts("attention_mask"):
             inputs["attention_mask"] = self.mask.to(torch.long)
         if subject.accepts("position_ids"):

@@ -94,6 +94,13 @@ class Subject:
         """Whether the model's forward names this argument."""
         return argument in inspect.signature(self.model.forward).parameters
 
+    @property
+    def token_argument(self) -> str:
+        """Name under which the model's forward takes token ids: ``input_ids``, or its first argument."""
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return "input_ids" if "input_ids" in named or not named else named[0]
+
     def module_at(self, component: str, layer: int) -> tuple[nn.Module, str]:
         """Return the module and the side (``input`` or ``output``) where a component of a layer can be touched.
 

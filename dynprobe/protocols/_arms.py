@@ -104,9 +104,7 @@ def _measure(
 ) -> Measurement:
     chosen = span_mask(mask, positions, texts, span)
     device = tape.states[0].device
-    return metrics.measure(
-        list(tape.states), mask.to(device), metrics=which, span=chosen.to(device), debt_theta=theta
-    )
+    return metrics.measure(list(tape.states), mask.to(device), metrics=which, span=chosen.to(device), debt_theta=theta)
 
 
 def forced(

@@ -78,7 +78,8 @@ class BatchRunner:
                 collected += self._group([batch[i] for i in group], replicate)
         names = dict.fromkeys(name for p in collected for name in p.tables)
         tables = {
-            name: pd.concat([p.tables[name] for p in collected if name in p.tables], ignore_index=True) for name in names
+            name: pd.concat([p.tables[name] for p in collected if name in p.tables], ignore_index=True)
+            for name in names
         }
         return Produced(tables, [s for p in collected for s in p.states])
 
@@ -97,7 +98,9 @@ class BatchRunner:
         blank = [Text(self.prompts[i].prompt_id, tuple(self.rows[i])) for i in chosen]
         texts = blank
         if self.config.max_new_tokens > 0:
-            batch = make_batch(self.subject, [t.prompt for t in blank], side="left", row_keys=[t.row_key for t in blank])
+            batch = make_batch(
+                self.subject, [t.prompt for t in blank], side="left", row_keys=[t.row_key for t in blank]
+            )
             new = generate(self.subject, batch, self._sampling(replicate))
             texts = [Text(t.row_key, t.prompt, tuple(n)) for t, n in zip(blank, new, strict=True)]
         out: list[Produced] = []
@@ -158,7 +161,7 @@ class BatchRunner:
             for t in passage.texts
         ]
         prompts = [self.prompts[i] for i in chosen]
-        return Labels(condition, [p.prompt_id for p in prompts], [p.category or "" for p in prompts], replicate, decoded)
+        return Labels(condition, [p.prompt_id for p in prompts], [p.category for p in prompts], replicate, decoded)
 
     def _sham(self, clean: Passage, sham: Passage, chosen: Sequence[int], replicate: int) -> Produced:
         """The sham arm must equal the clean one bit for bit; then it is stored as a digest of it."""
@@ -206,15 +209,17 @@ class BatchRunner:
                 "paired": metrics.paired(clean.measured, passage.measured, inject=self._inject(push)),
                 "paired_outputs": metrics.paired_output(clean.logits, passage.logits),
                 "divergence": metrics.diverge(list(clean.tape.states), list(passage.tape.states), passage.mask),
-                "affected_from": push.first_position(passage.texts, passage.mask.shape[1]),
+                "affected_from": np.maximum(push.first_position(passage.texts, passage.mask.shape[1]), 1),
             }
         lens = self._lens(passage) if self.config.lens else None
         tables = passage_tables(passage, labels, span=self.span, lens=lens, perturbed=push is not None, **pairing)
         if push is not None:
-            first = push.first_position(passage.texts, passage.mask.shape[1])
-            tables["samples"].loc[first >= [len(t.fed) for t in passage.texts], "status"] = "not-written"
-            if push.magnitude is not None:
-                tables["samples"].loc[np.isnan(push.magnitude), "status"] = "isokl-unreached"
+            samples = tables["samples"]
+            untouched = push.first_position(passage.texts, passage.mask.shape[1]) >= samples["n_fed"].to_numpy()
+            unreached = np.isnan(push.magnitude) if push.magnitude is not None else np.zeros(len(samples), bool)
+            fine = samples["status"] == "ok"
+            samples.loc[fine & unreached, "status"] = "isokl-unreached"
+            samples.loc[fine & untouched, "status"] = "not-written"
         return Produced(tables, self._states(passage, labels))
 
     def _inject(self, push: Push) -> int:
@@ -249,7 +254,7 @@ class BatchRunner:
                 {
                     "sample_id": ids, "pos": passage.positions[rows, columns].astype(np.int32),
                     "track": "resid" if component.startswith("resid") else component, "depth": np.int32(depth),
-                    "layer": np.int32(layer if component != "resid_pre" or layer else depth - 1), "component": component,
+                    "layer": np.int32(layer if component != "resid_pre" else depth - 1), "component": component,
                 }
             )  # fmt: skip
             out.append((keys, state.detach()[rows, columns].cpu()))

@@ -6,21 +6,34 @@ from dynprobe import metrics
 from dynprobe.protocols._config import RunConfig
 from dynprobe.runs import registry_facts
 
-__all__ = ["column_facts"]
+__all__ = ["PASSPORT", "column_facts"]
 
 _AFFECTED = "real positions ≥ max(1, first perturbed position)"
 
 #: Columns that are not metrics of the registry, or that aggregate one: (metric id, unit, span, aggregation, description).
 _OWN: dict[str, tuple[str, str, str, str, str]] = {
+    "nll": ("output.nll/1", "nats", "span", "mean over tokens with a target", "NLL of the token that follows."),
     "ppl": ("output.nll/1", "1", "span", "exp of mean nll", "Perplexity over the span."),
     "nll_prompt": ("output.nll/1", "nats", "prompt", "mean over tokens", "NLL of the prompt's own tokens."),
     "flip_rate": ("output.flip/1", "fraction", _AFFECTED, "mean over tokens", "Share of tokens whose top-1 changed."),
-    "repetition": ("", "fraction", "new", "over 4-grams", "Share of 4-grams that occurred before in the generated text."),
+    "repetition": (
+        "",
+        "fraction",
+        "new",
+        "over 4-grams",
+        "Share of 4-grams that occurred before in the generated text.",
+    ),
     "n_fed": ("", "tokens", "all", "count", "Tokens that went through the model."),
     "n_nonfinite": ("", "states", "all", "count", "States with a NaN or infinite component; excluded, never averaged."),
     "alpha_relnorm": ("alpha.relnorm/1", "‖u‖/‖h‖", "written", "mean over written states", "Realised relative norm."),
     "alpha_coordstd": ("alpha.coordstd/1", "calibration SD", "written", "mean of RMS(u/s)", "Size in coordinate SDs."),
-    "alpha_mad": ("alpha.mad/1", "1.4826·MAD", "written", "mean over written states", "Size in robust coordinate scales."),
+    "alpha_mad": (
+        "alpha.mad/1",
+        "1.4826·MAD",
+        "written",
+        "mean over written states",
+        "Size in robust coordinate scales.",
+    ),
     "alpha_abs": ("alpha.abs/1", "model units", "written", "mean of ‖u‖/√d", "RMS of the written displacement."),
     "alpha_cos": ("", "cosine", "written", "mean cos(h, h+u)", "Direction kept by the write."),
     "kappa_phase_d_inj": ("kappa.phase.paired/1", "half-turns", "all", "step into the injection", "Δκ of that step."),
@@ -32,9 +45,13 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
 _ON_SPAN = ("limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output")
 
 
+#: Columns of the samples that say how much was written, in every unit.
+PASSPORT = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs", "alpha_cos")
+
+
 def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Return the facts of every metric column a run may write."""
-    span = config.span if config.span != "auto" else ("new" if config.max_new_tokens else "prompt")
+    """Return the facts of every metric column a run may write; ``table.column`` where tables differ."""
+    span = config.measured_span
     facts = registry_facts(metrics.columns())
     for name, column in metrics.columns().items():
         runs_over = span if column.metric_id.startswith(_ON_SPAN) else "all"
@@ -43,9 +60,11 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
             **facts[name], "aggregation": "arm − clean, same tokens",
             "description": f"Paired difference of {name} under teacher forcing.",
         }  # fmt: skip
+        for table in ("tokens", "depths"):  # one row per token: nothing is aggregated over a span
+            facts[f"{table}.{name}"] = {**facts.get(f"{table}.{name}", {}), "span": "all"}
     for name, (metric_id, unit, runs_over, how, text) in _OWN.items():
         digest = metrics.spec(metric_id).digest if metric_id in metrics.ids() else ""
-        facts[name] = {
+        facts[f"samples.{name}"] = {
             "id": metric_id, "unit": unit, "digest": digest, "span": span if runs_over == "span" else runs_over,
             "aggregation": how, "description": text,
         }  # fmt: skip

@@ -50,7 +50,9 @@ class RunConfig(BaseModel):
     states: bool = Field(False, description="Write the states too.")
     lens: bool = Field(False, description="Add logit-lens entropy and KL at every depth.")
     span: Literal["auto", "prompt", "new", "all"] = Field("auto", description="Tokens of token-axis and set metrics.")
-    padding: Literal["auto", "left", "right", "none"] = Field("auto", description="Padding side; 'none' = exact lengths.")
+    padding: Literal["auto", "left", "right", "none"] = Field(
+        "auto", description="Padding side; 'none' = exact lengths."
+    )
     batch_size: int | Literal["auto"] = Field("auto", description="Rows per batch.")
     out: str = Field("runs", description="Folder of runs, or the run folder to continue.")
     force: bool = Field(False, description="Continue a run of another library version.")

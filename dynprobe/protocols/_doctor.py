@@ -69,5 +69,15 @@ def doctor(model: str | nn.Module | Subject, **options: Any) -> Diagnosis:
         vocab = subject.vocab_size or 2
         rows = [[(7 * i + 3 * j + 1) % vocab for i in range(6 + 2 * j)] for j in range(4)]
     checks = all_checks(subject, rows, fresh=True)
-    keep = ("model_id", "kind", "location", "commit", "weights_hash", "original_dtype", "n_parameters", "versions", "notes")
+    keep = (
+        "model_id",
+        "kind",
+        "location",
+        "commit",
+        "weights_hash",
+        "original_dtype",
+        "n_parameters",
+        "versions",
+        "notes",
+    )
     return Diagnosis(subject.describe(), checks, {k: subject.facts[k] for k in keep if k in subject.facts})

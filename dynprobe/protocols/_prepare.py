@@ -149,9 +149,7 @@ def _configuration(model: Any, settings: Mapping[str, Any]) -> tuple[RunConfig, 
     else:
         items = [perturb] if isinstance(perturb, str | Perturb) or callable(perturb) else list(perturb)
     if any(callable(i) and not isinstance(i, Perturb) for i in items):
-        raise UsageError(
-            "dp.run stores what it did and cannot store a function; use dp.capture(perturb=fn) instead"
-        )
+        raise UsageError("dp.run stores what it did and cannot store a function; use dp.capture(perturb=fn) instead")
     values["perturb"] = tuple(str(i) for i in items)
     if isinstance(values.get("where"), Where):
         values["where"] = str(values["where"])

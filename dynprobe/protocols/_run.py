@@ -156,9 +156,7 @@ def _work(
     )  # fmt: skip
     writer.write_table("conditions", conditions_table(config, ready.perturbs))
     push = Push(subject, ready.perturbs, calibration) if ready.perturbs else None
-    runner = BatchRunner(
-        subject, config, prompts, rows, push, calibration, exact, config.measured_span, ready.saved
-    )
+    runner = BatchRunner(subject, config, prompts, rows, push, calibration, exact, config.measured_span, ready.saved)
     _batches(writer, runner, batches, tell)
 
 

@@ -27,7 +27,7 @@ __all__ = ["contrast_direction", "donor_states", "read_direction", "solve_isokl"
 
 _RELATIVE_TOLERANCE = 0.01
 _MAX_FORWARDS = 40
-_SMALLEST, _LARGEST = 1e-3, 1e3
+_START, _SMALLEST, _LARGEST = 1e-3, 1e-7, 1e3
 
 
 def read_direction(path: str | Path) -> np.ndarray:
@@ -53,7 +53,9 @@ def read_direction(path: str | Path) -> np.ndarray:
         raise UsageError(f"direction file {path} cannot be read: {error}") from error
     vector = np.squeeze(np.asarray(vector, dtype=np.float64))
     if vector.ndim != 1 or not np.isfinite(vector).all() or not np.any(vector):
-        raise UsageError(f"{path} holds an array of shape {vector.shape}; a direction is one finite, non-zero vector [dim]")
+        raise UsageError(
+            f"{path} holds an array of shape {vector.shape}; a direction is one finite, non-zero vector [dim]"
+        )
     return vector
 
 
@@ -76,7 +78,9 @@ def contrast_direction(subject: Subject, perturb: Perturb, texts: tuple[str, str
     return difference
 
 
-def donor_states(subject: Subject, sites: Sequence[Site], partners: Sequence[Sequence[int]]) -> dict[Site, list[torch.Tensor]]:
+def donor_states(
+    subject: Subject, sites: Sequence[Site], partners: Sequence[Sequence[int]]
+) -> dict[Site, list[torch.Tensor]]:
     """Return the clean states of each row's partner prompt at the sites of an ``interp`` write."""
     batch = make_batch(subject, partners)
     with Instrument(subject, sites, row_keys=batch.row_keys) as instrument, torch.no_grad():
@@ -94,7 +98,12 @@ def donor_states(subject: Subject, sites: Sequence[Site], partners: Sequence[Seq
 
 
 def solve_isokl(
-    subject: Subject, perturb: Perturb, texts: Sequence[Text], clean: Passage, calibration: Calibration | None, side: str
+    subject: Subject,
+    perturb: Perturb,
+    texts: Sequence[Text],
+    clean: Passage,
+    calibration: Calibration | None,
+    side: str,
 ) -> np.ndarray:
     """Find, for each row, the relative norm at which its mean KL first reaches ``alpha`` nats.
 
@@ -135,10 +144,15 @@ def solve_isokl(
         with np.errstate(divide="ignore"):
             return np.where(count > 0, np.log(np.maximum(mean, 1e-300) / perturb.alpha), np.nan)
 
-    low = np.full(n, _SMALLEST)
+    low = np.full(n, _START)
     at_low = log_ratio(low)
     high, at_high = low.copy(), at_low.copy()
     forwards = 1
+    while np.any(too_much := (at_low > 0) & (low > _SMALLEST)) and forwards < _MAX_FORWARDS:
+        high, at_high = np.where(too_much, low, high), np.where(too_much, at_low, at_high)
+        low = np.where(too_much, low / 8, low)
+        at_low = np.where(too_much, log_ratio(low), at_low)
+        forwards += 1
     while np.any(open_rows := (at_high < 0) & (high < _LARGEST)) and forwards < _MAX_FORWARDS:
         low, at_low = np.where(open_rows, high, low), np.where(open_rows, at_high, at_low)
         high = np.where(open_rows, high * 2, high)

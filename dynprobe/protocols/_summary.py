@@ -17,6 +17,8 @@ HEADLINE = (
     "alpha_coordstd", "alpha_mad", "alpha_cos",
 )  # fmt: skip
 _RESAMPLES = 2000
+#: Rows that were not perturbed as asked: their effect is none of the perturbation's and would thin out its mean.
+_NOT_AS_ASKED = ("not-written", "isokl-unreached")
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -31,7 +33,8 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     """Reduce the samples table to one entry per condition.
 
-    Replicates of a prompt are averaged first, so that the unit of the interval is the prompt.
+    Replicates of a prompt are averaged first, so that the unit of the interval is the prompt. Rows that could not be
+    perturbed as asked (their status says so) are counted as missing.
 
     Args:
         samples: The samples table.
@@ -42,6 +45,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for condition, rows in samples.groupby("condition_id", sort=False, observed=True):
         entry: dict[str, Any] = {"samples": len(rows)}
+        every, rows = rows, rows[~rows["status"].isin(_NOT_AS_ASKED)]
         for column in HEADLINE:
             if column not in rows or rows[column].isna().all():
                 continue
@@ -50,14 +54,13 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
             low, high = _interval(values)
             entry[column] = {
                 "mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
-                "low": low, "high": high, "n": len(values), "missing": int(per_prompt.isna().sum()),
+                "low": low, "high": high, "n": len(values), "missing": every["prompt_id"].nunique() - len(values),
             }  # fmt: skip
             if entry[column]["missing"]:
-                entry[column]["reasons"] = _reasons(rows, column)
+                entry[column]["reasons"] = _reasons(every, column)
         if "limen_regime" in rows and rows["limen_regime"].notna().any():
             entry["regimes"] = rows["limen_regime"].value_counts(normalize=True, sort=True).round(4).to_dict()
-        if "status" in rows:
-            entry["status"] = rows["status"].value_counts().to_dict()
+        entry["status"] = {str(k): int(v) for k, v in every["status"].value_counts().items() if v}
         if "equal_to" in rows and rows["equal_to"].notna().any():
             entry["equal_to"] = {str(k): int(v) for k, v in rows["equal_to"].value_counts().items()}
         out[str(condition)] = entry

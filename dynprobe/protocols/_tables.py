@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +18,11 @@ import pandas as pd
 
 from dynprobe.metrics import Result
 from dynprobe.protocols._arms import Passage, span_mask
+from dynprobe.protocols._columns import PASSPORT
 
-__all__ = ["Labels", "passage_tables", "repetition_rate", "sample_id"]
+__all__ = ["Labels", "passage_tables", "repetition_rate", "row_status", "sample_id"]
+
+_NGRAM = 4
 
 
 def sample_id(prompt_id: str, condition_id: str, replicate: int) -> str:
@@ -33,14 +37,14 @@ class Labels:
     Attributes:
         condition_id: Condition of all rows.
         prompt_ids: One per row.
-        categories: One per row.
+        categories: One per row, None where a prompt has none.
         replicate: Number of the text of one prompt.
         decoded: Generated text of each row, or None.
     """
 
     condition_id: str
     prompt_ids: Sequence[str]
-    categories: Sequence[str]
+    categories: Sequence[str | None]
     replicate: int
     decoded: Sequence[str | None]
 
@@ -50,7 +54,7 @@ class Labels:
         return [sample_id(p, self.condition_id, self.replicate) for p in self.prompt_ids]
 
 
-def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
+def repetition_rate(tokens: Sequence[int], n: int = _NGRAM) -> float:
     """Return the share of n-grams that occurred before in the same text; NaN below n + 1 tokens.
 
     Example:
@@ -71,11 +75,17 @@ def _mean(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
         return np.where(count > 0, np.where(chosen, values, 0.0).sum(1) / np.maximum(count, 1), np.nan)
 
 
+def row_status(n_nonfinite: Sequence[int] | np.ndarray) -> list[str]:
+    """Return how rows ended: ``nonfinite`` where a state was NaN or infinite, else ``ok``."""
+    return ["nonfinite" if n else "ok" for n in n_nonfinite]
+
+
 def passage_tables(
     passage: Passage,
     labels: Labels,
     *,
     span: str,
+    perturbed: bool = False,
     clean: Passage | None = None,
     paired: Sequence[Result] | None = None,
     paired_outputs: Mapping[str, np.ndarray] | None = None,
@@ -89,12 +99,13 @@ def passage_tables(
         passage: The measured rows.
         labels: Their names.
         span: Tokens of token-axis metrics, as measured.
+        perturbed: Whether something was written, so that its size belongs into the samples.
         clean: The clean passage over the same tokens, for paired columns; None for free arms.
         paired: Paired trajectory read-outs.
         paired_outputs: ``kl_clean_pert`` and ``flip`` ``[batch, pos]``.
         divergence: Angle to the clean state over π, ``[depth, batch, pos]``.
         lens: ``lens_entropy`` and ``lens_kl`` ``[depth, batch, pos]``.
-        affected_from: First perturbed position of each row; KL and flip rate are means from there on.
+        affected_from: First position of each row at which an effect can show; KL and flip rate are means from there on.
     """
     mask = passage.mask.numpy()
     rows, columns = np.nonzero(mask)
@@ -112,12 +123,10 @@ def passage_tables(
     for name, values in {**passage.outputs, **(paired_outputs or {}), **passage.measured.token}.items():
         tokens[name] = values[rows, columns].astype(np.float32)
 
-    samples = _samples(passage, labels, span, clean, paired, paired_outputs, affected_from)
-    if divergence is not None and affected_from is not None:
-        affected = mask & (passage.positions >= np.maximum(affected_from, 1)[:, None])
-        samples["diverge_angle"] = _mean(divergence[-1], affected)
+    affected = None if affected_from is None else mask & (passage.positions >= affected_from[:, None])
+    effects = {} if affected is None else _effects(affected, paired_outputs or {}, divergence)
     return {
-        "samples": samples,
+        "samples": _samples(passage, labels, span, effects, perturbed, clean, paired),
         "tokens": pd.DataFrame(tokens),
         "depths": _depths(passage, ids, rows, columns, pos, divergence, lens),
         "profiles": _profiles(passage, ids),
@@ -171,67 +180,87 @@ def _depths(
 
 
 def _profiles(passage: Passage, ids: np.ndarray) -> pd.DataFrame:
-    n_depths = len(passage.tape.states)
+    measured, n_depths = passage.measured, len(passage.tape.states)
     table: dict[str, Any] = {
         "sample_id": np.tile(ids, n_depths),
         "track": "resid",
         "depth": np.repeat(np.arange(n_depths, dtype=np.int16), len(ids)),
     }
-    for name, values in passage.measured.profile.items():
-        array = np.asarray(values)
-        table[name] = array.reshape(-1) if array.dtype == object else array.reshape(-1).astype(np.float32)
+    for name, values in measured.profile.items():
+        table[name] = np.asarray(values).reshape(-1).astype(np.float32)
+    missing = {name: grid.reshape(-1) for name, grid in measured.profile_reason.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # depth 0 has no terms at all
+        table["coverage"] = np.nanmin(np.stack([c.reshape(-1) for c in measured.profile_coverage.values()]), axis=0)
+    table["reason"] = [_spelled({n: r[i] for n, r in missing.items() if r[i]}) for i in range(len(ids) * n_depths)]
     return pd.DataFrame(table)
+
+
+def _effects(
+    affected: np.ndarray, paired_outputs: Mapping[str, np.ndarray], divergence: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What the perturbation did, as means over the positions at which an effect can show."""
+    grids = {
+        "kl_clean_pert": paired_outputs.get("kl_clean_pert"), "flip_rate": paired_outputs.get("flip"),
+        "diverge_angle": None if divergence is None else divergence[-1],
+    }  # fmt: skip
+    return {name: _mean(grid, affected) for name, grid in grids.items() if grid is not None}
 
 
 def _samples(
-    passage: Passage, labels: Labels, span: str, clean: Passage | None, paired: Sequence[Result] | None,
-    paired_outputs: Mapping[str, np.ndarray] | None, affected_from: np.ndarray | None,
+    passage: Passage, labels: Labels, span: str, effects: Mapping[str, np.ndarray], perturbed: bool,
+    clean: Passage | None, paired: Sequence[Result] | None,
 ) -> pd.DataFrame:  # fmt: skip
-    mask = passage.mask.numpy()
-    chosen = span_mask(passage.mask, passage.positions, passage.texts, span).numpy()
-    prompt = span_mask(passage.mask, passage.positions, passage.texts, "prompt").numpy()
-    out = passage.outputs
-    has_target = _lay([t.targets for t in passage.texts], mask) >= 0
-    nll, nll_prompt = _mean(out["nll"], chosen & has_target), _mean(out["nll"], prompt & has_target)
-    table: dict[str, Any] = {
-        "sample_id": labels.ids, "prompt_id": list(labels.prompt_ids), "condition_id": labels.condition_id,
-        "replicate": labels.replicate, "category": list(labels.categories),
-        "n_prompt": [len(t.prompt) for t in passage.texts], "n_new": [len(t.new) for t in passage.texts],
-        "n_fed": mask.sum(1), "text": list(labels.decoded),
-        "nll": nll, "ppl": np.exp(nll), "nll_prompt": nll_prompt,
+    mask, texts, out = passage.mask.numpy(), passage.texts, passage.outputs
+    chosen = span_mask(passage.mask, passage.positions, texts, span).numpy()
+    has_target = _lay([t.targets for t in texts], mask) >= 0
+    # The last position of a prompt predicts the first generated token, which is none of the prompt's own.
+    own = mask & has_target & (passage.positions < np.array([len(t.prompt) - 1 for t in texts])[:, None])
+    nll = _mean(out["nll"], chosen & has_target)
+    numbers: dict[str, np.ndarray] = {
+        "nll": nll, "ppl": np.exp(nll), "nll_prompt": _mean(out["nll"], own),
         "entropy": _mean(out["entropy"], chosen), "margin": _mean(out["margin"], chosen),
-        "repetition": [repetition_rate(t.new) for t in passage.texts],
+        "repetition": np.array([repetition_rate(t.new) for t in texts]),
+        **effects,
     }  # fmt: skip
     results: list[dict[str, Result]] = [dict(r) for r in passage.measured.sample]
-    if clean is not None and paired is not None and paired_outputs is not None and affected_from is not None:
-        affected = mask & (passage.positions >= np.maximum(affected_from, 1)[:, None])
-        table["kl_clean_pert"] = _mean(paired_outputs["kl_clean_pert"], affected)
-        table["flip_rate"] = _mean(paired_outputs["flip"], affected)
-        table["nll_d"] = nll - _mean(clean.outputs["nll"], chosen & has_target)
-        table["entropy_d"] = table["entropy"] - _mean(clean.outputs["entropy"], chosen)
-        for i, (mine, theirs) in enumerate(zip(results, clean.measured.sample, strict=True)):
-            for name, result in list(mine.items()):
-                if name != "kappa_phase" and isinstance(result.value, float) and isinstance(theirs[name].value, float):
-                    mine[name + "_d"] = _difference(result, theirs[name])
-            mine.update(_paired_columns(paired[i]))
+    if clean is not None and paired is not None:
+        numbers["nll_d"] = nll - _mean(clean.outputs["nll"], chosen & has_target)
+        numbers["entropy_d"] = numbers["entropy"] - _mean(clean.outputs["entropy"], chosen)
+        for mine, theirs, pair in zip(results, clean.measured.sample, paired, strict=True):
+            mine.update(_paired_columns(mine, theirs, pair))
+    if perturbed:
+        passport = passage.tape.passport
+        numbers |= {name: np.asarray(passport.get(name, np.full(len(texts), np.nan))) for name in PASSPORT}
     names = list(dict.fromkeys(name for r in results for name in r))
-    for name in names:
-        table[name] = [r[name].value if name in r else math.nan for r in results]
-    for name, values in passage.tape.passport.items():
-        table[name] = values
-    table["n_nonfinite"] = passage.measured.n_nonfinite
-    table["status"] = ["nonfinite" if n else "ok" for n in passage.measured.n_nonfinite]
-    table["reasons"] = [_reasons(r) for r in results]
-    return pd.DataFrame(table)
+    return pd.DataFrame(
+        {
+            "sample_id": labels.ids, "prompt_id": list(labels.prompt_ids), "condition_id": labels.condition_id,
+            "replicate": labels.replicate, "category": list(labels.categories),
+            "n_prompt": [len(t.prompt) for t in texts], "n_new": [len(t.new) for t in texts],
+            "n_fed": mask.sum(1), "text": list(labels.decoded), **numbers,
+            **{name: [r[name].value if name in r else math.nan for r in results] for name in names},
+            "n_nonfinite": passage.measured.n_nonfinite, "status": row_status(passage.measured.n_nonfinite),
+            "reasons": [
+                _reasons(r, {name: float(values[i]) for name, values in numbers.items()}, int(passage.measured.n_nonfinite[i]))
+                for i, r in enumerate(results)
+            ],
+        }
+    )  # fmt: skip
 
 
-def _paired_columns(result: Result) -> dict[str, Result]:
-    """Δκ, its part at the step into the injection, and its part downstream."""
-    out = {"kappa_phase_d": result}
-    if "delta_inj" in result.extras:
-        inj, down = float(result.extras["delta_inj"]), float(result.extras["delta_down"])
-        out["kappa_phase_d_inj"] = replace(result, value=inj, reason=result.extras.get("delta_inj_reason"))
-        out["kappa_phase_d_down"] = replace(result, value=down, reason="coverage" if math.isnan(down) else None)
+def _paired_columns(mine: Mapping[str, Result], theirs: Mapping[str, Result], pair: Result) -> dict[str, Result]:
+    """Arm minus clean of every number; κ is paired term by term and split at the injection."""
+    out = {
+        f"{name}_d": _difference(result, theirs[name])
+        for name, result in mine.items()
+        if name != "kappa_phase" and isinstance(result.value, float) and isinstance(theirs[name].value, float)
+    }
+    out["kappa_phase_d"] = pair
+    if "delta_inj" in pair.extras:
+        inj, down = float(pair.extras["delta_inj"]), float(pair.extras["delta_down"])
+        out["kappa_phase_d_inj"] = replace(pair, value=inj, reason=pair.extras.get("delta_inj_reason"))
+        out["kappa_phase_d_down"] = replace(pair, value=down, reason="coverage" if math.isnan(down) else None)
     return out
 
 
@@ -241,6 +270,18 @@ def _difference(mine: Result, theirs: Result) -> Result:
     return replace(mine, value=float(mine.value) - float(theirs.value), reason=reason)
 
 
-def _reasons(results: Mapping[str, Result]) -> str | None:
+def _reasons(results: Mapping[str, Result], numbers: Mapping[str, float], n_nonfinite: int) -> str | None:
+    """Why values of a row are missing, by column, as JSON."""
     found = {name: r.reason for name, r in results.items() if r.reason}
-    return json.dumps(found, sort_keys=True) if found else None
+    for name in (n for n, value in numbers.items() if math.isnan(value)):
+        if name == "repetition":
+            found[name] = f"tokens<{_NGRAM + 1}"
+        elif name in PASSPORT and not math.isnan(numbers["alpha_abs"]):  # written, but this unit does not exist
+            found[name] = "no-calibration" if name == "alpha_coordstd" else "zero-denominator"
+        else:
+            found[name] = "nonfinite" if n_nonfinite else "empty"
+    return _spelled(found)
+
+
+def _spelled(reasons: Mapping[str, str]) -> str | None:
+    return json.dumps(reasons, sort_keys=True) if reasons else None
