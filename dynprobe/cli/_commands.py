@@ -23,7 +23,13 @@ __all__ = [
 ]
 
 #: lm-eval's ``--model_args`` keys and the settings they stand for.
-_MODEL_ARGS = {"pretrained": "model", "dtype": "dtype", "revision": "revision", "trust_remote_code": "trust_remote_code", "device_map": "device_map"}
+_MODEL_ARGS = {
+    "pretrained": "model",
+    "dtype": "dtype",
+    "revision": "revision",
+    "trust_remote_code": "trust_remote_code",
+    "device_map": "device_map",
+}
 
 
 def _print_json(value: Any) -> None:
@@ -48,7 +54,9 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     typed = dict(given)
     typed.pop("dry_run", None)
     if typed.pop("num_fewshot", 0):
-        raise UsageError("--num-fewshot belongs to task evaluation; run takes prompts as they are (put shots into --prompt)")
+        raise UsageError(
+            "--num-fewshot belongs to task evaluation; run takes prompts as they are (put shots into --prompt)"
+        )
     if typed.pop("apply_chat_template", False):
         typed["chat_template"] = "auto"
     pairs = typed.pop("model_args", None)
@@ -68,8 +76,12 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     for key in ("perturb", "prompt", "category"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(settings[key])
+    if settings.get("prompts") is not None:
+        settings["prompts"] = Path(settings["prompts"])  # a file; the same words as text would be a prompt
     if not settings.get("model"):
-        raise UsageError("no model was named; add --model smollm2-135m (no hub needed), a hub id such as gpt2, or a folder")
+        raise UsageError(
+            "no model was named; add --model smollm2-135m (no hub needed), a hub id such as gpt2, or a folder"
+        )
     return settings
 
 
@@ -140,7 +152,14 @@ def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: 
         raise UsageError("name a run folder (dynprobe ls lists them), or type: dynprobe show --metrics")
     found = open_run(run)
     if as_json:
-        _print_json({"run": str(found.path), "status": found.status, "manifest": found.manifest.model_dump(), "summary": found.summary})
+        _print_json(
+            {
+                "run": str(found.path),
+                "status": found.status,
+                "manifest": found.manifest.model_dump(),
+                "summary": found.summary,
+            }
+        )
     elif figure is not None:
         print(draw_run(found, figure))  # noqa: T201
     elif columns:

@@ -30,6 +30,7 @@ class Listener:
         self._on = not quiet and self._console.is_terminal
         self._tables = tables
         self._status: Any = None
+        self._before = 0
 
     def __enter__(self) -> Listener:
         if self._on:
@@ -37,7 +38,9 @@ class Listener:
             self._status.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._status is not None:
             self._status.stop()
 
@@ -53,8 +56,12 @@ class Listener:
         if progress.stage == "batch" and progress.total:
             line = f"batch {min(progress.done + 1, progress.total)} of {progress.total}"
             if progress.seconds > 0 and progress.rows:
-                left = progress.seconds / max(progress.done, 1) * (progress.total - progress.done)
-                line += f" · {progress.rows / progress.seconds:.1f} rows/s · {progress.tokens / progress.seconds:.0f} tokens/s · {left:.0f} s left"
+                here = max(progress.done - self._before, 1)  # a continued run found some batches finished
+                left = progress.seconds / here * (progress.total - progress.done)
+                line += f" · {progress.rows / progress.seconds:.1f} rows/s"
+                line += f" · {progress.tokens / progress.seconds:.0f} tokens/s · {left:.0f} s left"
+            elif not progress.rows and progress.summary is None:
+                self._before = progress.done
         if progress.summary is not None and self._tables:
             n = next(iter(progress.summary.values()))["samples"]
             self._console.print(_render.summary_table(progress.summary, f"so far: the forced arms of {n} texts"))

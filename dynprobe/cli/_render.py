@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from dynprobe.protocols import Diagnosis, Estimate
     from dynprobe.runs import Run
 
-__all__ = ["calibration", "columns", "diagnosis", "listing", "metric_facts", "metric_list", "plan", "run", "summary_table"]
+__all__ = [
+    "calibration",
+    "columns",
+    "diagnosis",
+    "listing",
+    "metric_facts",
+    "metric_list",
+    "plan",
+    "run",
+    "summary_table",
+]
 
 #: Column of the summary → heading, digits, and whether its interval is shown.
 _SHOWN = {
@@ -31,8 +41,9 @@ _SHOWN = {
 
 def _console() -> Console:
     # A pipe has no width; a table cut to 80 columns there would lose numbers.
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    # Formulas and shapes are full of square brackets, which are no markup.
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str:
@@ -49,7 +60,10 @@ def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str
 
 def summary_table(summary: Mapping[str, Any], title: str) -> Table:
     """Return one line per condition: means over prompts, 95 % intervals below the paired ones."""
-    table = Table(title=title, caption="means over prompts; below paired columns their 95 % bootstrap interval; – = not defined for this arm")
+    table = Table(
+        title=title,
+        caption="means over prompts; below paired columns their 95 % bootstrap interval; – = not defined for this arm",
+    )
     table.add_column("arm", no_wrap=True)
     used = [name for name in _SHOWN if any(name in entry for entry in summary.values())]
     for name in used:
@@ -69,41 +83,73 @@ def run(found: Run) -> None:
     """Print a run: what was done, its table, its self-tests."""
     console = _console()
     manifest = found.manifest
-    config = manifest.config
     console.print(Text(f"run {found.path}", style="bold"), soft_wrap=True)
-    for line in _what(config, manifest):
+    for line in _what(found):
         console.print(line, soft_wrap=True)
     summary = found.summary
     if summary and summary.get("conditions"):
         n = next(iter(summary["conditions"].values()))["samples"]
         console.print(summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm"))
+        for line in _flags(summary["conditions"]):
+            console.print(line, soft_wrap=True)
     else:
-        console.print(f"status {found.status}: {len(manifest.finished)} batches finished; the same command continues it")
+        console.print(
+            f"status {found.status}: {len(manifest.finished)} batches finished; the same command continues it"
+        )
     tests = manifest.self_tests if isinstance(manifest.self_tests, dict) else {}
     if tests:
-        words = [f"{name} {'ok' if t['passed'] else 'FAILED'} ({t['value']:.2g})" for name, t in tests.items()]
+        words = [f"{name} {'ok' if t['passed'] else 'FAILED'} ({_short(t['value'])})" for name, t in tests.items()]
         console.print("self-tests: " + " · ".join(words), soft_wrap=True)
-    console.print(f"tables: dp.open({str(found.path)!r}).samples   columns: dynprobe show {found.path} --columns", soft_wrap=True)
+    console.print(
+        f"tables: dp.open({str(found.path)!r}).samples   columns: dynprobe show {found.path} --columns",
+        soft_wrap=True,
+    )  # fmt: skip
 
 
-def _what(config: Mapping[str, Any], manifest: Any) -> list[str]:
-    """The sentence that names unit, site and prompts."""
-    lines = []
+#: What a row's status means for a reader of the table.
+_STATUS = {
+    "nonfinite": "had NaN or infinite states, which enter no mean",
+    "not-written": "had no position to write at, and enter no mean",
+    "isokl-unreached": "did not reach the KL at any strength, and enter no mean",
+}
+
+
+def _flags(conditions: Mapping[str, Any]) -> list[str]:
+    """One line for each kind of row that did not go as asked."""
+    return [
+        f"{arm}: {count} of {entry['samples']} texts {_STATUS.get(status, status)}"
+        for arm, entry in conditions.items()
+        for status, count in (entry.get("status") or {}).items()
+        if status != "ok"
+    ]
+
+
+def _what(found: Run) -> list[str]:
+    """The lines that name unit, site and prompts."""
+    manifest, config = found.manifest, found.manifest.config
     model = manifest.model if isinstance(manifest.model, dict) else {}
-    lines.append(f"model   {model.get('model_id') or manifest.model_name}, {config.get('dtype')}, weights {str((manifest.weights or {}).get('hash'))[:28]}")
+    dtype = manifest.dtypes.get("weights") if isinstance(manifest.dtypes, dict) else None
+    weights = manifest.weights.get("hash") if isinstance(manifest.weights, dict) else None
+    name = model.get("model_id") or manifest.model_name
+    lines = [f"model   {name}, {dtype}, weights {str(weights)[:28]}"]
     for spec in config.get("perturb") or ():
         lines.append(f"perturb {spec}")
         lines.append(f"        {_unit(spec)}")
-    rows = manifest.rows().get("prompts", 0)
-    if config.get("prompts"):
-        source = f"from {config['prompts']}"
-    elif config.get("prompt"):
-        source = "given in the call"
-    else:
-        source = "built-in" if not config.get("category") else "built-in, " + "+".join(config["category"])
+    if not manifest.rows().get("prompts"):
+        return lines
+    sources = found.prompts["source"].astype(str)
+    words = {"builtin": "built-in", "given": "given in the call", "token ids": "given as token ids"}
+    source = " and ".join(words.get(s, f"from {s}") for s in dict.fromkeys(sources))
+    if config.get("category"):
+        source += ", " + "+".join(config["category"])
     new = config.get("max_new_tokens")
-    mode = "greedy" if not config.get("temperature") else f"temperature {config['temperature']}, top-p {config['top_p']}"
-    lines.append(f"prompts {rows} {source}, chat template {config.get('chat_template')}, " + (f"prefill + {new} new tokens, {mode}" if new else "prefill only"))
+    mode = (
+        "greedy" if not config.get("temperature") else f"temperature {config['temperature']}, top-p {config['top_p']}"
+    )
+    lines.append(
+        f"prompts {len(sources)} {source}, chat template {config.get('chat_template')}, "
+        + (f"prefill + {new} new tokens, {mode}" if new else "prefill only")
+    )
     return lines
 
 
@@ -134,7 +180,8 @@ def plan(cost: Estimate) -> None:
     for name, value in (
         ("rows of samples", f"{cost.samples:,}"), ("rows of tokens", f"{cost.token_rows:,}"),
         ("rows of depths", f"{cost.depth_rows:,}"), ("tables on disk (estimate)", _bytes(cost.metric_bytes)),
-        ("states on disk", _bytes(cost.state_bytes)), ("memory beside the weights (estimate)", _bytes(cost.memory_bytes)),
+        ("states on disk", _bytes(cost.state_bytes)),
+        ("memory beside the weights (estimate)", _bytes(cost.memory_bytes)),
         ("tokens through the model", f"{cost.forward_tokens:,}"),
         ("time after loading (estimate)", "unknown" if cost.seconds is None else f"{cost.seconds:.0f} s"),
     ):  # fmt: skip
@@ -154,8 +201,8 @@ def diagnosis(found: Diagnosis) -> None:
     """Print what ``doctor`` found."""
     console = _console()
     table = Table(title=f"{found.found['name']}", show_header=False)
-    for name, value in {**found.found, **{k: v for k, v in found.provenance.items() if k not in ("versions", "notes")}}.items():
-        if name != "name":
+    for name, value in (found.found | found.provenance).items():
+        if name not in ("name", "versions", "notes"):
             table.add_row(name, "not found" if value is None else str(value))
     console.print(table)
     checks = Table(title="self-tests")
@@ -164,7 +211,8 @@ def diagnosis(found: Diagnosis) -> None:
     for name, check in found.checks.items():
         style = "green" if check.passed else "bold red"
         numbers = ", ".join(f"{k} {_short(v)}" for k, v in check.detail.items())
-        checks.add_row(name, Text("ok" if check.passed else "FAILED", style=style), f"{check.value:.3g}", f"{check.limit:.3g}", check.unit, numbers)
+        verdict = Text("ok" if check.passed else "FAILED", style=style)
+        checks.add_row(name, verdict, f"{check.value:.3g}", f"{check.limit:.3g}", check.unit, numbers)
     console.print(checks)
     for note in found.provenance.get("notes") or ():
         console.print(f"note: {note}", soft_wrap=True)
@@ -173,6 +221,8 @@ def diagnosis(found: Diagnosis) -> None:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2g}"
+    if value is None:  # NaN and infinity have no JSON
+        return "not finite"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
     return str(value)
@@ -182,7 +232,10 @@ def calibration(made: Calibration) -> None:
     """Print a calibration's header and its signals."""
     console = _console()
     h = made.header
-    console.print(f"calibration {made.hash} of {h['model']}: {h['n_prompts']} prompts, {h['n_tokens']} tokens, {h['dtype']}", soft_wrap=True)
+    console.print(
+        f"calibration {made.hash} of {h['model']}: {h['n_prompts']} prompts, {h['n_tokens']} tokens, {h['dtype']}",
+        soft_wrap=True,
+    )
     table = Table(title="clean signals over tokens")
     table.add_column("signal")
     for q in (0.01, 0.25, 0.5, 0.75, 0.9, 0.99):
@@ -217,8 +270,9 @@ def _frame(frame: pd.DataFrame, title: str) -> None:
 def metric_facts(spec: MetricSpec) -> dict[str, Any]:
     """Return a definition as plain data."""
     return {
-        "id": spec.id, "measures": spec.sentence, "formula": spec.formula, "input": spec.input, "range": spec.value_range,
-        "unit": spec.unit, "invariances": sorted(spec.invariances), "params": dict(spec.params), "column": spec.column,
+        "id": spec.id, "measures": spec.sentence, "formula": spec.formula, "input": spec.input,
+        "range": spec.value_range, "unit": spec.unit, "invariances": sorted(spec.invariances),
+        "params": dict(spec.params), "column": spec.column,
         "levels": dict(spec.levels), "source": spec.source, "digest": spec.digest, "vectors": list(spec.vectors),
     }  # fmt: skip
 
@@ -229,15 +283,15 @@ def metric_list(specs: Sequence[MetricSpec], *, core: Collection[str], default: 
     for spec in specs:
         lists = "core, default" if spec.id in core else "default" if spec.id in default else "on request"
         console.print(Text(f"{spec.id}  ({lists})", style="bold"), soft_wrap=True)
-        console.print(f"  {spec.sentence}", soft_wrap=True, markup=False)
+        console.print(f"  {spec.sentence}", soft_wrap=True)
         facts = (
             ("formula", spec.formula), ("input", spec.input), ("range", spec.value_range), ("unit", spec.unit),
-            ("unchanged", ", ".join(sorted(spec.invariances)) or "by nothing declared"), ("column", spec.column or "none"),
-            ("source", spec.source), ("digest", spec.digest),
+            ("unchanged", ", ".join(sorted(spec.invariances)) or "by nothing declared"),
+            ("column", spec.column or "none"), ("source", spec.source), ("digest", spec.digest),
         )  # fmt: skip
         for name, value in facts:
-            console.print(f"  {name:<9} {' '.join(str(value).split())}", soft_wrap=True, markup=False)
+            console.print(f"  {name:<9} {' '.join(str(value).split())}", soft_wrap=True)
     console.print(
-        "unchanged under: R rotation · R_l rotation per depth · S scale · S_l scale per depth · P permutation of units · "
-        "T length", soft_wrap=True, markup=False,
+        "unchanged under: R rotation · R_l rotation per depth · S scale · S_l scale per depth · "
+        "P permutation of units · T length", soft_wrap=True,
     )  # fmt: skip

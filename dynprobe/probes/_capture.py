@@ -127,7 +127,7 @@ def capture(
     batch = make_batch(subject, rows, side=padding, row_keys=row_keys)
     read = sites_to_read(subject, Where.parse(where))
     writers = make_writers(subject, perturb, calibration=calibration)
-    instrument = Instrument(subject, read, writers, row_keys=batch.row_keys, n_prompt=batch.n_prompt, grad=grad)
+    instrument = Instrument(subject, read, writers, grad=grad, **batch.rows)
     inputs = batch.model_inputs(subject)
     if logits == "last" and bool(batch.mask[:, -1].all()) and subject.accepts("logits_to_keep"):
         inputs["logits_to_keep"] = 1

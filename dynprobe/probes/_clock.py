@@ -54,14 +54,20 @@ class Clock:
         model: The root module.
         row_keys: Names of the rows; None hashes each row's first real tokens.
         n_prompt: Length of each row's prompt where a forward carries more than the prompt (teacher forcing).
+        mask: Real tokens of a first forward ``[batch, columns]``, for models that take no mask themselves.
     """
 
     def __init__(
-        self, model: nn.Module, row_keys: Sequence[str] | None = None, n_prompt: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        row_keys: Sequence[str] | None = None,
+        n_prompt: Sequence[int] | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._given_keys = tuple(row_keys) if row_keys is not None else None
         self._given_prompt = tuple(n_prompt) if n_prompt is not None else None
+        self._given_mask = mask
         self._cache: Any = None
         self._seen = np.zeros(0, dtype=np.int64)
         self._width = 0
@@ -91,6 +97,8 @@ class Clock:
         cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
         held = _held(cache)
         mask = call.get("attention_mask")
+        if mask is None and self._given_mask is not None and self._given_mask.shape == (batch, columns):
+            mask = self._given_mask
         flat = mask.detach().cpu().numpy().astype(bool) if isinstance(mask, Tensor) and mask.dim() == 2 else None
         real = _real(flat if flat is not None else mask, batch, columns, held or 0)
 
@@ -170,9 +178,11 @@ def _real(mask: Any, batch: int, columns: int, held: int) -> np.ndarray:
         return mask[:, -columns:]
     if isinstance(mask, Mapping):  # one mask per kind of attention, as static caches get it
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] == batch and mask.shape[3] >= held + columns:
-        # A real token sees itself, whatever window the attention has; padding sees nothing of the sort.
-        seen = mask[:, 0, :, held : held + columns].diagonal(dim1=1, dim2=2).detach().cpu()
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] == batch and mask.shape[3] >= columns:
+        # A real token sees itself, whatever window the attention has; padding sees nothing of the sort. A cache as
+        # long as the window has rolled, so that the newest columns are its last.
+        start = min(held, mask.shape[3] - columns)
+        seen = mask[:, 0, :, start : start + columns].diagonal(dim1=1, dim2=2).detach().cpu()
         return (seen if seen.dtype == torch.bool else seen > -1.0).numpy()
     shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
     raise ModelError(

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes._inputs import Batch, pad_token
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._noise import uniform
+from dynprobe.probes._outputs import hidden_argument, hidden_of
 from dynprobe.probes._subject import Subject
 
 __all__ = ["Sampling", "generate", "ignored_defaults"]
@@ -126,6 +127,16 @@ def _neutral_config(subject: Subject, sampling: Sampling) -> Iterator[Any]:
         model.generation_config = before
 
 
+def _refuse_mixed_rows(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Some recurrent models broadcast the rows of a batch against each other in decoding (RWKV in transformers)."""
+    before, after = hidden_argument(args, kwargs), hidden_of(output)
+    if before.shape[:2] != after.shape[:2]:
+        raise ModelError(
+            f"{type(block).__name__} made states {tuple(after.shape)} of {tuple(before.shape)}: the model mixes the "
+            "rows of a batch when it decodes. Generate one row at a time (--batch-size 1)"
+        )
+
+
 def generate(
     subject: Subject, batch: Batch, sampling: Sampling, instrument: Instrument | None = None
 ) -> list[list[int]]:
@@ -141,7 +152,7 @@ def generate(
         New token ids of each row.
 
     Raises:
-        ModelError: If the model cannot generate.
+        ModelError: If the model cannot generate, or mixes the rows of a batch.
         UsageError: If a row is padded on the right.
     """
     if not hasattr(subject.model, "generate"):
@@ -163,8 +174,12 @@ def generate(
     if processors:
         inputs["logits_processor"] = processors
     model: Any = subject.model
-    with torch.no_grad(), _neutral_config(subject, sampling) as config, instrument or nullcontext():
-        out = model.generate(**inputs, generation_config=config)
+    handle = subject.blocks[0].register_forward_hook(_refuse_mixed_rows, with_kwargs=True)
+    try:
+        with torch.no_grad(), _neutral_config(subject, sampling) as config, instrument or nullcontext():
+            out = model.generate(**inputs, generation_config=config)
+    finally:
+        handle.remove()
     ends = set(config.eos_token_id or ())
     rows: list[list[int]] = []
     for new in out[:, batch.input_ids.shape[1] :].tolist():

@@ -43,6 +43,11 @@ class Batch:
         """Real tokens of each row, ``[batch]``."""
         return self.mask.sum(1)
 
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What an instrument wants to know of the rows: their names, prompt lengths and mask."""
+        return {"row_keys": self.row_keys, "n_prompt": self.n_prompt, "mask": self.mask}
+
     def model_inputs(self, subject: Subject, *, cache: bool = False) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward."""
         inputs: dict[str, Any] = {subject.token_argument: self.input_ids}

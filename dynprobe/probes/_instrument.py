@@ -96,6 +96,7 @@ class Instrument:
         root: Module whose calls are forwards; default the subject's model.
         row_keys: Names of the rows for the noise.
         n_prompt: Prompt lengths under teacher forcing.
+        mask: Real tokens of the batch ``[batch, columns]``, for models that take no mask themselves.
         grad: Keep the graph of what is recorded.
         listeners: Called with each forward's output.
         all_logits: Ask the model for logits at every position, also where its caller asked for the last only.
@@ -110,13 +111,14 @@ class Instrument:
         root: nn.Module | None = None,
         row_keys: Sequence[str] | None = None,
         n_prompt: Sequence[int] | None = None,
+        mask: Tensor | None = None,
         grad: bool = False,
         listeners: Sequence[StepListener] = (),
         all_logits: bool = False,
     ) -> None:
         self.subject, self.read, self.writers = subject, tuple(read), tuple(writers)
         self.root = root if root is not None else subject.model
-        self.clock = Clock(self.root, row_keys, n_prompt)
+        self.clock = Clock(self.root, row_keys, n_prompt, mask)
         self.step: Step | None = None
         self.steps: list[Step] = []
         self.fired: dict[tuple[Site, str], int] = {}

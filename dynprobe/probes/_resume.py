@@ -61,22 +61,24 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
         A tape of depths ``at … L``.
 
     Raises:
-        SiteError: If the depth does not exist.
-        UsageError: If the number of rows is no multiple of the tape's.
+        SiteError: If the depth does not exist, or is not on the tape and no states were given.
+        UsageError: If the number of rows is no multiple of the tape's, or the width is not the model's.
     """
     subject = tape.subject
     if subject is None or tape.token_ids is None:
         raise ModelError("resume needs a tape made by dp.capture or dp.record, with token ids")
     if not 0 <= at <= subject.n_layers:
         raise SiteError(f"depth {at} was asked for; {subject.name} has depths 0…{subject.n_layers}")
-    start = tape.states[at] if states is None else states
+    if logits not in ("last", "all", None):
+        raise UsageError(f"logits={logits!r}; it is 'last', 'all' or None")
+    width = tape.states[at].shape[-1] if states is None or at in tape.depths else subject.dim
+    start = _fitting(subject, tape.states[at] if states is None else states, width)
     rows, times = len(tape.token_ids), len(start) // len(tape.token_ids)
-    if times * rows != len(start) or start.shape[1] != tape.token_ids.shape[1]:
+    if times < 1 or times * rows != len(start) or start.shape[1] != tape.token_ids.shape[1]:
         raise UsageError(
             f"states are {tuple(start.shape)}; a tape of {rows} rows × {tape.token_ids.shape[1]} columns needs "
             f"[k·{rows}, {tape.token_ids.shape[1]}, dim]"
         )
-    start = start.to(device=subject.device, dtype=subject.state_dtype)
     batch = Batch(
         tape.token_ids.repeat(times, 1).to(subject.device),
         tape.mask.repeat(times, 1).to(subject.device),
@@ -87,7 +89,7 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     read: list[Site] = [("resid_post", layer) for layer in range(max(at - 1, 0), subject.n_layers)]
     if at == 0:
         read.insert(0, ("resid_pre", 0))
-    instrument = Instrument(subject, read, row_keys=batch.row_keys, n_prompt=batch.n_prompt)
+    instrument = Instrument(subject, read, **batch.rows)
     attachment = None
     if at == 0:
         attachment = attach(subject.blocks[0], side="input", write=lambda _: start)
@@ -108,6 +110,13 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     return instrument.tape(found)
 
 
+def _fitting(subject: Subject, states: Tensor, width: int | None) -> Tensor:
+    """The states on the device and in the dtype of the model's own; a copy where the model would overwrite them."""
+    if width is not None and states.shape[-1] != width:
+        raise UsageError(f"states of width {states.shape[-1]} were given; {subject.name} has width {width} there")
+    return states.to(device=subject.device, dtype=subject.state_dtype, copy=subject.mutates)
+
+
 def readout(subject: Subject, h: Tensor) -> Tensor:
     """Send last-depth states through the model's own final norm and head.
 
@@ -121,11 +130,9 @@ def readout(subject: Subject, h: Tensor) -> Tensor:
     Raises:
         UsageError: If the width is not the model's.
     """
-    if subject.dim is not None and h.shape[-1] != subject.dim:
-        raise UsageError(f"states of width {h.shape[-1]} were given; {subject.name} has width {subject.dim}")
+    h = _fitting(subject, h, subject.dim)
     # Without a batch axis each state is a row of one token: no context length can be too short for it.
     states = h.reshape(-1, h.shape[-2] if h.dim() >= 3 else 1, h.shape[-1])
-    states = states.to(device=subject.device, dtype=subject.state_dtype)
     ids = torch.zeros(states.shape[:2], dtype=torch.long, device=subject.device)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ("readout",) * len(ids), (ids.shape[1],) * len(ids))
     last = subject.n_layers - 1

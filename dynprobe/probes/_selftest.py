@@ -110,7 +110,7 @@ def check_null(subject: Subject, rows: Rows, perturb: Perturb | None = None, *, 
     spec = (perturb or Perturb(alpha=0.1, layers="all", component="resid_post")).replace(alpha=0.0)
     writers = make_writers(subject, spec, calibration=calibration)
     reading = sites_to_read(subject, Where.parse("layers=all"))
-    instrument = Instrument(subject, reading, writers, row_keys=batch.row_keys, n_prompt=batch.n_prompt)
+    instrument = Instrument(subject, reading, writers, **batch.rows)
     with instrument, torch.no_grad():
         written = logits_of(subject.model(**inputs))
     counts = instrument.check_fired()
@@ -195,7 +195,7 @@ def check_fired(subject: Subject, rows: Rows) -> Check:
     """Every hook fires once per forward and none is left behind."""
     before = live_hooks(subject.model)
     batch = make_batch(subject, rows)
-    instrument = Instrument(subject, sites_to_read(subject, Where.parse("layers=all")), row_keys=batch.row_keys)
+    instrument = Instrument(subject, sites_to_read(subject, Where.parse("layers=all")), **batch.rows)
     with instrument, torch.no_grad():
         subject.model(**batch.model_inputs(subject))
     try:

@@ -166,12 +166,13 @@ class BatchRunner:
     def _sham(self, clean: Passage, sham: Passage, chosen: Sequence[int], replicate: int) -> Produced:
         """The sham arm must equal the clean one bit for bit; then it is stored as a digest of it."""
         mask = clean.mask
-        assert clean.logits is not None and sham.logits is not None
+        assert clean.logits is not None
+        assert sham.logits is not None
         pairs = zip([*clean.tape.states, clean.logits], [*sham.tape.states, sham.logits], strict=True)
         if not all(identical(a[mask.to(a.device)], b[mask.to(b.device)]) for a, b in pairs):
             raise SelfTestError(
-                "the sham arm (alpha=0) differs from the clean arm in the same batch shape; no number of this batch could "
-                "be trusted. Is the model in training mode, or its arithmetic not deterministic?"
+                "the sham arm (alpha=0) differs from the clean arm in the same batch shape; no number of this batch "
+                "could be trusted. Is the model in training mode, or its arithmetic not deterministic?"
             )
         labels = self._labels(sham, "sham", chosen, replicate)
         last = sham.tape.states[self.subject.n_layers]
@@ -203,7 +204,8 @@ class BatchRunner:
         labels = self._labels(passage, condition, chosen, replicate)
         pairing: dict[str, Any] = {}
         if clean is not None and push is not None:
-            assert clean.logits is not None and passage.logits is not None
+            assert clean.logits is not None
+            assert passage.logits is not None
             pairing = {
                 "clean": clean,
                 "paired": metrics.paired(clean.measured, passage.measured, inject=self._inject(push)),

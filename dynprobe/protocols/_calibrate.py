@@ -106,8 +106,8 @@ def calibrated(
         made.save(folder)
     except OSError as error:
         warnings.warn(
-            f"the calibration could not be kept in {folder} ({error.strerror or error}) and will be measured again next "
-            "time; set DYNPROBE_CACHE to a folder with room",
+            f"the calibration could not be kept in {folder} ({error.strerror or error}) and will be measured again "
+            "next time; set DYNPROBE_CACHE to a folder with room",
             stacklevel=2,
         )
     return made
@@ -178,7 +178,11 @@ def _measure(
 
 
 def _site_tensors(states: Sequence[Sequence[torch.Tensor]], cov_depths: Sequence[int]) -> dict[str, torch.Tensor]:
-    means, stds, mads, pcs, variances = [], [], [], [], []
+    means: list[torch.Tensor] = []
+    stds: list[torch.Tensor] = []
+    mads: list[torch.Tensor] = []
+    pcs: list[torch.Tensor] = []
+    variances: list[torch.Tensor] = []
     extra: dict[str, torch.Tensor] = {}
     for depth, pieces in enumerate(states):
         x = torch.cat(list(pieces))

@@ -10,7 +10,8 @@ __all__ = ["PASSPORT", "column_facts"]
 
 _AFFECTED = "real positions ≥ max(1, first perturbed position)"
 
-#: Columns that are not metrics of the registry, or that aggregate one: (metric id, unit, span, aggregation, description).
+#: Columns of the samples that are no metrics of the registry, or that aggregate one in their own way:
+#: (metric id, unit, span, aggregation, description).
 _OWN: dict[str, tuple[str, str, str, str, str]] = {
     "nll": ("output.nll/1", "nats", "span", "mean over tokens with a target", "NLL of the token that follows."),
     "ppl": ("output.nll/1", "1", "span", "exp of mean nll", "Perplexity over the span."),
@@ -44,18 +45,28 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
 #: Metrics whose sample value runs over the span; the others run over all real tokens after the sink.
 _ON_SPAN = ("limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output")
 
-
 #: Columns of the samples that say how much was written, in every unit.
 PASSPORT = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs", "alpha_cos")
 
 
+def _with_parameters() -> dict[str, metrics.Column]:
+    """The columns of metrics that a run computes with other parameters than their defaults."""
+    out = {}
+    for full in (i for i in metrics.DEFAULT if metrics.parse_id(i).params):
+        spec, name = metrics.spec(metrics.parse_id(full).id), metrics.column_name(full)
+        out[name] = metrics.Column(name, full, spec.unit, spec.levels, spec.digest)
+    return out
+
+
 def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
     """Return the facts of every metric column a run may write; ``table.column`` where tables differ."""
-    span = config.measured_span
-    facts = registry_facts(metrics.columns())
-    for name, column in metrics.columns().items():
+    span: str = config.measured_span
+    columns = metrics.columns() | _with_parameters()
+    facts = registry_facts(columns)
+    for name, column in columns.items():
         runs_over = span if column.metric_id.startswith(_ON_SPAN) else "all"
-        facts[name] |= {"span": runs_over, "description": metrics.spec(column.metric_id).sentence}
+        sentence = metrics.spec(metrics.parse_id(column.metric_id).id).sentence
+        facts[name] |= {"span": runs_over, "description": sentence}
         facts[f"{name}_d"] = {
             **facts[name], "aggregation": "arm − clean, same tokens",
             "description": f"Paired difference of {name} under teacher forcing.",

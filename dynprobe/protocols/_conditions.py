@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from dynprobe.protocols._arms import Passage, Text
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._strength import contrast_direction, donor_states, read_direction, solve_isokl
 
-__all__ = ["Push", "conditions_table", "resolve_perturbations", "written_depths"]
+__all__ = ["Push", "conditions_table", "resolve_perturbations", "written_depths", "yardstick"]
 
 
 #: Kinds with a unit of their own, which no noise scale multiplies.
@@ -50,8 +51,8 @@ def resolve_perturbations(
         raise UsageError("kind=direction needs --direction FILE or --contrast 'TEXT A' 'TEXT B'")
     if any(p.scale == "isokl" for p in found) and len(found) > 1:
         raise UsageError("scale=isokl solves for one strength; it cannot act together with other perturbations")
-    writers = [PerturbWriter(subject, p.replace(alpha=0.0)) for p in found]  # a site that does not exist fails here
-    _refuse_twins(writers)
+    sites = [set(PerturbWriter(subject, p.replace(alpha=0.0)).sites) for p in found]  # a site that is not there fails
+    _refuse_twins(found, sites)
     return [_directed(subject, p, config) for p in found]
 
 
@@ -82,17 +83,16 @@ def _law(perturb: Perturb) -> str | None:
     return "uniform" if perturb.kind == "dropout" or perturb.scale == "neftune" else "normal"
 
 
-def _refuse_twins(writers: Sequence[PerturbWriter]) -> None:
+def _refuse_twins(perturbs: Sequence[Perturb], sites: Sequence[set[Site]]) -> None:
     """Two writes of one seed at one place draw the same noise and would add up as one stronger write."""
-    for i, first in enumerate(writers):
-        for second in writers[:i]:
-            one, other = second.perturb, first.perturb
-            drawn = _law(one) is not None and (_law(one), one.seed) == (_law(other), other.seed)
-            if drawn and set(first.sites) & set(second.sites) and _meet(one, other):
-                raise UsageError(
-                    f"{one} and {other} draw the same noise at the same places; give one of them another seed, "
-                    f"e.g. seed={one.seed + 1}"
-                )
+    for i, j in itertools.combinations(range(len(perturbs)), 2):
+        one, other = perturbs[i], perturbs[j]
+        drawn = _law(one) is not None and (_law(one), one.seed) == (_law(other), other.seed)
+        if drawn and sites[i] & sites[j] and _meet(one, other):
+            raise UsageError(
+                f"{one} and {other} draw the same noise at the same places; give one of them another seed, "
+                f"e.g. seed={one.seed + 1}"
+            )
 
 
 def _meet(one: Perturb, other: Perturb) -> bool:
@@ -106,6 +106,14 @@ def written_depths(subject: Subject, perturb: Perturb) -> list[int]:
     """Return the depths of the states that a perturbation is the first to change, one per site."""
     sites = PerturbWriter(subject, perturb.replace(alpha=0.0)).sites
     return [layer if component == "resid_pre" else layer + 1 for component, layer in sites]
+
+
+def yardstick(subject: Subject, perturb: Perturb, calibration: Calibration | None) -> Calibration | None:
+    """The calibration, where it knows the written depths: a broken block gave it no finite state to learn from."""
+    if calibration is None:
+        return None
+    known = torch.isfinite(calibration.tensors["std"]).all(-1)
+    return calibration if bool(known[written_depths(subject, perturb)].all()) else None
 
 
 def conditions_table(config: RunConfig, perturbs: Sequence[Perturb]) -> pd.DataFrame:
@@ -192,19 +200,12 @@ class Push:
             PerturbWriter(
                 self.subject,
                 p.replace(alpha=0.0) if sham else p,
-                calibration=self._yardstick(p),
+                calibration=yardstick(self.subject, p, self.calibration),
                 donors=self.donors or None,
                 magnitude=None if sham or self.magnitude is None else np.nan_to_num(self.magnitude, nan=0.0),
             )
             for p in self.perturbs
         ]
-
-    def _yardstick(self, perturb: Perturb) -> Calibration | None:
-        """The calibration, where it knows the written depths: a broken block gave it no finite state to learn from."""
-        if self.calibration is None:
-            return None
-        known = torch.isfinite(self.calibration.tensors["std"]).all(-1)
-        return self.calibration if bool(known[written_depths(self.subject, perturb)].all()) else None
 
     def first_position(self, texts: Sequence[Text], length: int) -> np.ndarray:
         """First position any of the perturbations writes at, per row."""

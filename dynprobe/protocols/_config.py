@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,11 @@ from dynprobe.errors import UsageError, did_you_mean
 
 __all__ = ["RunConfig", "load_config"]
 
-#: Settings that do not change a number and therefore take no part in a run's identity.
-NOT_IDENTITY = frozenset({"out", "batch_size", "quiet", "engine", "force"})
+#: Settings that take no part in a run's identity: those that change no number, and those that only say where something
+#: comes from that is part of it (the prompts themselves, the direction itself).
+NOT_IDENTITY = frozenset({
+    "out", "batch_size", "quiet", "force", "prompt", "prompts", "category", "limit", "direction", "contrast",
+})  # fmt: skip
 
 
 class RunConfig(BaseModel):
@@ -93,6 +97,7 @@ class RunConfig(BaseModel):
         unknown = [key for key in values if key not in cls.model_fields]
         if unknown:
             raise UsageError(f"unknown setting {unknown[0]!r}.{did_you_mean(unknown[0], cls.model_fields)}")
+        values = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in values.items()}
         for key in ("perturb", "prompt", "category"):
             if isinstance(values.get(key), str):
                 values[key] = (values[key],)

@@ -22,6 +22,7 @@ from dynprobe import __version__
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes import Perturb, Site, Subject, Where, ignored_defaults, sites_to_read
 from dynprobe.probes import load as load_subject
+from dynprobe.probes._perturb import parse_many
 from dynprobe.prompts import Prompt, content_hash
 from dynprobe.protocols._columns import column_facts
 from dynprobe.protocols._conditions import resolve_perturbations
@@ -67,7 +68,7 @@ class Prepared:
             "perturb": [str(p) for p in self.perturbs],
             "directions": [p.direction_digest for p in self.perturbs if p.direction_digest],
             # Noise is drawn under the prompts' names, so the same text under another name is another run.
-            "prompt_names": [p.prompt_id for p in self.prompts],
+            "prompts": content_hash(list(self.prompts)),
         }
         return identity(settings, [list(r) for r in self.rows], self.weights)
 
@@ -104,7 +105,9 @@ class Prepared:
                 "dynprobe": __version__, "torch": torch.__version__, "numpy": np.__version__,
                 "python": platform.python_version(), **facts.get("versions", {}),
             },
-            "device": {"device": str(subject.device), "machine": platform.machine(), "threads": torch.get_num_threads()},
+            "device": {
+                "device": str(subject.device), "machine": platform.machine(), "threads": torch.get_num_threads(),
+            },
             "dtypes": {
                 "weights": dtype, "metrics": "float32",
                 "low_precision_angles": dtype in ("bfloat16", "float16"),
@@ -114,21 +117,26 @@ class Prepared:
         }  # fmt: skip
 
 
-def prepare(model: Any, prompts: Sequence[Any] | None, settings: Mapping[str, Any]) -> Prepared:
+def prepare(model: Any, prompts: Sequence[Any] | Path | None, settings: Mapping[str, Any]) -> Prepared:
     """Load what a run needs and refuse what it cannot do.
 
     Args:
         model: Hub id, folder, GGUF file, known name, module, or subject.
-        prompts: Texts, token ids or prompts; None takes those of the settings.
+        prompts: Texts, token ids or prompts, or the path of a file of them; None takes those of the settings.
         settings: Fields of :class:`RunConfig`; ``perturb`` and ``where`` may be objects.
 
     Raises:
         UsageError: If a setting is wrong, or the model cannot do what it asks.
         ModelError: If the model cannot be loaded or read.
     """
+    if isinstance(model, Path):
+        model = str(model)
+    if isinstance(prompts, Path):
+        prompts, settings = None, {**settings, "prompts": str(prompts)}
     config, given = _configuration(model, settings)
-    subject = _load(model, config)
+    parse_many(given)  # what is no perturbation needs no model to be refused
     chosen = choose_prompts(config, prompts)
+    subject = _load(model, config)
     grow = max(config.max_new_tokens - 1, 0)
     rows = token_rows(subject, chosen, chat_template=config.chat_template, grow=grow)
     perturbs = resolve_perturbations(subject, config, given)
@@ -176,11 +184,11 @@ def _refuse(run: Prepared) -> None:
             raise UsageError("scale=interp takes its donor from the next prompt; give at least two prompts")
         if perturb.scale in ("coordstd", "cov") and subject.tokenizer is None:
             raise UsageError(
-                f"scale={perturb.scale} needs a calibration, and {subject.name} has no tokenizer to read the calibration "
-                "prompts with; load it with tokenizer=…, or take relnorm, mad or abs"
+                f"scale={perturb.scale} needs a calibration, and {subject.name} has no tokenizer to read the "
+                "calibration prompts with; load it with tokenizer=…, or take relnorm, mad or abs"
             )
         if new < 2 and perturb.where.phases() == ("decode",):
             raise UsageError(
-                f"{perturb} writes at generated tokens only, and with max_new_tokens={new} none goes through the model; "
-                "take at least 2 (the last token is not fed back)"
+                f"{perturb} writes at generated tokens only, and with max_new_tokens={new} none goes through the "
+                "model; take at least 2 (the last token is not fed back)"
             )

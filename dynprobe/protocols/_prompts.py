@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dynprobe.errors import PromptError
+from dynprobe.errors import PromptError, did_you_mean
 from dynprobe.probes import Subject, tokenize
 from dynprobe.prompts import Prompt, from_texts, load_prompts, read_prompts
 from dynprobe.protocols._config import RunConfig
@@ -37,7 +37,8 @@ def choose_prompts(config: RunConfig, prompts: Sequence[Any] | None = None) -> l
         missing = [c for c in config.category if c not in known]
         if missing:
             there = ", ".join(sorted(known)) or "none"
-            raise PromptError(f"no prompt of category {missing[0]!r}; there are: {there}")
+            near = did_you_mean(missing[0], sorted(known))
+            raise PromptError(f"no prompt of category {missing[0]!r}; there are: {there}.{near}")
         chosen = [p for p in chosen if p.category in config.category]
     name, times = Counter(p.prompt_id for p in chosen).most_common(1)[0] if chosen else ("", 0)
     if times > 1:
@@ -57,8 +58,9 @@ def as_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     items = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     if not items:
         raise PromptError("an empty list of prompts was given")
-    if all(isinstance(i, Prompt) for i in items):
-        return list(items)
+    ready = [i for i in items if isinstance(i, Prompt)]
+    if len(ready) == len(items):
+        return ready
     if all(isinstance(i, str) for i in items):
         return from_texts(list(items))
     if any(isinstance(i, str | Prompt) for i in items):
@@ -87,7 +89,7 @@ def token_rows(
     for prompt in prompts:
         try:
             given = [list(prompt.token_ids)] if prompt.token_ids else [prompt.text]
-            row = tokenize(subject, given, chat_template=chat_template)[0]  # type: ignore[arg-type]
+            row = tokenize(subject, given, chat_template=chat_template)[0]
         except PromptError as error:
             raise PromptError(f"prompt {prompt.prompt_id!r}: {str(error).removeprefix('prompt 0 ')}") from error
         if places is not None and len(row) + grow > places:

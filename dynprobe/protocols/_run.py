@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,7 @@ from dynprobe.errors import InterruptedRunError, UsageError
 from dynprobe.probes import Calibration, Check, Subject, logits_of, make_batch
 from dynprobe.protocols._batch import BatchRunner
 from dynprobe.protocols._calibrate import calibrated
-from dynprobe.protocols._conditions import Push, conditions_table, written_depths
+from dynprobe.protocols._conditions import Push, conditions_table, written_depths, yardstick
 from dynprobe.protocols._plan import Estimate, estimate, plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
@@ -53,9 +54,13 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
+def _nobody(_: Progress) -> None:
+    """Listen to nothing."""
+
+
 def run(
     model: str | nn.Module | Subject,
-    prompts: Sequence[Any] | None = None,
+    prompts: Sequence[Any] | Path | None = None,
     *,
     listener: Listener | None = None,
     **settings: Any,
@@ -67,7 +72,8 @@ def run(
 
     Args:
         model: Hub id, folder, GGUF file, known name, module, or subject.
-        prompts: Texts, token ids or :class:`dynprobe.prompts.Prompt`; default the 24 built-in ones.
+        prompts: Texts, token ids or :class:`dynprobe.prompts.Prompt`, or a :class:`pathlib.Path` to a file of them;
+            default the 24 built-in ones.
         listener: Called with :class:`Progress`.
         **settings: Any field of :class:`RunConfig`: ``perturb``, ``max_new_tokens``, ``out``, ``states``, ….
 
@@ -87,7 +93,7 @@ def run(
         ...     sorted(done.samples["condition_id"].unique())
         ['clean', 'perturbed.forced', 'perturbed.free', 'sham']
     """
-    tell = listener if listener is not None else (lambda _: None)
+    tell = listener if listener is not None else _nobody
     tell(Progress("load"))
     ready = prepare(model, prompts, settings)
     done = ready.finished()
@@ -97,8 +103,9 @@ def run(
     tell(Progress("calibrate"))
     calibration = _calibration(ready)
     tell(Progress("self-tests"))
-    tried = ready.perturbs[0] if ready.perturbs and ready.perturbs[0].scale not in ("interp", "isokl") else None
-    checks = all_checks(ready.subject, ready.rows, tried, calibration)
+    tried = next((p for p in ready.perturbs if p.scale not in ("interp", "isokl")), None)
+    known = None if tried is None else yardstick(ready.subject, tried, calibration)
+    checks = all_checks(ready.subject, ready.rows, tried, known)
     broken = refuse_if_broken(checks)
     if "readout" in broken and ready.config.lens:
         raise UsageError("--lens needs the readout self-test to pass, and it failed on this model; leave --lens out")
@@ -169,7 +176,7 @@ def _batches(writer: RunWriter, runner: BatchRunner, batches: Sequence[Sequence[
         # One table early; the last is made from the disk. In between nothing is kept in memory.
         tell(Progress("batch", len(writer.finished), len(batches), summary=summarise(samples)))
 
-    runner.early = first_table
+    runner.early = first_table if tell is not _nobody else None
     for number, batch in enumerate(batches):
         if number in writer.finished:
             continue
@@ -188,7 +195,11 @@ def _batches(writer: RunWriter, runner: BatchRunner, batches: Sequence[Sequence[
 
 
 def plan(
-    model: str | nn.Module | Subject, prompts: Sequence[Any] | None = None, *, measure: bool = True, **settings: Any
+    model: str | nn.Module | Subject,
+    prompts: Sequence[Any] | Path | None = None,
+    *,
+    measure: bool = True,
+    **settings: Any,
 ) -> Estimate:
     """Say what a run would cost before it starts: rows, bytes, forwards, seconds.
 

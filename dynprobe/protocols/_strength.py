@@ -130,7 +130,8 @@ def solve_isokl(
     )  # fmt: skip
     inputs = batch.model_inputs(subject)
     mask = batch.mask.cpu().numpy()
-    assert clean.logits is not None
+    reference = clean.logits
+    assert reference is not None
 
     def log_ratio(strength: np.ndarray) -> np.ndarray:
         writer = PerturbWriter(subject, perturb, calibration=calibration, magnitude=strength)
@@ -138,7 +139,7 @@ def solve_isokl(
             logits = logits_of(subject.model(**inputs))
         first = writer.first_position([len(t.prompt) for t in texts], mask.shape[1])
         affected = mask & (clean.positions >= np.maximum(first, 1)[:, None])
-        kl = metrics.paired_output(clean.logits, logits)["kl_clean_pert"]
+        kl = metrics.paired_output(reference, logits)["kl_clean_pert"]
         count = affected.sum(1)
         mean = np.where(affected, kl, 0.0).sum(1) / np.maximum(count, 1)
         with np.errstate(divide="ignore"):

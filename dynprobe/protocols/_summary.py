@@ -46,11 +46,10 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     for condition, rows in samples.groupby("condition_id", sort=False, observed=True):
         entry: dict[str, Any] = {"samples": len(rows)}
         every, rows = rows, rows[~rows["status"].isin(_NOT_AS_ASKED)]
-        for column in HEADLINE:
-            if column not in rows or rows[column].isna().all():
-                continue
-            per_prompt = rows.groupby("prompt_id", observed=True)[column].mean()
-            values = per_prompt.dropna().to_numpy(np.float64)
+        held = [column for column in HEADLINE if column in rows and rows[column].notna().any()]
+        per_prompt = rows[held].astype(np.float64).groupby(rows["prompt_id"], observed=True).mean()
+        for column in held:
+            values = per_prompt[column].dropna().to_numpy()
             low, high = _interval(values)
             entry[column] = {
                 "mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),

@@ -148,12 +148,12 @@ def _depths(
     depth = np.repeat(np.arange(n_depths, dtype=np.int16), n)
     table: dict[str, Any] = {
         "sample_id": np.tile(ids[rows], n_depths), "pos": np.tile(pos, n_depths),
-        "track": pd.Categorical.from_codes(np.zeros(n_depths * n, np.int8), ["resid"]),
+        "track": pd.Categorical.from_codes(np.zeros(n_depths * n, np.int8), pd.Index(["resid"])),
         "depth": depth,
-        "stage": pd.Categorical.from_codes((depth > 0).astype(np.int8), ["embed", "block"]),
+        "stage": pd.Categorical.from_codes((depth > 0).astype(np.int8), pd.Index(["embed", "block"])),
         "layer": depth - 1,
         "iteration": np.zeros(n_depths * n, np.int16),
-        "component": pd.Categorical.from_codes((depth > 0).astype(np.int8), ["resid_pre", "resid_post"]),
+        "component": pd.Categorical.from_codes((depth > 0).astype(np.int8), pd.Index(["resid_pre", "resid_post"])),
     }  # fmt: skip
     extra = {**(lens or {})}
     if divergence is not None:
@@ -242,8 +242,8 @@ def _samples(
             **{name: [r[name].value if name in r else math.nan for r in results] for name in names},
             "n_nonfinite": passage.measured.n_nonfinite, "status": row_status(passage.measured.n_nonfinite),
             "reasons": [
-                _reasons(r, {name: float(values[i]) for name, values in numbers.items()}, int(passage.measured.n_nonfinite[i]))
-                for i, r in enumerate(results)
+                _reasons(r, {name: float(values[i]) for name, values in numbers.items()}, bool(n))
+                for i, (r, n) in enumerate(zip(results, passage.measured.n_nonfinite, strict=True))
             ],
         }
     )  # fmt: skip
@@ -270,7 +270,7 @@ def _difference(mine: Result, theirs: Result) -> Result:
     return replace(mine, value=float(mine.value) - float(theirs.value), reason=reason)
 
 
-def _reasons(results: Mapping[str, Result], numbers: Mapping[str, float], n_nonfinite: int) -> str | None:
+def _reasons(results: Mapping[str, Result], numbers: Mapping[str, float], broken: bool) -> str | None:
     """Why values of a row are missing, by column, as JSON."""
     found = {name: r.reason for name, r in results.items() if r.reason}
     for name in (n for n, value in numbers.items() if math.isnan(value)):
@@ -279,7 +279,7 @@ def _reasons(results: Mapping[str, Result], numbers: Mapping[str, float], n_nonf
         elif name in PASSPORT and not math.isnan(numbers["alpha_abs"]):  # written, but this unit does not exist
             found[name] = "no-calibration" if name == "alpha_coordstd" else "zero-denominator"
         else:
-            found[name] = "nonfinite" if n_nonfinite else "empty"
+            found[name] = "nonfinite" if broken else "empty"
     return _spelled(found)
 
 

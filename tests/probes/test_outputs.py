@@ -58,7 +58,9 @@ def test_named_state_wins_over_an_earlier_tensor() -> None:
     assert hidden_of(output) is h
 
 
-@pytest.mark.parametrize("output", [None, 3, "x", (), (None, 1), {"a": torch.ones(3)}, torch.ones(3), torch.ones(2, 3).long()])
+@pytest.mark.parametrize(
+    "output", [None, 3, "x", (), (None, 1), {"a": torch.ones(3)}, torch.ones(3), torch.ones(2, 3).long()]
+)
 def test_no_state_is_an_error_that_says_what_was_returned(output: Any) -> None:
     with pytest.raises(ModelError, match=type(output).__name__):
         hidden_of(output)

@@ -93,7 +93,9 @@ def test_without_a_pattern_the_user_is_told_to_give_one() -> None:
 
 
 def test_patterns_that_match_nothing() -> None:
-    with pytest.raises(SiteError, match=r"layers='model\.layer\.\*' matches no module.*Did you mean 'model\.layers\.\*'"):
+    with pytest.raises(
+        SiteError, match=r"layers='model\.layer\.\*' matches no module.*Did you mean 'model\.layers\.\*'"
+    ):
         discover(build("llama"), layers="model.layer.*")
 
 
@@ -136,7 +138,7 @@ def test_rescaled_models_have_no_state_between_blocks_but_the_output() -> None:
     assert rwkv.n_layers == 8
     assert not rwkv.chained
     assert rwkv.module_at("resid_pre", 0) == (rwkv.blocks[0], "input")
-    with pytest.raises(SiteError, match="changes the state between its blocks.*resid_post of layer 5"):
+    with pytest.raises(SiteError, match=r"changes the state between its blocks.*resid_post of layer 5"):
         rwkv.module_at("resid_pre", 6)
 
 

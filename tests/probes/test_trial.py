@@ -82,7 +82,9 @@ def test_a_single_update_is_named_for_what_it_is() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.get_submodule(self.name)(x)
 
-    assert watch(seeded(lambda: Stack([One("mixer"), One("mixer")])), None, INPUT).updates == {"attn_out": ("mixer",) * 2}
+    assert watch(seeded(lambda: Stack([One("mixer"), One("mixer")])), None, INPUT).updates == {
+        "attn_out": ("mixer",) * 2
+    }
     assert watch(seeded(lambda: Stack([One("ffn"), One("ffn")])), None, INPUT).updates == {"mlp_out": ("ffn",) * 2}
     # A hybrid has no component that every block has.
     assert watch(seeded(lambda: Stack([One("mixer"), One("ffn")])), None, INPUT).updates == {}

@@ -1,0 +1,148 @@
+"""Tiny models and a few runs over them, made once; the user's cache is left alone."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dynprobe as dp
+from dynprobe.probes import Subject
+from dynprobe.testing import save_tiny_model
+
+#: Of different lengths, so that there is padding; one of a single token.
+TEXTS = ("Hello there, world", "A second prompt that is longer", "Hell", "Another one, short", "x")
+KEYS = {
+    "samples": ["sample_id"],
+    "tokens": ["sample_id", "pos"],
+    "depths": ["sample_id", "pos", "track", "depth"],
+    "profiles": ["sample_id", "track", "depth"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = os.environ.get("DYNPROBE_CACHE")
+    os.environ["DYNPROBE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("DYNPROBE_CACHE")
+    if before is not None:
+        os.environ["DYNPROBE_CACHE"] = before
+
+
+@pytest.fixture
+def users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of the person who runs the tests, where real weights may lie."""
+    monkeypatch.delenv("DYNPROBE_CACHE")
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return list(TEXTS)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path, _own_cache: None) -> Subject:
+    """Shared: a test that changes the model loads its own."""
+    return dp.load(str(llama_folder))
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_folder: Path, _own_cache: None) -> Subject:
+    return dp.load(str(gpt2_folder))
+
+
+@pytest.fixture(scope="session")
+def full_run(llama: Subject, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Every arm with its states and the logit lens."""
+    return dp.run(
+        llama, list(TEXTS), perturb="alpha=0.3", max_new_tokens=6, states=True, lens=True,
+        out=tmp_path_factory.mktemp("runs"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ending(gpt2_folder: Path, _own_cache: None) -> Subject:
+    """A GPT-2 whose commonest tokens end a text, so that rows of a batch end at different times."""
+    subject = dp.load(str(gpt2_folder))
+    rows = dp.run(
+        subject, list(TEXTS), max_new_tokens=8, stop_at_eos=False, out=gpt2_folder.parent / "which-tokens"
+    ).tokens
+    common = rows[rows["phase"] == "decode"]["token_id"].value_counts().index[:2]
+    subject.model.generation_config.eos_token_id = [int(t) for t in common]
+    return subject
+
+
+def plain(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A table without categories, in the order of its labels."""
+    labels = {c: "object" for c in frame if isinstance(frame[c].dtype, pd.CategoricalDtype)}
+    return frame.astype(labels).sort_values(list(keys)).set_index(list(keys))
+
+
+@pytest.fixture(scope="session")
+def table() -> Callable[..., pd.DataFrame]:
+    """``table(run, name)``: the table, indexed by its labels, with the arm of each row as column ``arm``."""
+
+    def read(run: Any, name: str, arm: str | None = None) -> pd.DataFrame:
+        frame = plain(run.table(name), KEYS[name])
+        ids = frame.index.get_level_values("sample_id").astype(str)
+        frame["arm"] = ids.str.split("|").str[1]
+        return frame if arm is None else frame[frame["arm"] == arm]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def same_tables(table: Callable[..., pd.DataFrame]) -> Callable[..., None]:
+    """``same_tables(a, b, exact=False)``: two runs hold the same rows, whatever order they stand in."""
+
+    def check(a: Any, b: Any, *, exact: bool = False, part: bool = False) -> None:
+        for name in KEYS:
+            one, other = table(a, name), table(b, name)
+            if part:  # b holds some of the rows of a
+                one = one.loc[other.index]
+            pd.testing.assert_index_equal(one.index, other.index)
+            assert list(one.columns) == list(other.columns)
+            for column in one:
+                x, y = one[column], other[column]
+                if x.dtype.kind != "f":
+                    if column not in ("digest", "reason", "reasons"):
+                        pd.testing.assert_series_equal(x, y, check_dtype=False, obj=f"{name}.{column}")
+                    continue
+                x, y = x.to_numpy(), y.to_numpy()
+                if exact:
+                    np.testing.assert_array_equal(x, y, err_msg=f"{name}.{column}")
+                else:
+                    # Angles between nearly opposite updates lose digits; the rest agrees to float32 rounding.
+                    loose = 2e-3 if column.startswith(("curv_", "kappa_xcorr")) else 2e-5
+                    np.testing.assert_allclose(x, y, rtol=loose, atol=loose, err_msg=f"{name}.{column}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def trajectory() -> Callable[[Any, str], np.ndarray]:
+    """``trajectory(run, sample_id)``: its stored states, float64 [depth, pos, dim]."""
+
+    def read(run: Any, sample: str) -> np.ndarray:
+        keys, states = run.states(sample_id=sample, track="resid")
+        depth, pos = keys["depth"].to_numpy(), keys["pos"].to_numpy()
+        out = np.full((depth.max() + 1, pos.max() + 1, states.shape[-1]), np.nan)
+        out[depth, pos] = states
+        assert np.isfinite(out).all()
+        return out
+
+    return read
