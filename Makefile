@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
-SOURCES = dynprobe tests benchmarks examples
+SOURCES = dynprobe tests benchmarks
 
 .PHONY: demo test test-slow check format bench figure clean
 
-demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (downloads about 300 MB once)
+demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
 
 .venv-demo/.installed: pyproject.toml constraints.txt

@@ -96,6 +96,12 @@ def run(found: Run) -> None:
         console.print(
             f"status {found.status}: {len(manifest.finished)} batches finished; the same command continues it"
         )
+    if isinstance(manifest.dtypes, dict) and manifest.dtypes.get("low_precision_angles"):
+        console.print(
+            f"warning: states are {manifest.dtypes.get('weights')}; its rounding alone turns a state by up to "
+            "5e-4 half-turns, so smaller Δκ mean nothing (run with --dtype float32)",
+            soft_wrap=True,
+        )
     tests = manifest.self_tests if isinstance(manifest.self_tests, dict) else {}
     if tests:
         words = [f"{name} {'ok' if t['passed'] else 'FAILED'} ({_short(t['value'])})" for name, t in tests.items()]
@@ -109,7 +115,8 @@ def run(found: Run) -> None:
 #: What a row's status means for a reader of the table.
 _STATUS = {
     "nonfinite": "had NaN or infinite states, which enter no mean",
-    "not-written": "had no position to write at, and enter no mean",
+    "not-written": "had no state that could be written, and enter no mean",
+    "partly-written": "had states that could not be written and were left alone",
     "isokl-unreached": "did not reach the KL at any strength, and enter no mean",
 }
 

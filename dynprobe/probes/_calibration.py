@@ -39,9 +39,9 @@ class Calibration:
     """Clean statistics of one model.
 
     Attributes:
-        tensors: ``mean``, ``std``, ``mad`` ``[L+1, dim]`` (coordinates over tokens, ddof 1, position 0 left out);
+        tensors: ``mean``, ``std``, ``mad`` ``[L+1, dim]`` (coordinates over tokens, position 0 left out; SD with ddof 1, MAD raw);
             ``pcs [L+1, k, dim]`` with ``pc_var [L+1, k]``; ``kappa_mu``, ``kappa_sigma`` ``[L+1]`` (mean and SD over
-            prompts of each step's κ; row d is the step into depth d), ``kappa_sigma_token``; ``cov_basis.D [dim, r]``
+            prompts of each step's κ; row d is the step into depth d), ``kappa_token_mu``, ``kappa_token_sigma`` (the same over tokens); ``cov_basis.D [dim, r]``
             and ``cov_sqrt.D [r]`` for depths D whose covariance was asked for.
         signals: Per streaming signal its quantiles at :data:`QUANTILE_LEVELS`.
         header: ``hash``, ``weights``, ``dtype``, ``prompts`` (hash), ``n_prompts``, ``n_tokens``, ``n_layers``,

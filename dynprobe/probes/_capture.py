@@ -124,6 +124,9 @@ def capture(
         raise UsageError(f"logits={logits!r}; it is 'last', 'all' or None")
     subject = as_subject(subject)
     rows = tokenize(subject, prompts, chat_template=chat_template)
+    if row_keys is None and chat_template == "auto":
+        # Every templated prompt begins with the same turn markers; its own first tokens are what names it.
+        row_keys = [row_key_from_tokens(row) for row in tokenize(subject, prompts)]
     batch = make_batch(subject, rows, side=padding, row_keys=row_keys)
     read = sites_to_read(subject, Where.parse(where))
     writers = make_writers(subject, perturb, calibration=calibration)

@@ -51,6 +51,9 @@ class HasPassport(Protocol):
     def passport(self, fed: np.ndarray | None = None) -> Passport | None:
         """Return the size of what was written."""
 
+    def asked(self, fed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many states of each row were asked to be written, and how many were left alone."""
+
 
 class StepListener(Protocol):
     """What wants to see the root module's output after each forward."""
@@ -301,7 +304,11 @@ class Instrument:
         for note in notes:
             if note is not None:
                 total = note if total is None else total.add(note)
-        return {} if total is None else dict(total.rows())
+        if total is None:
+            return {}
+        counts = [writer.asked(fed) for writer in self.writers if isinstance(writer, HasPassport)]
+        asked, alone = (np.sum([np.broadcast_to(c[i], (len(total.n_states),)) for c in counts], axis=0) for i in (0, 1))
+        return {**total.rows(), "n_asked": asked, "n_left_alone": alone}
 
     @staticmethod
     def _join(held: list[tuple[Tensor, int]]) -> Tensor:

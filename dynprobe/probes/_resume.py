@@ -49,6 +49,8 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     """Run the model from depth ``at`` on, starting from given states; blocks below do not run.
 
     ``dp.resume(tape, at=d, states=tape.states[d])`` is the identity: it gives the tape's own logits and later states.
+    Where the ``resume`` self-test found that a model's upper blocks look back past the state they are given, the slow road
+    is taken: all blocks run, and the state that enters block ``at`` is replaced on its way.
 
     Args:
         tape: A tape of one whole forward (not of generation), with its token ids.
@@ -91,13 +93,16 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
         read.insert(0, ("resid_pre", 0))
     instrument = Instrument(subject, read, **batch.rows)
     attachment = None
+    below = at if subject.resumable else 0
     if at == 0:
         attachment = attach(subject.blocks[0], side="input", write=lambda _: start)
+    elif below == 0:
+        attachment = attach(subject.blocks[at - 1], side="output", write=lambda _: start)
     try:
         with (
             evaluating(subject.model),
             torch.no_grad(),
-            stubbed(subject, at, lambda index: start if index == at - 1 else None),
+            stubbed(subject, below, lambda index: start if index == at - 1 else None),
             instrument,
         ):
             output = subject.model(**batch.model_inputs(subject))

@@ -164,8 +164,9 @@ def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
 def check_resume(subject: Subject, tape: Tape) -> Check:
     """Resuming from the recorded state of several depths gives the full forward's logits.
 
-    Two versions of the rows are resumed at once, since that is how resuming is used; then no lower state is there to
-    be looked at, and a model that looks back fails.
+    Two versions of the rows are resumed at once, since that is how resuming is used, and another text goes through the
+    model before each: so whatever an upper block could look back at is of the wrong shape or of the wrong text, and a
+    model that looks back fails. From then on :func:`dynprobe.resume` takes the slow road on this subject.
     """
     assert tape.logits is not None
     real = tape.mask.repeat(2, 1).to(tape.logits.device)
@@ -173,11 +174,16 @@ def check_resume(subject: Subject, tape: Tape) -> Check:
     spread = _spread(wanted)
     n = subject.n_layers
     by_depth = {}
+    assert tape.token_ids is not None
+    other = tape.token_ids.roll(1, dims=1).repeat(2, 1)
+    subject.resumable = True
     for depth in sorted({0, 1, n // 2, n - 1, n}):
+        capture(subject, other, logits="last")
         again = resume(tape, depth, tape.states[depth].repeat(2, 1, 1)).logits
         assert again is not None
         by_depth[depth] = _worst(again[real], wanted) / spread
     worst, limit = max(by_depth.values()), tolerance(subject.dtype)
+    subject.resumable = worst <= limit
     return Check("resume", worst <= limit, worst, limit, "SD of the logits", {"by_depth": by_depth})
 
 

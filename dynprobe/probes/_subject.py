@@ -47,6 +47,7 @@ class Subject:
         sequential: Whether the MLP reads the state after attention (then ``resid_mid`` exists).
         mutates: Whether blocks change tensors in place after handing them on (then captures are copied).
         wrappers: Per block, what puts a state into the container that it returns; empty where no trial was run.
+        resumable: Whether a forward may begin at a depth with the blocks below not run; the ``resume`` self-test says so.
         facts: Everything recorded about where the weights came from.
     """
 
@@ -65,6 +66,7 @@ class Subject:
     sequential: bool = False
     mutates: bool = False
     wrappers: tuple[Wrapper, ...] = ()
+    resumable: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -77,6 +77,7 @@ class PerturbWriter:
         self._donors, self._magnitude = donors, magnitude
         self.counts = {"asked": 0, "zero": 0, "nonfinite": 0}
         self._notes: list[tuple[np.ndarray, Passport]] = []
+        self._asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._first: Step | None = None
 
     def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
@@ -90,6 +91,7 @@ class PerturbWriter:
         if step.index == 0 and step is not self._first:  # a new sequence
             self._first = step
             self._notes.clear()
+            self._asked.clear()
             self.counts = dict.fromkeys(self.counts, 0)
         wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
         if not wanted.any():
@@ -109,8 +111,11 @@ class PerturbWriter:
         after = apply(state, shift.u, mask)
         for key, count in (("asked", shift.n_asked), ("zero", shift.n_zero), ("nonfinite", shift.n_nonfinite)):
             self.counts[key] += int(count.sum())
-        note = passport(state, realised(state, after), mask, self._stats[site])
-        self._notes.append((step.positions.max(axis=1), note))
+        last = step.positions.max(axis=1)
+        # What was left alone (no norm to be relative to, not finite) has no size; it is counted, not averaged.
+        self._notes.append((last, passport(state, realised(state, after), shift.written, self._stats[site])))
+        alone = shift.n_zero + shift.n_nonfinite
+        self._asked.append((last, shift.n_asked.cpu().numpy(), alone.cpu().numpy()))
         return after
 
     def _donor(self, site: Site, step: Step, state: Tensor) -> Tensor | None:
@@ -135,6 +140,12 @@ class PerturbWriter:
             counted = note if fed is None else _only(note, last < fed)
             total = counted if total is None else total.add(counted)
         return total
+
+    def asked(self, fed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many states of each row were asked to be written and how many were left alone, ``[batch]`` each."""
+        kept = [(a * (last < fed), b * (last < fed)) if fed is not None else (a, b) for last, a, b in self._asked]
+        zero = np.zeros(1, np.int64)
+        return sum((a for a, _ in kept), start=zero), sum((b for _, b in kept), start=zero)
 
 
 def _only(note: Passport, rows: np.ndarray) -> Passport:

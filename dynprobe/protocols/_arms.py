@@ -30,7 +30,7 @@ from dynprobe.probes import (
 )
 from dynprobe.probes import Where as _Where
 
-__all__ = ["Passage", "Text", "forced", "free", "span_mask"]
+__all__ = ["Passage", "Text", "emission_mask", "forced", "free", "span_mask"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,14 @@ def span_mask(passage_mask: Tensor, positions: np.ndarray, texts: Sequence[Text]
     prompt = torch.tensor([len(t.prompt) for t in texts])[:, None]
     pos = torch.from_numpy(positions)
     return passage_mask.cpu() & ((pos < prompt) if span == "prompt" else (pos >= prompt))
+
+
+def emission_mask(passage_mask: Tensor, positions: np.ndarray, texts: Sequence[Text], span: str) -> Tensor:
+    """Columns whose distribution is about the span: the last prompt token is the one that emits the first new token."""
+    if span != "new":
+        return span_mask(passage_mask, positions, texts, span)
+    prompt = torch.tensor([len(t.prompt) for t in texts])[:, None]
+    return passage_mask.cpu() & (torch.from_numpy(positions) >= prompt - 1)
 
 
 def _measure(

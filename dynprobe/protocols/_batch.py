@@ -217,11 +217,12 @@ class BatchRunner:
         tables = passage_tables(passage, labels, span=self.span, lens=lens, perturbed=push is not None, **pairing)
         if push is not None:
             samples = tables["samples"]
-            untouched = push.first_position(passage.texts, passage.mask.shape[1]) >= samples["n_fed"].to_numpy()
+            asked, alone = samples["n_asked"].to_numpy(), samples["n_left_alone"].to_numpy()
             unreached = np.isnan(push.magnitude) if push.magnitude is not None else np.zeros(len(samples), bool)
             fine = samples["status"] == "ok"
             samples.loc[fine & unreached, "status"] = "isokl-unreached"
-            samples.loc[fine & untouched, "status"] = "not-written"
+            samples.loc[fine & ~unreached & (alone == asked), "status"] = "not-written"
+            samples.loc[fine & (alone > 0) & (alone < asked), "status"] = "partly-written"
         return Produced(tables, self._states(passage, labels))
 
     def _inject(self, push: Push) -> int:

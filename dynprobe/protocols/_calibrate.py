@@ -22,7 +22,7 @@ from dynprobe.prompts import Prompt, content_hash, load_prompts
 from dynprobe.protocols._arms import Passage, Text, forced
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prompts import as_prompts, token_rows
-from dynprobe.protocols._weights import weights_of
+from dynprobe.protocols._weights import structure_of, weights_of
 from dynprobe.runs import hash_prompts
 
 __all__ = ["calibrate", "calibrated"]
@@ -42,6 +42,7 @@ def _key(
 ) -> dict[str, Any]:
     return {
         "weights": subject.facts.get("weights_hash") or weights_of(subject),
+        "structure": structure_of(subject),
         "dtype": str(subject.dtype).removeprefix("torch."),
         "prompts": content_hash(list(prompts)),
         "tokens": hash_prompts(rows),
@@ -80,7 +81,7 @@ def calibrate(
         SiteError: If a layer does not exist.
     """
     subject = load_subject(model, device=device, dtype=dtype)
-    weights_of(subject)
+    weights_of(subject, just_loaded=isinstance(model, str))
     chosen = _prompts(prompts)
     for layer in cov_layers:
         subject.module_at("resid_post", layer)
@@ -151,7 +152,8 @@ def _measure(
         steps.append(angle[:, keep].astype(np.float64) / np.pi)
         profiles.append(np.asarray(passage.measured.profile["kappa_phase"], dtype=np.float64))
         with np.errstate(divide="ignore", invalid="ignore"):
-            signals.setdefault("norm_step", []).append(np.abs(np.diff(np.log(norm[:, keep]), axis=0)).max(0))
+            # From depth 1 on: the step out of the embedding is the largest of all and would hide every other.
+            signals.setdefault("norm_step", []).append(np.abs(np.diff(np.log(norm[1:, keep]), axis=0)).max(0))
     n_tokens = len(torch.cat(states[0]))
     if n_tokens < 2:
         raise UsageError(f"calibration saw {n_tokens} tokens after position 0; give longer or more prompts")

@@ -6,14 +6,14 @@ from dynprobe import metrics
 from dynprobe.protocols._config import RunConfig
 from dynprobe.runs import registry_facts
 
-__all__ = ["PASSPORT", "column_facts"]
+__all__ = ["PASSPORT", "WRITTEN", "column_facts"]
 
 _AFFECTED = "real positions ≥ max(1, first perturbed position)"
 
 #: Columns of the samples that are no metrics of the registry, or that aggregate one in their own way:
 #: (metric id, unit, span, aggregation, description).
 _OWN: dict[str, tuple[str, str, str, str, str]] = {
-    "nll": ("output.nll/1", "nats", "span", "mean over tokens with a target", "NLL of the token that follows."),
+    "nll": ("output.nll/1", "nats", "span", "mean over tokens with a target", "NLL of the tokens of the span."),
     "ppl": ("output.nll/1", "1", "span", "exp of mean nll", "Perplexity over the span."),
     "nll_prompt": ("output.nll/1", "nats", "prompt", "mean over tokens", "NLL of the prompt's own tokens."),
     "flip_rate": ("output.flip/1", "fraction", _AFFECTED, "mean over tokens", "Share of tokens whose top-1 changed."),
@@ -26,17 +26,31 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "n_fed": ("", "tokens", "all", "count", "Tokens that went through the model."),
     "n_nonfinite": ("", "states", "all", "count", "States with a NaN or infinite component; excluded, never averaged."),
-    "alpha_relnorm": ("alpha.relnorm/1", "‖u‖/‖h‖", "written", "mean over written states", "Realised relative norm."),
+    "alpha_relnorm": (
+        "alpha.relnorm/1",
+        "‖u‖/‖h‖",
+        "written",
+        "mean over written states of all perturbations",
+        "Realised relative norm.",
+    ),
     "alpha_coordstd": ("alpha.coordstd/1", "calibration SD", "written", "mean of RMS(u/s)", "Size in coordinate SDs."),
     "alpha_mad": (
         "alpha.mad/1",
         "1.4826·MAD",
         "written",
-        "mean over written states",
+        "mean over written states of all perturbations",
         "Size in robust coordinate scales.",
     ),
     "alpha_abs": ("alpha.abs/1", "model units", "written", "mean of ‖u‖/√d", "RMS of the written displacement."),
     "alpha_cos": ("", "cosine", "written", "mean cos(h, h+u)", "Direction kept by the write."),
+    "n_asked": ("", "states", "written", "count", "States the perturbation was asked to change, over all its writes."),
+    "n_left_alone": (
+        "",
+        "states",
+        "written",
+        "count",
+        "Of those, states without a unit or not finite, left as they were.",
+    ),
     "kappa_phase_d_inj": ("kappa.phase.paired/1", "half-turns", "all", "step into the injection", "Δκ of that step."),
     "kappa_phase_d_down": ("kappa.phase.paired/1", "half-turns", "all", "mean over later steps", "Δκ downstream."),
     "diverge_angle": ("diverge.angle/1", "half-turns", _AFFECTED, "last depth, mean over tokens", "Angle to clean."),
@@ -47,6 +61,8 @@ _ON_SPAN = ("limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "c
 
 #: Columns of the samples that say how much was written, in every unit.
 PASSPORT = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs", "alpha_cos")
+#: Columns of the samples that count written states.
+WRITTEN = ("n_asked", "n_left_alone")
 
 
 def _with_parameters() -> dict[str, metrics.Column]:

@@ -62,7 +62,7 @@ def doctor(model: str | nn.Module | Subject, **options: Any) -> Diagnosis:
         0.0
     """
     subject = load_subject(model, **options)
-    weights_of(subject)
+    weights_of(subject, just_loaded=isinstance(model, str))
     if subject.tokenizer is not None:
         rows = tokenize(subject, [p.text for p in load_prompts(limit=6)])
     else:

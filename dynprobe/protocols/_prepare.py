@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from dynprobe.protocols._columns import column_facts
 from dynprobe.protocols._conditions import resolve_perturbations
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._prompts import choose_prompts, token_rows
-from dynprobe.protocols._weights import weights_of
+from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
 from dynprobe.runs import Run, RunWriter, identity, open_run
 from dynprobe.runs._find import find_run
 
@@ -46,6 +47,7 @@ class Prepared:
         rows: Their token ids.
         perturbs: What acts, with all defaults filled in.
         saved: Sites whose states are written; empty without ``states``.
+        just_loaded: Whether the model was loaded by name for this run, so that its files say what it holds.
     """
 
     subject: Subject
@@ -54,11 +56,12 @@ class Prepared:
     rows: Sequence[Sequence[int]]
     perturbs: Sequence[Perturb]
     saved: Sequence[Site]
+    just_loaded: bool = False
 
     @cached_property
     def weights(self) -> str:
         """Hash of the weights."""
-        return weights_of(self.subject)
+        return weights_of(self.subject, just_loaded=self.just_loaded)
 
     @cached_property
     def ident(self) -> str:
@@ -69,6 +72,9 @@ class Prepared:
             "directions": [p.direction_digest for p in self.perturbs if p.direction_digest],
             # Noise is drawn under the prompts' names, so the same text under another name is another run.
             "prompts": content_hash(list(self.prompts)),
+            "structure": structure_of(self.subject),
+            # A hook of the caller's own changes the numbers and has no hash: such a run is never taken for another.
+            **({"hooks": uuid.uuid4().hex} if foreign_hooks(self.subject) else {}),
         }
         return identity(settings, [list(r) for r in self.rows], self.weights)
 
@@ -113,6 +119,7 @@ class Prepared:
                 "low_precision_angles": dtype in ("bfloat16", "float16"),
             },
             "seeds": {"noise": [p.seed for p in self.perturbs], "sampling": self.config.seed},
+            "foreign_hooks": foreign_hooks(subject),
             "ignored_generation_defaults": ignored_defaults(subject),
         }  # fmt: skip
 
@@ -143,7 +150,9 @@ def prepare(model: Any, prompts: Sequence[Any] | Path | None, settings: Mapping[
     sites = sites_to_read(subject, Where.parse(config.where))
     # One state has one row: the output of a block and the input of the next are the same place.
     places = {(c, at) if c in ("attn_out", "mlp_out") else ("", at + (c == "resid_post")): (c, at) for c, at in sites}
-    ready = Prepared(subject, config, chosen, rows, perturbs, tuple(places.values()) if config.states else ())
+    ready = Prepared(
+        subject, config, chosen, rows, perturbs, tuple(places.values()) if config.states else (), isinstance(model, str)
+    )
     _refuse(ready)
     return ready
 

@@ -36,7 +36,7 @@ __all__ = ["all_checks", "model_checks", "refuse_if_broken"]
 _MAX_TOKENS = 12
 _MAX_ROWS = 3
 #: Raise when a check stores other numbers, so that an old cache is not taken for a new one.
-_CACHE_SCHEMA = 3
+_CACHE_SCHEMA = 4
 
 Rows = Sequence[Sequence[int]]
 
@@ -85,7 +85,9 @@ def model_checks(subject: Subject, rows: Rows, *, fresh: bool = False) -> dict[s
     if not fresh and subject.facts.get("weights_hash") and path.exists():
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            return {name: Check(**stored[name]) for name in ("alone", "resume")}
+            kept = {name: Check(**stored[name]) for name in ("alone", "resume")}
+            subject.resumable = kept["resume"].passed
+            return kept
         except (ValueError, KeyError, TypeError):
             path.unlink(missing_ok=True)  # damaged: measure again
     fixed = _fixed_rows(subject, rows)

@@ -46,6 +46,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     for condition, rows in samples.groupby("condition_id", sort=False, observed=True):
         entry: dict[str, Any] = {"samples": len(rows)}
         every, rows = rows, rows[~rows["status"].isin(_NOT_AS_ASKED)]
+        rows = _without_remarks(rows)
         held = [column for column in HEADLINE if column in rows and rows[column].notna().any()]
         per_prompt = rows[held].astype(np.float64).groupby(rows["prompt_id"], observed=True).mean()
         for column in held:
@@ -64,6 +65,21 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
             entry["equal_to"] = {str(k): int(v) for k, v in rows["equal_to"].value_counts().items()}
         out[str(condition)] = entry
     return out
+
+
+def _without_remarks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose values that carry a reason (a ratio over one step, say) are missing: they say nothing about the model."""
+    texts = rows["reasons"].dropna() if "reasons" in rows else pd.Series(dtype=object)
+    remarked = [(i, name) for i, text in texts.items() for name in json.loads(text) if name in rows]
+    if not remarked:
+        return rows
+    rows = rows.copy()
+    for index, name in remarked:
+        if pd.api.types.is_numeric_dtype(rows[name]):
+            rows.loc[index, name] = np.nan
+            if name == "limen_ratio":
+                rows.loc[index, "limen_regime"] = None
+    return rows
 
 
 def _reasons(rows: pd.DataFrame, column: str) -> dict[str, int]:

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.metrics import Result
-from dynprobe.protocols._arms import Passage, span_mask
-from dynprobe.protocols._columns import PASSPORT
+from dynprobe.protocols._arms import Passage, emission_mask
+from dynprobe.protocols._columns import PASSPORT, WRITTEN
 
 __all__ = ["Labels", "passage_tables", "repetition_rate", "row_status", "sample_id"]
 
@@ -68,11 +68,15 @@ def repetition_rate(tokens: Sequence[int], n: int = _NGRAM) -> float:
 
 
 def _mean(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Mean over the kept columns of each row, NaN where there is none; a non-finite value is left out and counted."""
+    """Mean over the kept columns of each row; NaN where fewer than half of them are finite, or there is none."""
     chosen = keep & np.isfinite(values)
     count = chosen.sum(1)
     with np.errstate(invalid="ignore"):
-        return np.where(count > 0, np.where(chosen, values, 0.0).sum(1) / np.maximum(count, 1), np.nan)
+        return np.where(
+            (count > 0) & (2 * count >= keep.sum(1)),
+            np.where(chosen, values, 0.0).sum(1) / np.maximum(count, 1),
+            np.nan,
+        )
 
 
 def row_status(n_nonfinite: Sequence[int] | np.ndarray) -> list[str]:
@@ -212,7 +216,7 @@ def _samples(
     clean: Passage | None, paired: Sequence[Result] | None,
 ) -> pd.DataFrame:  # fmt: skip
     mask, texts, out = passage.mask.numpy(), passage.texts, passage.outputs
-    chosen = span_mask(passage.mask, passage.positions, texts, span).numpy()
+    chosen = emission_mask(passage.mask, passage.positions, texts, span).numpy()
     has_target = _lay([t.targets for t in texts], mask) >= 0
     # The last position of a prompt predicts the first generated token, which is none of the prompt's own.
     own = mask & has_target & (passage.positions < np.array([len(t.prompt) - 1 for t in texts])[:, None])
@@ -225,13 +229,17 @@ def _samples(
     }  # fmt: skip
     results: list[dict[str, Result]] = [dict(r) for r in passage.measured.sample]
     if clean is not None and paired is not None:
-        numbers["nll_d"] = nll - _mean(clean.outputs["nll"], chosen & has_target)
-        numbers["entropy_d"] = numbers["entropy"] - _mean(clean.outputs["entropy"], chosen)
+        # The mean of the differences, not the difference of the means: a term that one run lacks leaves both.
+        numbers["nll_d"] = _mean(out["nll"] - clean.outputs["nll"], chosen & has_target)
+        numbers["entropy_d"] = _mean(out["entropy"] - clean.outputs["entropy"], chosen)
         for mine, theirs, pair in zip(results, clean.measured.sample, paired, strict=True):
             mine.update(_paired_columns(mine, theirs, pair))
     if perturbed:
         passport = passage.tape.passport
         numbers |= {name: np.asarray(passport.get(name, np.full(len(texts), np.nan))) for name in PASSPORT}
+        counted = {name: np.asarray(passport.get(name, np.zeros(len(texts), np.int64))) for name in WRITTEN}
+    else:
+        counted = {}
     names = list(dict.fromkeys(name for r in results for name in r))
     return pd.DataFrame(
         {
@@ -240,7 +248,7 @@ def _samples(
             "n_prompt": [len(t.prompt) for t in texts], "n_new": [len(t.new) for t in texts],
             "n_fed": mask.sum(1), "text": list(labels.decoded), **numbers,
             **{name: [r[name].value if name in r else math.nan for r in results] for name in names},
-            "n_nonfinite": passage.measured.n_nonfinite, "status": row_status(passage.measured.n_nonfinite),
+            **counted, "n_nonfinite": passage.measured.n_nonfinite, "status": row_status(passage.measured.n_nonfinite),
             "reasons": [
                 _reasons(r, {name: float(values[i]) for name, values in numbers.items()}, bool(n))
                 for i, (r, n) in enumerate(zip(results, passage.measured.n_nonfinite, strict=True))
@@ -265,8 +273,13 @@ def _paired_columns(mine: Mapping[str, Result], theirs: Mapping[str, Result], pa
 
 
 def _difference(mine: Result, theirs: Result) -> Result:
-    """Arm minus clean of a scalar whose terms cannot be paired one by one; NaN on either side carries its reason."""
+    """Arm minus clean of a scalar whose terms cannot be paired one by one.
+
+    So both must rest on the same terms: where a state of one run is not finite, the difference is missing.
+    """
     reason = mine.reason or theirs.reason
+    if (mine.coverage, mine.n_units, mine.n_steps) != (theirs.coverage, theirs.n_units, theirs.n_steps):
+        return replace(mine, value=math.nan, reason=reason or "coverage")
     return replace(mine, value=float(mine.value) - float(theirs.value), reason=reason)
 
 

@@ -34,7 +34,17 @@ def model(tmp_path_factory):
 def done(model, tmp_path_factory):
     """One finished run and the words that made it."""
     out = tmp_path_factory.mktemp("runs")
-    words = ["run", "--model", model, "--perturb", "alpha=0.2", "--prompt", "Hello there", "--prompt", "A longer one here"]
+    words = [
+        "run",
+        "--model",
+        model,
+        "--perturb",
+        "alpha=0.2",
+        "--prompt",
+        "Hello there",
+        "--prompt",
+        "A longer one here",
+    ]
     words += ["--max-new-tokens", "4", "--out", str(out), "--quiet"]
     assert main(words) == 0
     (folder,) = [p for p in out.iterdir() if p.is_dir()]
@@ -107,7 +117,18 @@ def test_prompts_come_from_files_and_standard_input(kind, model, tmp_path, capsy
     if kind == "stdin":
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="utf-8"))
     name = "-" if kind == "stdin" else str(path)
-    words = ["run", "--model", model, "--prompts", name, "--max-new-tokens", "0", "--out", str(tmp_path / "runs"), "--json"]
+    words = [
+        "run",
+        "--model",
+        model,
+        "--prompts",
+        name,
+        "--max-new-tokens",
+        "0",
+        "--out",
+        str(tmp_path / "runs"),
+        "--json",
+    ]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["conditions"]["clean"]["samples"] == 2
 
@@ -195,7 +216,17 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(model, tmp_path, capsys
         return real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    words = ["run", "--model", model, "--prompt", "Hello there", "--max-new-tokens", "2", "--out", str(tmp_path / "runs")]
+    words = [
+        "run",
+        "--model",
+        model,
+        "--prompt",
+        "Hello there",
+        "--max-new-tokens",
+        "2",
+        "--out",
+        str(tmp_path / "runs"),
+    ]
     message = refused(capsys, *words, "--quiet", code=1)
     assert "No space left" in message or "full" in message
     monkeypatch.setattr(os, "fsync", real)
@@ -209,7 +240,19 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(model, tmp_path, capsys
 def test_interruption_leaves_130_and_the_same_command_continues(model, tmp_path, capsys, monkeypatch):
     from dynprobe.protocols import _batch
 
-    words = ["run", "--model", model, "--perturb", "alpha=0.2", "--batch-size", "1", "--prompt", "One", "--prompt", "Two more"]
+    words = [
+        "run",
+        "--model",
+        model,
+        "--perturb",
+        "alpha=0.2",
+        "--batch-size",
+        "1",
+        "--prompt",
+        "One",
+        "--prompt",
+        "Two more",
+    ]
     words += ["--max-new-tokens", "3", "--out", str(tmp_path / "runs"), "--quiet"]
     real, calls = _batch.BatchRunner.run, []
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import transformers
 
 import dynprobe as dp
-from dynprobe.probes import Subject
-from dynprobe.testing import save_tiny_model
+from dynprobe.probes import Subject, discover
+from dynprobe.testing import byte_tokenizer, save_tiny_model
 
 #: Of different lengths, so that there is padding; one of a single token.
 TEXTS = ("Hello there, world", "A second prompt that is longer", "Hell", "Another one, short", "x")
@@ -84,6 +85,26 @@ def ending(gpt2_folder: Path, _own_cache: None) -> Subject:
     common = rows[rows["phase"] == "decode"]["token_id"].value_counts().index[:2]
     subject.model.generation_config.eos_token_id = [int(t) for t in common]
     return subject
+
+
+class _NoPositions(transformers.GPT2LMHeadModel):
+    """A GPT-2 that cannot be told where its tokens stand: padding on the left moves them."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, logits_to_keep=0, **other
+    ):
+        other.pop("position_ids", None)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, **other,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def no_positions(gpt2: Subject) -> Subject:
+    model = _NoPositions(gpt2.model.config)
+    model.load_state_dict(gpt2.model.state_dict())
+    return discover(model, tokenizer=byte_tokenizer(), name="no-positions")
 
 
 def plain(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

@@ -40,8 +40,7 @@ def tail(subject, h):
 
 def arms(table, run, *names):
     samples = table(run, "samples")
-    for sample, row in samples[samples["arm"].isin(names)].iterrows():
-        yield sample, row
+    return samples[samples["arm"].isin(names)].iterrows()
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +120,9 @@ def test_output_metrics_and_the_lens(full_run, llama, table, trajectory, depth_t
         np.testing.assert_allclose(tokens["nll"], nll, **CLOSE)
         np.testing.assert_allclose(tokens["margin"], top[:, -1] - top[:, -2], **CLOSE)
         n = int(row["n_prompt"])
-        assert row["nll"] == pytest.approx(nll[n:].mean(), rel=1e-5)
-        assert row["ppl"] == pytest.approx(math.exp(nll[n:].mean()), rel=1e-4)
-        assert row["entropy"] == pytest.approx(entropy[n:].mean(), rel=1e-5)
+        assert row["nll"] == pytest.approx(nll[n - 1 :].mean(), rel=1e-5)
+        assert row["ppl"] == pytest.approx(math.exp(nll[n - 1 :].mean()), rel=1e-4)
+        assert row["entropy"] == pytest.approx(entropy[n - 1 :].mean(), rel=1e-5)
         if n > 1:  # the prompt's own tokens: the last position of the prompt predicts a generated one
             assert row["nll_prompt"] == pytest.approx(nll[: n - 1].mean(), rel=1e-5)
         else:

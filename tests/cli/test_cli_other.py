@@ -1,0 +1,160 @@
+"""The commands beside ``run``, help, and how the program behaves in a shell."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import dynprobe as dp
+from dynprobe import metrics
+
+
+def test_show(cli, finished):
+    shown = cli("show", finished)
+    assert shown.code == 0
+    assert "perturbed.forced" in shown.out
+    assert "prompts 3 given in the call" in shown.out
+    data = json.loads(cli("show", finished, "--json").out)
+    assert data["status"] == "complete"
+    assert data["manifest"]["config"]["max_new_tokens"] == 3
+    columns = cli("show", finished, "--columns")
+    # No number and no bracket of a formula may be lost in a pipe.
+    text = " ".join(columns.out.split())
+    assert "kappa.phase/1" in text
+    assert "limen_ratio_winsor_mad" in text.replace("│", "").replace(" ", "") or "winsor" in text
+
+
+def test_show_draws_a_figure(cli, finished, here):
+    pytest.importorskip("matplotlib")
+    assert cli("show", finished, "--figure", "f.png").out.strip() == "f.png"
+    assert (here / "f.png").stat().st_size > 1000
+    wrong = cli("show", finished, "--figure", "f.xyz")
+    assert wrong.code == 2
+    assert "f.xyz" in wrong.err
+
+
+def test_ls(cli, finished, here):
+    found = cli("ls", finished.parent)
+    assert found.code == 0
+    assert dp.open(finished).manifest.id8 in found.out
+    rows = json.loads(cli("ls", finished.parent, "--json").out)
+    assert [r["status"] for r in rows] == ["complete"]
+    (here / "none").mkdir()
+    assert "no runs in none" in cli("ls", "none").out
+
+
+def test_metrics_are_printed_whole(cli):
+    text, again = cli("metrics").out, cli("show", "--metrics").out
+    assert text == again
+    data = json.loads(cli("metrics", "--json").out)
+    assert [d["id"] for d in data] == list(metrics.ids())
+    for name in metrics.ids():
+        spec = metrics.spec(name)
+        assert name in text
+        assert " ".join(spec.formula.split()) in text  # square brackets are no markup
+        assert spec.digest in text
+        assert spec.unit in text
+    assert "trajectory[depth,unit,dim]" in text
+
+
+def test_doctor(cli, model):
+    found = cli("doctor", model)
+    assert found.code == 0
+    for part in ("null", "alone", "resume", "fired", "readout", "model.layers.*", "self_attn", "files-sha256:"):
+        assert part in found.out
+    data = json.loads(cli("doctor", model, "--json").out)
+    assert data["healthy"] is True
+    assert data["checks"]["null"]["value"] == 0
+
+
+def test_doctor_ends_with_3_where_a_test_fails(cli, model, monkeypatch):
+    from dynprobe.probes import PerturbWriter
+
+    monkeypatch.setattr(PerturbWriter, "write", lambda self, state, site, step: state + 1e-3)
+    found = cli("doctor", model)
+    assert found.code == 3
+    assert "FAILED" in found.out
+    assert "self-tests failed: null" in found.err
+
+
+def test_calibrate(cli, model, here):
+    found = cli("calibrate", model)
+    assert found.code == 0
+    assert "36 prompts" in found.out
+    assert "limen_ct" in found.out
+    header = json.loads(cli("calibrate", model, "--json").out)
+    assert header["hash"] in found.out
+    (here / "mine.txt").write_text("A text of my own to calibrate with\nand a second one\n")
+    mine = json.loads(cli("calibrate", model, "--prompts", "mine.txt", "--cov-layers", "0:2", "--json").out)
+    assert mine["n_prompts"] == 2
+    assert mine["cov_depths"] == [1, 2]
+    assert mine["hash"] != header["hash"]
+
+
+@pytest.mark.parametrize(
+    "words", [(), *[(c,) for c in ("run", "plan", "doctor", "calibrate", "fetch", "show", "metrics", "ls")]], ids=str
+)
+def test_help_everywhere(cli, words):
+    short, long = cli(*words, "-h"), cli(*words, "--help")
+    assert short.code == long.code == 0
+    assert short.out == long.out
+    assert "Usage: dynprobe" in short.out
+    assert short.err == ""
+
+
+def test_bare_program_prints_help_and_version(cli):
+    assert "Commands:" in cli().out
+    assert cli("--version").out == f"dynprobe {dp.__version__}\n"
+
+
+def test_a_console_without_colour_and_a_pipe_that_closes(finished):
+    """In a shell: `python -m dynprobe`, NO_COLOR, `| head`."""
+    import os
+
+    environment = {**os.environ, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    program = f"{sys.executable} -m dynprobe"
+    script = f"set -o pipefail; {program} metrics | head -n 1; echo code $?"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("kappa.phase/1")
+    assert lines[1] in ("code 0", "code 141")
+    assert done.stderr == ""
+    forced = {**environment, "FORCE_COLOR": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "dynprobe", "show", str(finished)],
+        capture_output=True,
+        text=True,
+        env=forced,
+        timeout=60,
+    )
+    assert shown.returncode == 0
+    assert "\x1b[3" not in shown.stdout  # no colour; bold is none
+
+
+def test_progress_on_a_terminal():
+    """The listener by itself: stages, rates, one early table."""
+    import io
+
+    from rich.console import Console
+
+    from dynprobe.cli._progress import Listener
+    from dynprobe.protocols import Progress
+
+    screen = io.StringIO()
+    listener = Listener()
+    listener._console = Console(file=screen, force_terminal=True, width=120)
+    listener._on = True
+    with listener:
+        listener(Progress("load"))
+        listener(Progress("batch", 1, 3))
+        early = {"clean": {"samples": 4, "kappa_phase": {"mean": 0.25, "low": None, "high": None, "n": 4}}}
+        listener(Progress("batch", 1, 3, summary=early))
+        listener(Progress("batch", 2, 3, rows=8, tokens=100, seconds=2.0))
+        assert "4.0 rows/s" in str(listener._status.status)
+        assert "50 tokens/s" in str(listener._status.status)
+        assert "2 s left" in str(listener._status.status)  # one batch took 2 s here; the other was found finished
+        listener(Progress("done", 3, 3, notes=("already done: runs/x",)))
+    assert "forced arms of 4 texts" in screen.getvalue()
+    assert "0.2500" in screen.getvalue()
+    assert "already done: runs/x" in screen.getvalue()
