@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     FloatArray: TypeAlias = NDArray[np.floating[Any]]
     BoolArray: TypeAlias = NDArray[np.bool_]
-    ArrayLike: TypeAlias = Union["np.ndarray[Any, Any]", torch.Tensor]
+    ArrayLike: TypeAlias = "np.ndarray[Any, Any]" | torch.Tensor
 
 Component = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
 Phase = Literal["prefill", "decode"]

@@ -39,10 +39,11 @@ class Calibration:
     """Clean statistics of one model.
 
     Attributes:
-        tensors: ``mean``, ``std``, ``mad`` ``[L+1, dim]`` (coordinates over tokens, position 0 left out; SD with ddof 1, MAD raw);
-            ``pcs [L+1, k, dim]`` with ``pc_var [L+1, k]``; ``kappa_mu``, ``kappa_sigma`` ``[L+1]`` (mean and SD over
-            prompts of each step's κ; row d is the step into depth d), ``kappa_token_mu``, ``kappa_token_sigma`` (the same over tokens); ``cov_basis.D [dim, r]``
-            and ``cov_sqrt.D [r]`` for depths D whose covariance was asked for.
+        tensors: ``mean``, ``std``, ``mad`` ``[L+1, dim]`` (of coordinates over tokens, position 0 left out; SD with
+            ddof 1, MAD without the factor 1.4826); ``pcs [L+1, k, dim]`` with ``pc_var [L+1, k]``; ``kappa_mu``,
+            ``kappa_sigma`` ``[L+1]`` (mean and SD over prompts of each step's κ; row d is the step into depth d) and
+            ``kappa_token_mu``, ``kappa_token_sigma`` (the same over tokens); ``cov_basis.D [dim, r]`` and
+            ``cov_sqrt.D [r]`` for depths D whose covariance was asked for.
         signals: Per streaming signal its quantiles at :data:`QUANTILE_LEVELS`.
         header: ``hash``, ``weights``, ``dtype``, ``prompts`` (hash), ``n_prompts``, ``n_tokens``, ``n_layers``,
             ``dim``, ``cov_depths``, ``schema``, versions.

@@ -21,6 +21,7 @@ from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument, Site, sites_to_read
+from dynprobe.probes._noise import row_key_from_tokens
 from dynprobe.probes._resume import logits_of, select_last
 from dynprobe.probes._subject import Subject, blocks_by_pattern, discover, evaluating
 from dynprobe.probes._tape import Tape

@@ -49,8 +49,8 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     """Run the model from depth ``at`` on, starting from given states; blocks below do not run.
 
     ``dp.resume(tape, at=d, states=tape.states[d])`` is the identity: it gives the tape's own logits and later states.
-    Where the ``resume`` self-test found that a model's upper blocks look back past the state they are given, the slow road
-    is taken: all blocks run, and the state that enters block ``at`` is replaced on its way.
+    Where the ``resume`` self-test found that a model's upper blocks look back past the state they are given, the slow
+    road is taken: all blocks run, and the state that enters block ``at`` is replaced on its way.
 
     Args:
         tape: A tape of one whole forward (not of generation), with its token ids.

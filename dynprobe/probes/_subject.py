@@ -47,7 +47,7 @@ class Subject:
         sequential: Whether the MLP reads the state after attention (then ``resid_mid`` exists).
         mutates: Whether blocks change tensors in place after handing them on (then captures are copied).
         wrappers: Per block, what puts a state into the container that it returns; empty where no trial was run.
-        resumable: Whether a forward may begin at a depth with the blocks below not run; the ``resume`` self-test says so.
+        resumable: Whether a forward may begin at a depth with the blocks below not run (self-test ``resume``).
         facts: Everything recorded about where the weights came from.
     """
 

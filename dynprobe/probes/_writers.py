@@ -142,7 +142,7 @@ class PerturbWriter:
         return total
 
     def asked(self, fed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many states of each row were asked to be written and how many were left alone, ``[batch]`` each."""
+        """Return, per row, how many states were asked to be written and how many were left alone."""
         kept = [(a * (last < fed), b * (last < fed)) if fed is not None else (a, b) for last, a, b in self._asked]
         zero = np.zeros(1, np.int64)
         return sum((a for a, _ in kept), start=zero), sum((b for _, b in kept), start=zero)

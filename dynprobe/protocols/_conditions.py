@@ -125,9 +125,10 @@ def conditions_table(config: RunConfig, perturbs: Sequence[Perturb]) -> pd.DataF
 
     def row(name: str, arm: str, mode: str, specs: Sequence[Perturb]) -> dict[str, Any]:
         one = specs[0] if len(specs) == 1 else None  # several act together: only ``params`` can say what
+        alpha = one.alpha if one else None if specs else 0.0
         return {
             "condition_id": name, "arm": arm, "decode_mode": mode,
-            "scale": one.scale if one and one.kind not in _OWN_UNIT else None, "alpha": one.alpha if one else None if specs else 0.0,
+            "scale": one.scale if one and one.kind not in _OWN_UNIT else None, "alpha": alpha,
             "kind": one.kind if one else None, "where": str(one.where) if one else None,
             "seed": one.seed if one else None,
             "params": [str(p) for p in specs] if specs else None, **base,

@@ -68,7 +68,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
 
 
 def _without_remarks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose values that carry a reason (a ratio over one step, say) are missing: they say nothing about the model."""
+    """Drop values that carry a reason, such as a ratio over one step: they say nothing about the model."""
     texts = rows["reasons"].dropna() if "reasons" in rows else pd.Series(dtype=object)
     remarked = [(i, name) for i, text in texts.items() for name in json.loads(text) if name in rows]
     if not remarked:

@@ -1,9 +1,9 @@
 """What a subject is right now: part of a run's identity, and the key of everything cached about a model.
 
-Weights that this very call loaded from files are known by the hash of the files. A module that the caller holds may have
-been edited in any way (a tensor written through ``.data``, a parameter replaced, a constant changed), so it is known by
-the hash of what it holds and of its configuration: otherwise two models of one shape would share a calibration, and the
-second would be handed the finished run of the first.
+Weights that this very call loaded from files are known by the hash of the files. A module that the caller holds may
+have been edited in any way (a tensor written through ``.data``, a parameter replaced, a constant changed), so it is
+known by the hash of what it holds and of its configuration: otherwise two models of one shape would share a
+calibration, and the second would be handed the finished run of the first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def structure_of(subject: Subject) -> dict[str, Any]:
         'model.layers.*'
     """
     config = getattr(subject.model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "class": type(subject.model).__name__,
