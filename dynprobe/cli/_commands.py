@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dynprobe.cli import _render
+from dynprobe.cli import _render, _render_metrics
 from dynprobe.cli._progress import Listener
 from dynprobe.errors import SelfTestError, UsageError
 
@@ -174,9 +174,9 @@ def metrics_command(as_json: bool) -> None:
 
     specs = [metrics.spec(name) for name in metrics.ids()]
     if as_json:
-        _print_json([_render.metric_facts(s) for s in specs])
+        _print_json([_render_metrics.metric_facts(s) for s in specs])
     else:
-        _render.metric_list(specs, core=metrics.CORE, default=metrics.DEFAULT)
+        _render_metrics.metric_list(specs, core=metrics.CORE, default=metrics.DEFAULT)
 
 
 def ls_command(folder: Path, as_json: bool) -> None:

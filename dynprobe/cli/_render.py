@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from dynprobe.cli._console import console as new_console
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from dynprobe.metrics import MetricSpec
     from dynprobe.probes import Calibration
     from dynprobe.protocols import Diagnosis, Estimate
     from dynprobe.runs import Run
@@ -24,8 +24,6 @@ __all__ = [
     "columns",
     "diagnosis",
     "listing",
-    "metric_facts",
-    "metric_list",
     "plan",
     "run",
     "summary_table",
@@ -37,13 +35,6 @@ _SHOWN = {
     "kl_clean_pert": ("KL/nats", 4, True), "flip_rate": ("flips", 3, False), "nll_d": ("ΔNLL/nats", 4, True),
     "limen_ratio": ("LIMEN ratio", 2, False), "repetition": ("repeats", 3, False),
 }  # fmt: skip
-
-
-def _console() -> Console:
-    # A pipe has no width; a table cut to 80 columns there would lose numbers.
-    # Formulas and shapes are full of square brackets, which are no markup.
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str:
@@ -81,7 +72,7 @@ def summary_table(summary: Mapping[str, Any], title: str) -> Table:
 
 def run(found: Run) -> None:
     """Print a run: what was done, its table, its self-tests."""
-    console = _console()
+    console = new_console()
     manifest = found.manifest
     console.print(Text(f"run {found.path}", style="bold"), soft_wrap=True)
     for line in _what(found):
@@ -182,7 +173,7 @@ def _unit(spec: str) -> str:
 
 def plan(cost: Estimate) -> None:
     """Print an estimate."""
-    console = _console()
+    console = new_console()
     table = Table(title="before the run", show_header=False)
     for name, value in (
         ("rows of samples", f"{cost.samples:,}"), ("rows of tokens", f"{cost.token_rows:,}"),
@@ -206,7 +197,7 @@ def _bytes(n: float) -> str:
 
 def diagnosis(found: Diagnosis) -> None:
     """Print what ``doctor`` found."""
-    console = _console()
+    console = new_console()
     table = Table(title=f"{found.found['name']}", show_header=False)
     for name, value in (found.found | found.provenance).items():
         if name not in ("name", "versions", "notes"):
@@ -237,7 +228,7 @@ def _short(value: Any) -> str:
 
 def calibration(made: Calibration) -> None:
     """Print a calibration's header and its signals."""
-    console = _console()
+    console = new_console()
     h = made.header
     console.print(
         f"calibration {made.hash} of {h['model']}: {h['n_prompts']} prompts, {h['n_tokens']} tokens, {h['dtype']}",
@@ -260,7 +251,7 @@ def columns(found: Run) -> None:
 def listing(found: pd.DataFrame, folder: Path) -> None:
     """Print the runs of a folder."""
     if not len(found):
-        _console().print(f"no runs in {folder}")
+        new_console().print(f"no runs in {folder}")
         return
     _frame(found, f"runs in {folder}")
 
@@ -271,34 +262,4 @@ def _frame(frame: pd.DataFrame, title: str) -> None:
         table.add_column(str(name), overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*["" if value is None or value != value else str(value) for value in row])
-    _console().print(table)
-
-
-def metric_facts(spec: MetricSpec) -> dict[str, Any]:
-    """Return a definition as plain data."""
-    return {
-        "id": spec.id, "measures": spec.sentence, "formula": spec.formula, "input": spec.input,
-        "range": spec.value_range, "unit": spec.unit, "invariances": sorted(spec.invariances),
-        "params": dict(spec.params), "column": spec.column,
-        "levels": dict(spec.levels), "source": spec.source, "digest": spec.digest, "vectors": list(spec.vectors),
-    }  # fmt: skip
-
-
-def metric_list(specs: Sequence[MetricSpec], *, core: Collection[str], default: Collection[str]) -> None:
-    """Print every metric with formula, range, unit, invariances and source."""
-    console = _console()
-    for spec in specs:
-        lists = "core, default" if spec.id in core else "default" if spec.id in default else "on request"
-        console.print(Text(f"{spec.id}  ({lists})", style="bold"), soft_wrap=True)
-        console.print(f"  {spec.sentence}", soft_wrap=True)
-        facts = (
-            ("formula", spec.formula), ("input", spec.input), ("range", spec.value_range), ("unit", spec.unit),
-            ("unchanged", ", ".join(sorted(spec.invariances)) or "by nothing declared"),
-            ("column", spec.column or "none"), ("source", spec.source), ("digest", spec.digest),
-        )  # fmt: skip
-        for name, value in facts:
-            console.print(f"  {name:<9} {' '.join(str(value).split())}", soft_wrap=True)
-    console.print(
-        "unchanged under: R rotation · R_l rotation per depth · S scale · S_l scale per depth · "
-        "P permutation of units · T length", soft_wrap=True,
-    )  # fmt: skip
+    new_console().print(table)

@@ -160,7 +160,7 @@ def _instrument(
     subject: Subject, batch: Batch, writers: Sequence[Any], extra: Sequence[tuple[str, int]], **options: Any
 ) -> Instrument:
     read = list(dict.fromkeys([*sites_to_read(subject, _Where.parse("layers=all")), *extra]))
-    return Instrument(subject, read, writers, row_keys=batch.row_keys, n_prompt=batch.n_prompt, **options)
+    return Instrument(subject, read, writers, **batch.rows, **options)
 
 
 def _aligned(rows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:

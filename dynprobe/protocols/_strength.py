@@ -83,7 +83,7 @@ def donor_states(
 ) -> dict[Site, list[torch.Tensor]]:
     """Return the clean states of each row's partner prompt at the sites of an ``interp`` write."""
     batch = make_batch(subject, partners)
-    with Instrument(subject, sites, row_keys=batch.row_keys) as instrument, torch.no_grad():
+    with Instrument(subject, sites, **batch.rows) as instrument, torch.no_grad():
         subject.model(**batch.model_inputs(subject))
     tape = instrument.tape()
     mask = batch.mask.cpu()
@@ -135,7 +135,7 @@ def solve_isokl(
 
     def log_ratio(strength: np.ndarray) -> np.ndarray:
         writer = PerturbWriter(subject, perturb, calibration=calibration, magnitude=strength)
-        with Instrument(subject, (), [writer], row_keys=batch.row_keys, n_prompt=batch.n_prompt), torch.no_grad():
+        with Instrument(subject, (), [writer], **batch.rows), torch.no_grad():
             logits = logits_of(subject.model(**inputs))
         first = writer.first_position([len(t.prompt) for t in texts], mask.shape[1])
         affected = mask & (clean.positions >= np.maximum(first, 1)[:, None])

@@ -30,7 +30,7 @@ CASES = [
     (("run", "--model", "{model}", "--top-p", "0"), 2, "top_p=0"),
     (("run", "--model", "{model}", "--seed", "-1"), 2, "seed=-1"),
     (("run", "--model", "{model}", "--span", "old"), 2, "span='old'"),
-    (("run", "--model", "{model}", "--max-new-tokens", "x"), 2, "'x' is not a valid"),
+    (("run", "--model", "{model}", "--max-new-tokens", "x"), 2, "Invalid value for '--max-new-tokens'"),
     (("run", "--model", "{model}", "--contrast", "a", "b"), 2, "no perturbation needs it"),
     (("run", "--model", "{folder}"), 1, "is a folder, but no model"),
     (("run", "--model", "{folder}/none"), 1, "has no entry 'none'"),

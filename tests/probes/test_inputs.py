@@ -7,7 +7,7 @@ import torch
 from models import ROWS, Net, build, seeded, subject
 
 from dynprobe.errors import PromptError, UsageError
-from dynprobe.probes import discover, make_batch, tokenize
+from dynprobe.probes import capture, discover, make_batch, tokenize
 from dynprobe.probes._inputs import pad_token
 from dynprobe.probes._noise import row_key_from_tokens
 from dynprobe.testing import byte_tokenizer, tiny_llama
@@ -64,6 +64,16 @@ def test_chat_templates() -> None:
     assert row.count(llama.tokenizer.bos_token_id) == 1
     with pytest.raises(UsageError, match="'none' or 'auto'"):
         tokenize(llama, "hi", chat_template="on")
+
+
+def test_templated_prompts_are_named_by_their_own_words() -> None:
+    """The turn markers are the same for all, and a row's name is made of its first tokens."""
+    llama = tiny_llama(vocab=259)
+    llama.tokenizer = byte_tokenizer()
+    llama.tokenizer.chat_template = "a long preamble that every prompt shares {{ messages[0].content }}"
+    tape = capture(llama, ["one", "two"], chat_template="auto")
+    assert tape.row_keys == capture(llama, ["one", "two"]).row_keys
+    assert len(set(tape.row_keys)) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,21 @@ from typing import Any
 import pytest
 import torch
 from models import CONTAINERS, NAMES, ROWS, Net, build, seeded, subject
+from torch import Tensor
 
 from dynprobe.errors import ModelError, SiteError, UsageError
-from dynprobe.probes import Subject, Tape, capture, discover, live_hooks, logits_of, readout, record, resume
+from dynprobe.probes import (
+    Subject,
+    Tape,
+    capture,
+    check_resume,
+    discover,
+    live_hooks,
+    logits_of,
+    readout,
+    record,
+    resume,
+)
 from dynprobe.probes._stub import stubbed
 
 
@@ -111,6 +123,31 @@ def test_a_recorded_generation_can_be_resumed_as_one_forward() -> None:
     tape: Tape = recording.tape
     whole = capture(found, tape.token_ids, logits="all")  # type: ignore[arg-type]
     torch.testing.assert_close(resume(tape, 2).logits, whole.logits, atol=1e-4, rtol=1e-3)
+
+
+def test_models_that_look_back_take_the_slow_road() -> None:
+    """A skip over the blocks: once the self-test has seen it, every block runs and the answer is right."""
+
+    class Skip(Net):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = first = self.embed(tokens)
+            for i, block in enumerate(self.stack.values()):
+                h = block(h)
+                first = h if i == 0 else first
+            return self.head(h + first)
+
+    found = discover(seeded(Skip), layers="stack.*")
+    tape = capture(found, ROWS, logits="all")
+    assert not torch.allclose(resume(tape, 2).logits, tape.logits)  # type: ignore[arg-type]
+    assert not check_resume(found, tape).passed
+    assert not found.resumable
+    pushed = capture(found, ROWS, perturb="alpha=0.5,layers=1", logits="all")
+    for depth in range(4):
+        assert torch.equal(resume(tape, depth).logits, tape.logits)  # type: ignore[arg-type]
+    again = resume(tape, 2, torch.cat([tape.states[2], pushed.states[2]])).logits
+    torch.testing.assert_close(again, torch.cat([tape.logits, pushed.logits]))  # type: ignore[list-item]
+    assert calls_below(found, 2, lambda: resume(tape, 2)) > 0
+    assert clean(found)
 
 
 def test_what_logits_are_given() -> None:
