@@ -23,6 +23,7 @@ from dynprobe import __version__
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes import Perturb, Site, Subject, Where, ignored_defaults, sites_to_read
 from dynprobe.probes import load as load_subject
+from dynprobe.probes._generate import end_tokens
 from dynprobe.probes._perturb import parse_many
 from dynprobe.prompts import Prompt, content_hash
 from dynprobe.protocols._columns import column_facts
@@ -73,6 +74,8 @@ class Prepared:
             # Noise is drawn under the prompts' names, so the same text under another name is another run.
             "prompts": content_hash(list(self.prompts)),
             "structure": structure_of(self.subject),
+            # Which tokens end a text stands beside the weights, not in them.
+            "ends": sorted(end_tokens(self.subject)) if self.config.stop_at_eos and self.config.max_new_tokens else [],
             # A hook of the caller's own changes the numbers and has no hash: such a run is never taken for another.
             **({"hooks": uuid.uuid4().hex} if foreign_hooks(self.subject) else {}),
         }
@@ -147,7 +150,12 @@ def prepare(model: Any, prompts: Sequence[Any] | Path | None, settings: Mapping[
     grow = max(config.max_new_tokens - 1, 0)
     rows = token_rows(subject, chosen, chat_template=config.chat_template, grow=grow)
     perturbs = resolve_perturbations(subject, config, given)
-    sites = sites_to_read(subject, Where.parse(config.where))
+    where = Where.parse(config.where)
+    if config.states and "resid_mid" in where.components():
+        raise UsageError(
+            "resid_mid is no state of its own on disk; write component=resid_pre+attn_out, whose sum it is"
+        )
+    sites = sites_to_read(subject, where)
     # One state has one row: the output of a block and the input of the next are the same place.
     places = {(c, at) if c in ("attn_out", "mlp_out") else ("", at + (c == "resid_post")): (c, at) for c, at in sites}
     ready = Prepared(

@@ -220,7 +220,8 @@ def _samples(
     has_target = _lay([t.targets for t in texts], mask) >= 0
     # The last position of a prompt predicts the first generated token, which is none of the prompt's own.
     own = mask & has_target & (passage.positions < np.array([len(t.prompt) - 1 for t in texts])[:, None])
-    nll = _mean(out["nll"], chosen & has_target)
+    predicted = own if span == "prompt" else chosen & has_target
+    nll = _mean(out["nll"], predicted)
     numbers: dict[str, np.ndarray] = {
         "nll": nll, "ppl": np.exp(nll), "nll_prompt": _mean(out["nll"], own),
         "entropy": _mean(out["entropy"], chosen), "margin": _mean(out["margin"], chosen),
@@ -230,7 +231,7 @@ def _samples(
     results: list[dict[str, Result]] = [dict(r) for r in passage.measured.sample]
     if clean is not None and paired is not None:
         # The mean of the differences, not the difference of the means: a term that one run lacks leaves both.
-        numbers["nll_d"] = _mean(out["nll"] - clean.outputs["nll"], chosen & has_target)
+        numbers["nll_d"] = _mean(out["nll"] - clean.outputs["nll"], predicted)
         numbers["entropy_d"] = _mean(out["entropy"] - clean.outputs["entropy"], chosen)
         for mine, theirs, pair in zip(results, clean.measured.sample, paired, strict=True):
             mine.update(_paired_columns(mine, theirs, pair))

@@ -45,6 +45,8 @@ def structure_of(subject: Subject) -> dict[str, Any]:
     """
     config = getattr(subject.model, "config", None)
     settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    # Where the files lie and which library reads them change no layer.
+    settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
     text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "class": type(subject.model).__name__,

@@ -117,10 +117,15 @@ def plain(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 def table() -> Callable[..., pd.DataFrame]:
     """``table(run, name)``: the table, indexed by its labels, with the arm of each row as column ``arm``."""
 
+    held: dict[tuple[int, str], tuple[Any, pd.DataFrame]] = {}
+
     def read(run: Any, name: str, arm: str | None = None) -> pd.DataFrame:
-        frame = plain(run.table(name), KEYS[name])
-        ids = frame.index.get_level_values("sample_id").astype(str)
-        frame["arm"] = ids.str.split("|").str[1]
+        if (id(run), name) not in held:
+            frame = plain(run.table(name), KEYS[name])
+            ids = frame.index.get_level_values("sample_id").astype(str)
+            frame["arm"] = ids.str.split("|").str[1]
+            held[id(run), name] = (run, frame)  # the run is kept, so that its id stays its own
+        frame = held[id(run), name][1]
         return frame if arm is None else frame[frame["arm"] == arm]
 
     return read
@@ -158,11 +163,16 @@ def same_tables(table: Callable[..., pd.DataFrame]) -> Callable[..., None]:
 def trajectory() -> Callable[[Any, str], np.ndarray]:
     """``trajectory(run, sample_id)``: its stored states, float64 [depth, pos, dim]."""
 
+    held: dict[int, tuple[Any, pd.DataFrame, np.ndarray]] = {}
+
     def read(run: Any, sample: str) -> np.ndarray:
-        keys, states = run.states(sample_id=sample, track="resid")
-        depth, pos = keys["depth"].to_numpy(), keys["pos"].to_numpy()
+        if id(run) not in held:
+            held[id(run)] = (run, *run.states(track="resid"))
+        _, keys, states = held[id(run)]
+        mine = (keys["sample_id"] == sample).to_numpy()
+        depth, pos = keys["depth"].to_numpy()[mine], keys["pos"].to_numpy()[mine]
         out = np.full((depth.max() + 1, pos.max() + 1, states.shape[-1]), np.nan)
-        out[depth, pos] = states
+        out[depth, pos] = states[mine]
         assert np.isfinite(out).all()
         return out
 

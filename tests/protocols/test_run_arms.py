@@ -128,6 +128,26 @@ def test_without_generation_there_is_no_free_arm(llama, texts, tmp_path, table):
     assert json.loads(single["reasons"])["nll"] == "empty"
 
 
+def test_the_span_chooses_the_tokens(llama, texts, tmp_path, table):
+    runs = {
+        span: table(dp.run(llama, texts[:3], max_new_tokens=4, span=span, out=tmp_path), "samples")
+        for span in ("prompt", "new", "all")
+    }
+    tokens = table(dp.run(llama, texts[:3], max_new_tokens=4, span="all", out=tmp_path), "tokens")
+    for sample, row in runs["all"].iterrows():
+        nll, n = tokens.loc[sample]["nll"].to_numpy(), int(row["n_prompt"])
+        assert runs["prompt"].loc[sample, "nll"] == pytest.approx(nll[: n - 1].mean(), rel=1e-5)
+        assert runs["prompt"].loc[sample, "nll"] == pytest.approx(runs["prompt"].loc[sample, "nll_prompt"])
+        assert runs["new"].loc[sample, "nll"] == pytest.approx(nll[n - 1 :].mean(), rel=1e-5)  # all generated tokens
+        assert row["nll"] == pytest.approx(nll.mean(), rel=1e-5)
+        assert len(nll[n - 1 :]) == 4
+    for column in ("limen_ct", "kappa_xcorr", "kappa_geom"):
+        values = [runs[s][column].to_numpy() for s in runs]
+        assert not np.allclose(values[0], values[2], equal_nan=True), column
+    for column in ("kappa_phase", "norm", "nll_prompt"):  # these never read the span
+        np.testing.assert_array_equal(runs["prompt"][column], runs["new"][column])
+
+
 def test_without_perturbation_there_is_only_clean(llama, texts, tmp_path):
     run = dp.run(llama, texts[:2], max_new_tokens=3, out=tmp_path)
     assert set(run.samples["condition_id"]) == {"clean"}

@@ -78,6 +78,14 @@ def test_other_settings_are_another_run(whole, llama, texts):
     )]  # fmt: skip
     ids += [prepare(llama, texts[:2], SETTINGS).ident, prepare(llama, texts[::-1], SETTINGS).ident]
     assert ids[0] == whole.manifest.id8
+    before = llama.model.generation_config.eos_token_id
+    llama.model.generation_config.eos_token_id = [7]  # texts would end elsewhere
+    try:
+        ids.append(prepare(llama, texts, SETTINGS).ident)
+        silent = prepare(llama, texts, {"max_new_tokens": 0}).ident
+    finally:
+        llama.model.generation_config.eos_token_id = before
+    assert prepare(llama, texts, {"max_new_tokens": 0}).ident == silent  # where nothing is written it does not matter
     assert len(set(ids)) == len(ids)
     with pytest.raises(RunFolderError, match=r"holds another run.*--out"):
         dp.run(llama, texts, out=whole.path, **{**SETTINGS, "perturb": "alpha=0.2"})
@@ -157,3 +165,12 @@ def test_a_full_disk_stops_the_run_and_leaves_whole_batches(whole, llama, texts,
     assert not list(folder.rglob(".tmp-*"))
     same_tables(whole, half, part=True, exact=True)
     same_tables(whole, dp.run(llama, texts, out=tmp_path, **SETTINGS), exact=True)
+
+
+def test_where_the_files_lie_is_no_other_model(llama_folder, texts, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(llama_folder, tmp_path / "copy")
+    one, other = dp.load(str(llama_folder)), dp.load(str(copy))
+    assert prepare(one, texts, SETTINGS).ident == prepare(other, texts, SETTINGS).ident
+    assert dp.calibrate(one).hash == dp.calibrate(other).hash

@@ -42,7 +42,7 @@ def test_order_and_neighbours_do_not_move_a_row(reference, ending, texts, tmp_pa
 
 
 def test_replicates_are_labelled_and_sampling_is_reproducible(gpt2, texts, tmp_path, table, same_tables):
-    settings = {"perturb": SPEC, "max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "stop_at_eos": False}
+    settings = {"perturb": SPEC, "max_new_tokens": 4, "temperature": 1.0, "top_p": 0.9, "stop_at_eos": False}
     two = dp.run(gpt2, texts[:3], num_samples=2, out=tmp_path / "two", **settings)
     one = dp.run(gpt2, texts[:3], num_samples=1, batch_size=1, out=tmp_path / "one", **settings)
     same_tables(two, one, part=True)
@@ -135,3 +135,23 @@ def test_weights_edited_after_loading_are_another_model(llama_folder, texts, tmp
     assert before.path != after.path
     assert before.samples["kappa_phase"].iloc[0] != after.samples["kappa_phase"].iloc[0]
     assert dp.calibrate(subject).hash != calibrated
+
+
+@pytest.mark.slow
+def test_on_real_weights_too(users_cache, tmp_path, table):
+    """Thirty layers of rounding stay far below what a perturbation does."""
+    from dynprobe.errors import ModelNotFoundError, OfflineError
+
+    try:
+        subject = dp.load("smollm2-135m")
+    except (ModelNotFoundError, OfflineError) as error:
+        pytest.skip(f"the weights are not in the cache and cannot be had: {error}")
+    settings = {"perturb": "alpha=0.1", "limit": 3, "max_new_tokens": 4}
+    together = dp.run(subject, batch_size=3, out=tmp_path / "a", **settings)
+    alone = dp.run(subject, batch_size=1, padding="left", out=tmp_path / "b", **settings)
+    a, b = table(together, "samples"), table(alone, "samples")
+    assert list(a["text"].dropna()) == list(b["text"].dropna())
+    forced = a["arm"] == "perturbed.forced"
+    for column, tolerance in (("kappa_phase", 1e-6), ("kappa_phase_d", 1e-6), ("kl_clean_pert", 1e-4), ("nll", 1e-4)):
+        np.testing.assert_allclose(a.loc[forced, column], b.loc[forced, column], rtol=0, atol=tolerance)
+    assert (a.loc[forced, "kappa_phase_d"] > 1e-5).all()
