@@ -129,7 +129,8 @@ def load_calibration(folder: Path) -> Calibration:
     try:
         header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
         schema, stored = str(header.get("schema")), header.pop("sha256", None)
-        tensors = load_file(folder / _TENSORS)
+        # Copies: the file is mapped into memory, and cutting it short in place would end the process without a word.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / _TENSORS).items()}
         signals = {k: np.asarray(v, dtype=np.float64) for k, v in header.pop("signals").items()}
         intact = stored == _digest(folder / _TENSORS) and "hash" in header
     except Exception as error:
