@@ -58,7 +58,7 @@ Examples:
 
   dynprobe run --model ./my-model --perturb alpha=0.5,layers=25%+75%,positions=last,phase=prefill --states
 
-  dynprobe run --model smollm2-135m --perturb alpha=2,kind=direction,layers=12 --contrast "I love it" "I hate it"
+  dynprobe run --model smollm2-135m --perturb alpha=0.3,kind=direction,layers=12 --contrast "I love it" "I hate it"
 """
 
 

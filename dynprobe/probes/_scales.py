@@ -138,7 +138,8 @@ def missing_stats(scale: str, site: str = "") -> CalibrationError:
     where = f" at {site}" if site else ""
     what = "principal axes" if scale == "cov" else "coordinate SDs"
     return CalibrationError(
-        f"scale={scale} needs the {what}{where}, and there are none: run `dynprobe calibrate MODEL`."
+        f"scale={scale} needs the {what}{where}, and there are none: run `dynprobe calibrate MODEL`, "
+        "or in Python pass calibration=dp.calibrate(subject)."
     )
 
 

@@ -107,7 +107,7 @@ def _command(folder: Path, manifest: Manifest) -> str:
     command = scrub_command(manifest.command)
     if isinstance(command, list):
         return shlex.join(command)
-    return command or f"dynprobe rerun {shlex.quote(str(folder))}"
+    return command or f"# made from Python by dynprobe.run(…) with the configuration in {folder.name}/manifest.json"
 
 
 def _block(text: str, language: str) -> list[str]:
