@@ -131,3 +131,13 @@ def test_a_model_that_looks_back_is_resumed_on_the_slow_road():
     capture(subject, [[1, 2, 3, 4, 5, 6]] * 3)  # what is remembered now is of another text
     again = dp.resume(tape, 2, tape.states[2])
     assert torch.equal(again.logits[tape.mask], tape.logits[tape.mask])
+
+
+def test_a_ratio_over_one_step_enters_no_mean(tmp_path):
+    """With four new tokens there is one ct value: its ratio is 1 by construction and says nothing."""
+    run = dp.run(tiny_llama(), ROWS, max_new_tokens=4, stop_at_eos=False, out=tmp_path)
+    assert (run.samples["limen_ratio"] == 1).all()
+    assert run.samples["reasons"].map(lambda text: json.loads(text)["limen_ratio"] == "steps<2").all()
+    clean = run.summary["conditions"]["clean"]
+    assert "limen_ratio" not in clean
+    assert "regimes" not in clean
