@@ -32,6 +32,8 @@ _PUBLIC: dict[str, str] = {
     "record": "dynprobe.probes",
     "resume": "dynprobe.probes",
     "run": "dynprobe.protocols",
+    "sweep": "dynprobe.protocols",
+    "threshold": "dynprobe.protocols",
 }
 _ALIASES = {"open": "open_run"}
 _ROOMS = ("cli", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing")
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from dynprobe.protocols import doctor as doctor
     from dynprobe.protocols import plan as plan
     from dynprobe.protocols import run as run
+    from dynprobe.protocols import sweep as sweep
+    from dynprobe.protocols import threshold as threshold
     from dynprobe.runs import open_run as open  # noqa: F401
 
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app"]
+from dynprobe.cli import _options as option
+
+__all__ = ["app", "given_flags"]
 
 #: ``--max_new_tokens`` and ``--max-new-tokens`` are one flag, as everywhere in the field.
 _SETTINGS: dict[str, Any] = {
@@ -43,7 +45,7 @@ def _root(
     """Read and push the hidden-state dynamics of neural networks at inference time."""
 
 
-def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+def given_flags(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """Only what the user typed: a flag left alone must not override a config file."""
     sources = {key: context.get_parameter_source(key) for key in values}
     return {k: v for k, v in values.items() if (source := sources[k]) is not None and source.name != "DEFAULT"}
@@ -66,72 +68,58 @@ Examples:
 @app.command("plan", help="Say what a run would cost (rows, bytes, seconds) without running it. Same flags as run.")
 def _run(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Option(help="Hub id, local folder, GGUF file, or known name (smollm2-135m).")
-    ] = None,
+    model: option.Model = None,
     perturb: Annotated[
         list[str] | None,
         typer.Option(
             help="Perturbation, e.g. alpha=0.1,scale=relnorm,layers=6:9, or @file.yaml; repeated ones act together."
         ),
     ] = None,
-    direction: Annotated[
-        str | None, typer.Option(help="File of the vector of kind=direction (.npy, .safetensors).")
-    ] = None,
-    contrast: Annotated[
-        tuple[str, str] | None, typer.Option(help="Two texts; the difference of their last states is the direction.")
-    ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="File of prompts: .txt, .jsonl, .parquet, or - for standard input.")
-    ] = None,
-    category: Annotated[list[str] | None, typer.Option(help="Keep prompts of this category; may be repeated.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Keep the first N prompts.")] = None,
+    direction: option.Direction = None,
+    contrast: option.Contrast = None,
+    prompt: option.Prompt = None,
+    prompts: option.Prompts = None,
+    category: option.Category = None,
+    limit: option.Limit = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate; 0 measures the prompts only.")] = 32,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
     num_samples: Annotated[int, typer.Option(help="Texts per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sampling, and of perturbations that name none.")] = 0,
-    chat_template: Annotated[
-        str, typer.Option(help="none feeds the text as it is; auto wraps it as a user turn.")
-    ] = "none",
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Same as --chat-template auto.")
-    ] = False,
+    chat_template: option.ChatTemplate = "none",
+    apply_chat_template: option.ApplyChatTemplate = False,
     stop_at_eos: Annotated[bool, typer.Option(help="End a text at the end-of-sequence token.")] = True,
     where: Annotated[
         str, typer.Option(help="Sites whose states --states writes, e.g. layers=6:9,component=resid_post.")
     ] = "layers=all",
     states: Annotated[bool, typer.Option("--states", help="Write the hidden states too.")] = False,
-    lens: Annotated[bool, typer.Option("--lens", help="Add logit-lens entropy and KL at every depth.")] = False,
-    span: Annotated[str, typer.Option(help="Tokens of token-axis metrics: auto, prompt, new, all.")] = "auto",
-    padding: Annotated[str, typer.Option(help="auto, left, right, or none (exact-length batches).")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Rows per batch, or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="Handed to transformers, e.g. auto.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT.")
+    lens: Annotated[
+        bool, typer.Option("--lens", help="Add logit-lens entropy and KL at every depth, and prediction depth.")
     ] = False,
-    allow_bin: Annotated[
-        bool, typer.Option("--allow-bin", help="Load .bin weights where no safetensors exist.")
-    ] = False,
-    out: Annotated[
-        str, typer.Option("--out", "--output-path", help="Folder of runs, or the run to continue.")
-    ] = "runs",
-    config: Annotated[str | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
-    model_args: Annotated[
-        str | None, typer.Option(help="lm-eval's spelling: pretrained=NAME,dtype=…,revision=….")
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric to store as well, e.g. erank.rv/1 (see dynprobe metrics); may be repeated."),
     ] = None,
+    span: Annotated[str, typer.Option(help="Tokens of token-axis metrics: auto, prompt, new, all.")] = "auto",
+    padding: option.Padding = "auto",
+    batch_size: option.BatchSize = "auto",
+    dtype: option.Dtype = "float32",
+    device: option.Device = "auto",
+    device_map: option.DeviceMap = None,
+    revision: option.Revision = None,
+    trust_remote_code: option.TrustRemoteCode = False,
+    allow_bin: option.AllowBin = False,
+    out: option.Out = "runs",
+    config: option.Config = None,
+    model_args: option.ModelArgs = None,
     num_fewshot: Annotated[int, typer.Option(hidden=True)] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Continue a run that another version began.")] = False,
+    force: option.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Same as plan.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
 ) -> None:
     """Run prompts through a model, clean and perturbed, and store what happened."""
-    given = _given(context, dict(context.params))
+    given = given_flags(context, dict(context.params))
     from dynprobe.cli._commands import plan_command, run_command
 
     action = plan_command if dry_run or context.info_name == "plan" else run_command
@@ -212,11 +200,14 @@ def _show(
 
 
 @app.command("metrics")
-def _metrics(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Print every metric: formula, range, unit, invariances, source."""
+def _metrics(
+    metric: Annotated[str | None, typer.Argument(help="One id, such as kappa.phase/1; default all.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print every metric: formula, range, unit, invariances, source. With an id, that one in full."""
     from dynprobe.cli._commands import metrics_command
 
-    metrics_command(json)
+    metrics_command(json, metric)
 
 
 @app.command("ls")

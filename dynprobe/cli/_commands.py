@@ -18,7 +18,9 @@ __all__ = [
     "ls_command",
     "metrics_command",
     "plan_command",
+    "print_json",
     "run_command",
+    "settings_of",
     "show_command",
 ]
 
@@ -32,7 +34,7 @@ _MODEL_ARGS = {
 }
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(_json.dumps(_finite(value), indent=1, default=str))  # noqa: T201
 
 
@@ -47,7 +49,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
+def settings_of(given: dict[str, Any], kind: Any = None) -> dict[str, Any]:
     """Turn typed flags, lm-eval's spellings and a config file into settings; flags win."""
     from dynprobe.protocols import load_config
 
@@ -67,13 +69,13 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         setting = _MODEL_ARGS[key.strip()]
         typed.setdefault(setting, value.lower() == "true" if setting == "trust_remote_code" else value)
     file = typed.pop("config", None)
-    settings = {**(load_config(file) if file else {}), **typed}
+    settings = {**(load_config(file, kind) if file else {}), **typed}
     size = settings.get("batch_size")
     if isinstance(size, str) and size != "auto":
         if not size.isdigit():
             raise UsageError(f"--batch-size {size!r}; it is a number or 'auto'")
         settings["batch_size"] = int(size)
-    for key in ("perturb", "prompt", "category"):
+    for key in ("perturb", "prompt", "category", "metrics"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(settings[key])
     if settings.get("prompts") is not None:
@@ -88,7 +90,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 def run_command(given: dict[str, Any]) -> None:
     """``dynprobe run``."""
     as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
-    settings = _settings(given)
+    settings = settings_of(given)
     model = settings.pop("model")
     listener = Listener(quiet=quiet or as_json, tables=not (quiet or as_json))
     from dynprobe.protocols import run
@@ -96,7 +98,7 @@ def run_command(given: dict[str, Any]) -> None:
     with listener:
         done = run(model, listener=listener, **settings)
     if as_json:
-        _print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
+        print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
     else:
         _render.run(done)
 
@@ -104,11 +106,11 @@ def run_command(given: dict[str, Any]) -> None:
 def plan_command(given: dict[str, Any]) -> None:
     """``dynprobe plan`` and ``--dry-run``."""
     as_json = bool(given.pop("json", False))
-    settings = _settings(given)
+    settings = settings_of(given)
     from dynprobe.protocols import plan
 
     cost = plan(settings.pop("model"), **settings)
-    _print_json(cost.as_dict()) if as_json else _render.plan(cost)
+    print_json(cost.as_dict()) if as_json else _render.plan(cost)
 
 
 def doctor_command(model: str, as_json: bool, **options: Any) -> None:
@@ -116,7 +118,7 @@ def doctor_command(model: str, as_json: bool, **options: Any) -> None:
     from dynprobe.protocols import doctor
 
     found = doctor(model, **options)
-    _print_json(found.as_dict()) if as_json else _render.diagnosis(found)
+    print_json(found.as_dict()) if as_json else _render.diagnosis(found)
     if not found.healthy:
         failed = ", ".join(name for name, check in found.checks.items() if not check.passed)
         raise SelfTestError(f"self-tests failed: {failed}")
@@ -133,7 +135,7 @@ def calibrate_command(
     subject = load(model, dtype=dtype, device=device)
     layers = Where.parse(f"layers={cov_layers}").resolve_layers(subject.n_layers) if cov_layers else ()
     made = calibrate(subject, read_prompts(prompts) if prompts else None, cov_layers=layers, force=force)
-    _print_json(made.header) if as_json else _render.calibration(made)
+    print_json(made.header) if as_json else _render.calibration(made)
 
 
 def fetch_command(name: str, force: bool, wheel: Path | None) -> None:
@@ -152,7 +154,7 @@ def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: 
         raise UsageError("name a run folder (dynprobe ls lists them), or type: dynprobe show --metrics")
     found = open_run(run)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run": str(found.path),
                 "status": found.status,
@@ -168,13 +170,21 @@ def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: 
         _render.run(found)
 
 
-def metrics_command(as_json: bool) -> None:
-    """``dynprobe metrics`` and ``show --metrics``."""
+def metrics_command(as_json: bool, metric: str | None = None) -> None:
+    """``dynprobe metrics [ID]`` and ``show --metrics``."""
     from dynprobe import metrics
 
+    if metric is not None:
+        one = metrics.spec(metric)
+        facts = {**_render_metrics.metric_facts(one), "column": metrics.column_name(metric) if one.column else ""}
+        facts["params"] |= metrics.parse_id(metric).params
+        print_json(facts) if as_json else _render_metrics.metric_in_full(
+            facts, core=metrics.CORE, default=metrics.DEFAULT
+        )
+        return
     specs = [metrics.spec(name) for name in metrics.ids()]
     if as_json:
-        _print_json([_render_metrics.metric_facts(s) for s in specs])
+        print_json([_render_metrics.metric_facts(s) for s in specs])
     else:
         _render_metrics.metric_list(specs, core=metrics.CORE, default=metrics.DEFAULT)
 
@@ -184,4 +194,4 @@ def ls_command(folder: Path, as_json: bool) -> None:
     from dynprobe.runs import list_runs
 
     found = list_runs(folder)
-    _print_json(found.to_dict("records")) if as_json else _render.listing(found, folder)
+    print_json(found.to_dict("records")) if as_json else _render.listing(found, folder)

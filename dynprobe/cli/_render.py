@@ -168,7 +168,8 @@ def _unit(spec: str) -> str:
     from dynprobe.probes import Perturb
 
     parsed = Perturb.parse(spec)
-    return _KIND_UNITS.get(parsed.kind) or _UNITS.get(parsed.scale, "")
+    crest = ", at the crest of the sine" if parsed.kind == "sine" else ""
+    return _KIND_UNITS.get(parsed.kind) or _UNITS.get(parsed.scale, "") + crest
 
 
 def plan(cost: Estimate) -> None:

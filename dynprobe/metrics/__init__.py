@@ -1,11 +1,12 @@
 """Metrics of hidden-state dynamics: definitions, one exact call, and one fast road for batches.
 
 - Look up: :func:`ids`, :func:`spec`, :func:`columns`, :func:`parse_id`, :func:`format_id`, lists :data:`CORE` and
-  :data:`DEFAULT`.
+  :data:`DEFAULT`, :func:`requested` for what a run may store beside them.
 - One trajectory, exactly as handed in: :func:`compute` → :class:`Result`.
 - A batch of captured states: :func:`measure` → :class:`Measurement`, :func:`frame`.
-- The output distribution: :func:`output_metrics`, :func:`paired_output`, :func:`lens_output`.
-- Two runs on the same tokens: :func:`paired`, :func:`diverge`.
+- The output distribution: :func:`output_metrics`, :func:`paired_output`; through a lens :func:`lens_output`,
+  :func:`prediction_depth`, :func:`read_translators` → :class:`Translators`.
+- Two runs on the same tokens: :func:`paired`, :func:`diverge`, :func:`response`, :func:`relaxation`, :func:`lockin`.
 
 A number that cannot be computed is NaN with a reason. Every definition has a versioned id and a digest.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 from dynprobe.metrics import _catalogue as _catalogue
 from dynprobe.metrics._compute import compute
 from dynprobe.metrics._frame import frame
+from dynprobe.metrics._lens import Translators, prediction_depth, read_translators
 from dynprobe.metrics._lists import CORE, DEFAULT
+from dynprobe.metrics._lockin import Lockin, lockin
 from dynprobe.metrics._measure import Measurement, measure
 from dynprobe.metrics._output import lens_output, output_metrics, paired_output
 from dynprobe.metrics._paired import diverge, paired
@@ -31,16 +34,21 @@ from dynprobe.metrics._registry import (
     parse_id,
     spec,
 )
+from dynprobe.metrics._relax import relaxation
+from dynprobe.metrics._request import requested
+from dynprobe.metrics._response import response
 from dynprobe.metrics._result import Result
 
 __all__ = [
     "CORE",
     "DEFAULT",
     "Column",
+    "Lockin",
     "Measurement",
     "MetricSpec",
     "ParsedId",
     "Result",
+    "Translators",
     "column_name",
     "columns",
     "compute",
@@ -49,11 +57,17 @@ __all__ = [
     "frame",
     "ids",
     "lens_output",
+    "lockin",
     "measure",
     "output_metrics",
     "paired",
     "paired_output",
     "parse_id",
     "phase_z",
+    "prediction_depth",
+    "read_translators",
+    "relaxation",
+    "requested",
+    "response",
     "spec",
 ]

@@ -22,7 +22,16 @@ import torch
 
 from dynprobe.metrics._result import Array, Bools
 
-__all__ = ["CHUNK_BYTES", "CHUNK_BYTES_DEVICE", "NEAR_ZERO", "norms", "pair_angle", "validity", "workspace"]
+__all__ = [
+    "CHUNK_BYTES",
+    "CHUNK_BYTES_DEVICE",
+    "NEAR_ZERO",
+    "norms",
+    "norms_and_validity",
+    "pair_angle",
+    "validity",
+    "workspace",
+]
 
 CHUNK_BYTES = 3 << 19  # 1.5 MB: three such blocks stay in a 4 MB second-level cache
 CHUNK_BYTES_DEVICE = 1 << 28
@@ -94,6 +103,12 @@ def validity(norm: Array, real: Bools, keep: Bools) -> Bools:
                 median[where] = np.median(row[row > -np.inf])
             valid &= ~(norm < TINY_NORM * median[..., None])
     return valid
+
+
+def norms_and_validity(states: Sequence[torch.Tensor], keep: Bools) -> tuple[Array, Bools]:
+    """Norms and valid units [D, B, T] of a list of depths; ``keep`` marks the unmasked ones."""
+    norm = np.stack([norms(s) for s in states]) if len(states) else np.zeros(keep.shape)
+    return norm, validity(norm, keep, keep)
 
 
 def pair_angle(

@@ -18,7 +18,9 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics._result import Array, Bools
 
-__all__ = ["Series", "Trajectory", "as_logits", "as_series", "as_tokens", "as_trajectory", "eps_of"]
+__all__ = [
+    "Series", "Trajectory", "as_array", "as_logits", "as_pair", "as_series", "as_tokens", "as_trajectory", "eps_of",
+]  # fmt: skip
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -44,6 +46,12 @@ def _tensor(x: Any, metric_id: str) -> torch.Tensor:
     if out.is_complex():
         raise MetricError(f"{metric_id} takes real numbers, found {out.dtype}.")
     return out if out.is_floating_point() else out.double()
+
+
+def as_array(x: Any, metric_id: str) -> tuple[Array, torch.dtype]:
+    """Read an array of any shape as float64, beside the dtype that was handed in."""
+    whole = _tensor(x, metric_id)
+    return whole.double().numpy(), whole.dtype
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -103,6 +111,14 @@ def as_trajectory(x: Any, mask: Any, metric_id: str, ragged: bool = False) -> Tr
     keep = _mask(mask, (len(pieces), n), metric_id, also=(n,))
     coarse = max(pieces, key=lambda p: eps_of(p.dtype)).dtype
     return Trajectory([p.double()[None] for p in pieces], keep[:, None, :], eps_of(coarse), _name(coarse))
+
+
+def as_pair(inputs: Sequence[Any], mask: Any, metric_id: str) -> tuple[Trajectory, Trajectory]:
+    """Read two trajectories of one shape, the clean one first."""
+    a, b = (as_trajectory(x, mask, metric_id) for x in inputs)
+    if len(a.states) != len(b.states) or any(p.shape != q.shape for p, q in zip(a.states, b.states, strict=True)):
+        raise MetricError(f"{metric_id} needs two trajectories of one shape, clean first.")
+    return a, b
 
 
 def as_tokens(x: Any, mask: Any, metric_id: str) -> Trajectory:

@@ -19,7 +19,7 @@ from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
 from dynprobe.metrics._walk import Walk, walk
 
-__all__ = ["kappa_phase"]
+__all__ = ["check_centre", "kappa_phase"]
 
 
 def kappa_phase(w: Walk) -> Scores:
@@ -41,12 +41,17 @@ def _per_unit(lag: Array, ok: Any, keep: Any) -> Array:
     return np.where(2 * n_ok >= keep.sum(0), mean, np.nan)
 
 
-def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
-    if params["centre"] != "none":
+def check_centre(centre: str) -> None:
+    """Refuse a centred form under this id."""
+    if centre != "none":
         raise MetricError(
             "kappa.phase/1 knows centre=none only: centring by the calibration mean inverts the sign of the response "
             "to early injection, so it is not offered under this id."
         )
+
+
+def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
+    check_centre(params["centre"])
     (x,) = inputs
     t = as_trajectory(x, mask, metric_id)
     return kappa_phase(walk(t.states, t.keep, t.keep, eps=t.eps)).result(0, metric_id, dtype=t.dtype)

@@ -6,7 +6,8 @@ the whole batch. Results come at the levels of the run folder: ``depth`` (one va
 :func:`~dynprobe.metrics.compute` on the same row, whatever the padding: the two share their implementation.
 
 The first ``sink`` real tokens stay in the depth and token tables and leave the aggregates. ``span`` narrows what reads
-along the token axis or compares tokens as a set (limen, debt, collapse, curv.token, kappa.xcorr, kappa.geom).
+along the token axis or compares tokens as a set (limen, debt, collapse, curv.token, kappa.xcorr, kappa.geom, cka, rsa,
+erank, entropy.matrix, id, order, rqa).
 """
 
 from __future__ import annotations
@@ -84,6 +85,31 @@ class Measurement:
             out[column][:offset] = "first"
             out[column][offset:] = scores.profile_reason
         return out
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Measurement:
+        """Return the measurement of some rows, repeated where ``rows`` repeats them.
+
+        Example:
+            >>> import torch
+            >>> m = measure([torch.eye(3)[None] + d for d in range(3)], torch.ones(1, 3, dtype=torch.bool))
+            >>> twice = m.take([0, 0])
+            >>> twice.depth["angle"].shape, len(twice.sample)
+            ((3, 2, 3), 2)
+        """
+        index = np.asarray(rows, dtype=np.int64)
+        return Measurement(
+            {name: grid[:, index] for name, grid in self.depth.items()},
+            {name: grid[index] for name, grid in self.token.items()},
+            {name: grid[:, index] for name, grid in self.profile.items()},
+            [self.sample[i] for i in index],
+            self.n_nonfinite[index],
+            self.keep[index],
+            self.first,
+            self.extractor_id,
+            self.dtype,
+            self.ids,
+            {name: scores.take(index) for name, scores in self._scores.items()},
+        )
 
     @property
     def low_precision(self) -> bool:

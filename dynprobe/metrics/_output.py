@@ -182,16 +182,18 @@ def paired_output(logits_clean: torch.Tensor, logits_arm: torch.Tensor) -> dict[
 
 
 def lens_output(lens_logits: torch.Tensor, model_logits: torch.Tensor) -> dict[str, Array]:
-    """Logit-lens entropy and KL(model ‖ lens) at one depth.
+    """Lens entropy, KL(model ‖ lens) and disagreement about the top token at one depth.
 
     Args:
         lens_logits: [B, T, V], the states of one depth through the model's own tail.
         model_logits: [B, T, V], the model's own logits.
 
     Returns:
-        ``lens_entropy`` and ``lens_kl``, nats, float64 [B, T].
+        ``lens_entropy`` and ``lens_kl``, nats, and ``lens_flip``, 1 where the top tokens differ, float64 [B, T].
     """
+    paired = paired_output(model_logits, lens_logits)
     return {
         "lens_entropy": output_metrics(lens_logits)["entropy"],
-        "lens_kl": paired_output(model_logits, lens_logits)["kl_clean_pert"],
+        "lens_kl": paired["kl_clean_pert"],
+        "lens_flip": paired["flip"],
     }

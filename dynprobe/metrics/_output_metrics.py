@@ -14,8 +14,10 @@ from dynprobe.metrics._reduce import share
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
 
+__all__ = ["close_positions"]
 
-def _close(series: Array, metric_id: str, dtype: str, mask: Any, n_expected: Any = None) -> Result:
+
+def close_positions(series: Array, metric_id: str, dtype: str, mask: Any, n_expected: Any = None) -> Result:
     """Mean of a per-position series [pos] or of a profile [depth, pos]."""
     grid = np.atleast_2d(series)
     keep = np.ones(grid.shape[1], bool) if mask is None else np.asarray(mask, dtype=bool)
@@ -54,7 +56,7 @@ def _single(key: str) -> Any:
             if goal.shape != x.shape[:1]:
                 raise MetricError(f"{metric_id}: targets have shape {list(goal.shape)}, logits need [{len(x)}].")
             expected, goal = (goal >= 0).numpy(), goal[None]
-        return _close(output_metrics(x.double()[None], goal)[key][0], metric_id, _dtype(x), mask, expected)
+        return close_positions(output_metrics(x.double()[None], goal)[key][0], metric_id, _dtype(x), mask, expected)
 
     return compute
 
@@ -62,20 +64,22 @@ def _single(key: str) -> Any:
 def _pair(key: str) -> Any:
     def compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
         clean, arm = (as_logits(x, metric_id) for x in inputs)
-        return _close(paired_output(clean.double()[None], arm.double()[None])[key][0], metric_id, _dtype(arm), mask)
+        return close_positions(
+            paired_output(clean.double()[None], arm.double()[None])[key][0], metric_id, _dtype(arm), mask
+        )
 
     return compute
 
 
 def _lens_entropy(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
     x = as_logits(inputs[0], metric_id, axes=3)
-    return _close(output_metrics(x.double())["entropy"], metric_id, _dtype(x), mask)
+    return close_positions(output_metrics(x.double())["entropy"], metric_id, _dtype(x), mask)
 
 
 def _lens_kl(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
     model, lens = as_logits(inputs[0], metric_id), as_logits(inputs[1], metric_id, axes=3)
     clean = model.double().expand(lens.shape[0], *model.shape)
-    return _close(paired_output(clean, lens.double())["kl_clean_pert"], metric_id, _dtype(lens), mask)
+    return close_positions(paired_output(clean, lens.double())["kl_clean_pert"], metric_id, _dtype(lens), mask)
 
 
 _SHIFT = frozenset({"shift"})

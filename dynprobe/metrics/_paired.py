@@ -16,7 +16,7 @@ import torch
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms, pair_angle, validity
-from dynprobe.metrics._inputs import as_trajectory
+from dynprobe.metrics._inputs import as_pair
 from dynprobe.metrics._reduce import Terms, mean_of_profile, share
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Bools, Result, Scores
@@ -144,17 +144,10 @@ def paired(clean: Measurement, arm: Measurement, inject: int | None = None) -> l
     return [scores.result(row, metric_id, clean.extractor_id, arm.dtype) for row in range(a.shape[1])]
 
 
-def _two(inputs: tuple[Any, ...], mask: Any, metric_id: str) -> tuple[Any, Any]:
-    a, b = (as_trajectory(x, mask, metric_id) for x in inputs)
-    if len(a.states) != len(b.states) or any(p.shape != q.shape for p, q in zip(a.states, b.states, strict=True)):
-        raise MetricError(f"{metric_id} needs two trajectories of one shape, clean first.")
-    return a, b
-
-
 def _compute_paired(
     inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, inject: int | None = None
 ) -> Result:
-    a, b = _two(inputs, mask, metric_id)
+    a, b = as_pair(inputs, mask, metric_id)
     wa, wb = walk(a.states, a.keep, a.keep, eps=a.eps), walk(b.states, b.keep, b.keep, eps=b.eps)
     ok = wa.step_ok & wb.step_ok
     scores = phase_paired(wa.angle, wb.angle, ok, wa.step_keep, n_states=wa.keep.sum((0, 2)), inject=inject)
@@ -162,7 +155,7 @@ def _compute_paired(
 
 
 def _compute_diverge(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
-    a, b = _two(inputs, mask, metric_id)
+    a, b = as_pair(inputs, mask, metric_id)
     keep = a.keep
     grid = np.full(keep.shape, np.nan)
     for depth, (p, q) in enumerate(zip(a.states, b.states, strict=True)):

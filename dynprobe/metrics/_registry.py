@@ -280,8 +280,13 @@ def column_name(metric_id: str) -> str:
     for key in sorted(parsed.params):
         value = parsed.params[key]
         if value != definition.params[key]:
-            name += f"_{value}" if isinstance(value, str) else f"_{key.lower()}{_show(value)}"
+            name += f"_{value}" if isinstance(value, str) else f"_{key.lower()}{_snake(value)}"
     return name
+
+
+def _snake(number: Any) -> str:
+    """A number inside a column name: 0.5 → 0_5, 1e-09 → 1em09."""
+    return _show(number).replace(".", "_").replace("-", "m").replace("+", "")
 
 
 def columns() -> dict[str, Column]:

@@ -129,3 +129,20 @@ class Scores:
             None if self.series is None else self.series[row],
             {k: _plain(v[row]) for k, v in self.extras.items()},
         )
+
+    def take(self, rows: NDArray[np.int64]) -> Scores:
+        """Return the scores of some rows."""
+
+        def last(grid: Any) -> Any:
+            return None if grid is None else grid[:, rows]
+
+        def first(values: Any) -> Any:
+            if values is None or isinstance(values, np.ndarray):
+                return None if values is None else values[rows]
+            return [values[i] for i in rows]
+
+        return Scores(
+            first(self.value), first(self.reason), self.coverage[rows], self.n_units[rows], self.n_steps[rows],
+            last(self.profile), last(self.profile_coverage), last(self.profile_reason), first(self.per_unit),
+            first(self.series), {name: first(v) for name, v in self.extras.items()},
+        )  # fmt: skip

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from dynprobe.errors import MetricError
+from dynprobe.metrics._block_influence import angular_distance, block_influence
+from dynprobe.metrics._cka import cka
 from dynprobe.metrics._curvature import curv_depth, curv_token, turn_defined
 from dynprobe.metrics._debt import collapse_late, debt_cusum, debt_excess
 from dynprobe.metrics._delta import delta_rel_next, delta_rel_prev, delta_rms, resid_norm
 from dynprobe.metrics._kappa_geom import kappa_geom
-from dynprobe.metrics._kappa_phase import kappa_phase
+from dynprobe.metrics._kappa_phase import check_centre, kappa_phase
 from dynprobe.metrics._kappa_sync import kappa_sync
 from dynprobe.metrics._kappa_xcorr import kappa_xcorr
 from dynprobe.metrics._limen import gini, qratio, ratio, regimes
 from dynprobe.metrics._limen_ct import CtSeries, around, ct_scores, past
+from dynprobe.metrics._line_shape import line_shape
+from dynprobe.metrics._order import order_parameter
+from dynprobe.metrics._rank import RANKS, rank_scores
 from dynprobe.metrics._result import Array, Bools, Scores
+from dynprobe.metrics._rqa import READINGS, Recurrence, recurrences, rqa
+from dynprobe.metrics._rsa import rsa
 from dynprobe.metrics._series import Values
+from dynprobe.metrics._spectrum import Spectra, spectra
+from dynprobe.metrics._twonn import twonn
 from dynprobe.metrics._walk import Walk
 
 __all__ = ["SCORERS", "Context"]
+
+
+Scorer: TypeAlias = Callable[["Context", dict[str, Any]], Scores]
 
 
 class Context:
@@ -43,6 +55,8 @@ class Context:
         self.w, self.states, self.span, self.dtype, self.theta = w, states, span, dtype, theta
         self.deep_span = np.broadcast_to(span, w.norm.shape)
         self.wants_ct, self.wants_ct2 = ct, ct2
+        self._spectra: dict[tuple[str, bool], Spectra] = {}
+        self._recurrences: dict[tuple[float, float], list[Recurrence]] = {}
 
     @cached_property
     def phase(self) -> Scores:
@@ -81,6 +95,29 @@ class Context:
             return ct_scores(s.ct2, s.ok2, around(span), s.stall2, *counts)
         return ct_scores(s.ct, s.ok, past(span), s.stall, *counts)
 
+    @property
+    def of_span(self) -> tuple[Sequence[torch.Tensor], Array, Bools, Bools]:
+        """States, norms, validity and the span at every depth: what compares tokens as a set."""
+        return self.states, self.w.norm, self.w.valid, self.deep_span
+
+    def spectra(self, centre: str, unit: bool) -> Spectra:
+        """Singular values of the span, made once for all ranks that read the same ones."""
+        if (centre, unit) not in self._spectra:
+            states, norm, valid, span = self.of_span
+            self._spectra[centre, unit] = spectra(
+                states, norm, valid & span, eps=self.w.eps, centre=centre, unit=unit
+            )  # fmt: skip
+        return self._spectra[centre, unit]
+
+    def recurrences(self, q: float, eps: float) -> list[Recurrence]:
+        """Recurrence matrices of the span at the last depth."""
+        if not self.states:
+            raise MetricError("rqa.* needs at least one depth; with embed=0 depth 0 does not take part.")
+        if (q, eps) not in self._recurrences:
+            ok = self.w.valid[-1] & self.span
+            self._recurrences[q, eps] = recurrences(self.states[-1], self.w.norm[-1], ok, q=q, eps=eps)
+        return self._recurrences[q, eps]
+
     def depth_rows(self, ids: frozenset[str]) -> dict[str, tuple[Array, Bools | None]]:
         """Columns of the depth table with their defined entries (None = all); rows are the last of the depth axis."""
         w = self.w
@@ -115,6 +152,11 @@ class Context:
         return out
 
 
+def _phase(c: Context, params: dict[str, Any]) -> Scores:
+    check_centre(params["centre"])
+    return c.phase
+
+
 def _delta_angle(c: Context, params: dict[str, Any]) -> Scores:
     from dataclasses import replace
 
@@ -129,11 +171,31 @@ def _ratio(c: Context, params: dict[str, Any]) -> Scores:
 
 def _geom(c: Context, params: dict[str, Any]) -> Scores:
     w = c.w
-    return kappa_geom(c.states, w.norm, w.valid, c.deep_span, eps=w.eps, W=int(params["W"]), dtype=c.dtype)
+    return kappa_geom(c.states, w.norm, w.valid, c.deep_span, eps=w.eps, W=params["W"], dtype=c.dtype)
 
 
-SCORERS: dict[str, Callable[[Context, dict[str, Any]], Scores]] = {
-    "kappa.phase/1": lambda c, p: c.phase,
+def _angular(c: Context, params: dict[str, Any]) -> Scores:
+    return angular_distance(c.states, c.w.norm, c.w.valid, c.w.keep, dtype=c.dtype, **params)
+
+
+def _rank(metric: str) -> Scorer:
+    def score(c: Context, params: dict[str, Any]) -> Scores:
+        found = c.spectra(params["centre"], RANKS[metric][1])
+        return rank_scores(metric, *c.of_span, eps=c.w.eps, params=params, found=found)
+
+    return score
+
+
+def _rqa(metric: str) -> Scorer:
+    def score(c: Context, params: dict[str, Any]) -> Scores:
+        found = c.recurrences(params["q"], params["eps"])
+        return rqa(metric, found, c.w.valid[-1] & c.span, c.span, params)
+
+    return score
+
+
+SCORERS: dict[str, Scorer] = {
+    "kappa.phase/1": _phase,
     "kappa.geom/1": _geom,
     "kappa.sync/1": lambda c, p: kappa_sync(c.w),
     "kappa.xcorr/1": lambda c, p: kappa_xcorr(c.w, c.deep_span),
@@ -142,6 +204,16 @@ SCORERS: dict[str, Callable[[Context, dict[str, Any]], Scores]] = {
     "delta.rms/1": lambda c, p: delta_rms(c.w),
     "delta.angle/1": _delta_angle,
     "resid.norm/1": lambda c, p: resid_norm(c.w),
+    "line.shape/1": lambda c, p: line_shape(c.states, c.w.norm, c.w.keep, eps=c.w.eps, dtype=c.dtype),
+    "influence.block/1": lambda c, p: block_influence(c.w),
+    "influence.angular/1": _angular,
+    "order.vector/1": lambda c, p: order_parameter(*c.of_span),
+    "order.pairwise/1": lambda c, p: order_parameter(*c.of_span, debiased=True),
+    "cka.linear/1": lambda c, p: cka(*c.of_span, eps=c.w.eps, **p),
+    "rsa.dist/1": lambda c, p: rsa(*c.of_span, eps=c.w.eps, params=p),
+    **{metric: _rank(metric) for metric in RANKS},
+    "id.twonn/1": lambda c, p: twonn(*c.of_span, eps=c.w.eps, **p),
+    **{metric: _rqa(metric) for metric in READINGS},
     "curv.depth/1": lambda c, p: curv_depth(c.w),
     "curv.token/1": lambda c, p: curv_token(c.w, c.deep_span),
     "limen.ct/1": lambda c, p: c.ct_scores(second=False),

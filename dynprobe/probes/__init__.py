@@ -3,6 +3,7 @@
 from dynprobe.probes._calibration import Calibration, load_calibration
 from dynprobe.probes._capture import Recording, as_subject, capture, perturb, record
 from dynprobe.probes._dispatch import live_hooks
+from dynprobe.probes._fork import Fork, Roads, lowest_block
 from dynprobe.probes._generate import Sampling, generate, ignored_defaults
 from dynprobe.probes._inputs import Batch, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument, Site, Writer, sites_to_read
@@ -10,6 +11,7 @@ from dynprobe.probes._load import load
 from dynprobe.probes._outputs import identical
 from dynprobe.probes._perturb import Perturb
 from dynprobe.probes._resume import logits_of, readout, resume
+from dynprobe.probes._rows import RowsWriter
 from dynprobe.probes._selftest import (
     SELF_TESTS,
     Check,
@@ -30,10 +32,13 @@ __all__ = [
     "Calibration",
     "CallableWriter",
     "Check",
+    "Fork",
     "Instrument",
     "Perturb",
     "PerturbWriter",
     "Recording",
+    "Roads",
+    "RowsWriter",
     "Sampling",
     "Site",
     "States",
@@ -56,6 +61,7 @@ __all__ = [
     "load",
     "load_calibration",
     "logits_of",
+    "lowest_block",
     "make_batch",
     "make_writers",
     "perturb",

@@ -38,6 +38,7 @@ class Step:
         n_prompt: Real tokens of each row's prompt, ``[batch]``.
         row_keys: The name each row's noise is drawn under.
         token_ids: ``[batch, columns]`` on the CPU, or None when embeddings were fed.
+        rows: Which rows of the sequence's first forward this one carries, ``[batch]``; None where none has left.
     """
 
     index: int
@@ -45,6 +46,13 @@ class Step:
     n_prompt: np.ndarray
     row_keys: tuple[str, ...]
     token_ids: Tensor | None
+    rows: np.ndarray | None = None
+
+    def take(self, chosen: np.ndarray, rows: np.ndarray | None = None) -> Step:
+        """Return the step as some of its rows see it; ``rows`` is what they are called then."""
+        ids = None if self.token_ids is None else self.token_ids[torch.from_numpy(chosen)]
+        keys = tuple(self.row_keys[i] for i in chosen)
+        return Step(self.index, self.positions[chosen], self.n_prompt[chosen], keys, ids, rows)
 
 
 class Clock:
@@ -74,6 +82,7 @@ class Clock:
         self._prompt = np.zeros(0, dtype=np.int64)
         self._keys: tuple[str, ...] = ()
         self._index = -1
+        self._rows: np.ndarray | None = None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         """Read one call of the root module and return its :class:`Step`.
@@ -110,6 +119,7 @@ class Clock:
             if flat is not None and flat.shape[1] > columns:  # a warm cache, and the mask knows its real tokens
                 start = flat[:, :-columns].sum(1)
             self._index = 0
+            self._rows = None
             self._width = flat.shape[1] - columns if flat is not None else held or 0
             self._keys = self._name_rows(batch, token_ids, real)
             self._prompt = self._name_prompt(start + real.sum(1))
@@ -117,11 +127,18 @@ class Clock:
         self._seen = start + real.sum(1)
         self._width += columns
         self._cache = cache
-        return Step(self._index, positions, self._prompt, self._keys, token_ids)
+        return Step(self._index, positions, self._prompt, self._keys, token_ids, self._rows)
 
     def end(self, output: Any) -> None:
         """Note the cache that a forward returned; the next one may bring it back."""
         self._cache = next((c for name in _CACHES if (c := getattr(output, name, None)) is not None), self._cache)
+
+    def select(self, kept: np.ndarray) -> None:
+        """Go on with some of the rows: the others have left the batch, and the cache with them."""
+        rows = np.arange(len(self._seen)) if self._rows is None else self._rows
+        self._rows = rows[kept]
+        self._seen, self._prompt = self._seen[kept], self._prompt[kept]
+        self._keys = tuple(self._keys[i] for i in kept)
 
     def release(self) -> None:
         """Let go of the cache; the next forward starts a new sequence."""

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, UsageError
+from dynprobe.probes._decode import Adjust, can_shrink, decode
 from dynprobe.probes._inputs import Batch, pad_token
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._noise import uniform
 from dynprobe.probes._outputs import hidden_argument, hidden_of
-from dynprobe.probes._subject import Subject
+from dynprobe.probes._subject import Subject, evaluating
 
 __all__ = ["Sampling", "generate", "ignored_defaults"]
 
@@ -33,6 +34,10 @@ _CHOOSING = (
     "min_length", "min_new_tokens", "guidance_scale", "encoder_repetition_penalty", "sequence_bias",
     "exponential_decay_length_penalty", "watermarking_config", "top_h",
 )  # fmt: skip
+
+
+#: Tokens of the trial that decides between the two decoding loops.
+_TRIED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,15 @@ class _GumbelMax:
         self._drawn = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.noisy(scores, range(len(self._keys)))
+
+    def noisy(self, scores: Tensor, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Return the scores of the named rows with their noise."""
         site = f"sample/{self._sampling.replicate}"
         draws = np.stack(
             [
-                uniform(self._sampling.seed, key, site, length + self._drawn, scores.shape[-1])
-                for key, length in zip(self._keys, self._lengths, strict=True)
+                uniform(self._sampling.seed, self._keys[i], site, self._lengths[i] + self._drawn, scores.shape[-1])
+                for i in rows
             ]
         )
         self._drawn += 1
@@ -173,14 +182,80 @@ def generate(
         inputs["attention_mask"] = batch.mask.long()
     if processors:
         inputs["logits_processor"] = processors
-    model: Any = subject.model
+    ends = set(end_tokens(subject)) if sampling.stop_at_eos else set()
     handle = subject.blocks[0].register_forward_hook(_refuse_mixed_rows, with_kwargs=True)
     try:
-        with torch.no_grad(), _neutral_config(subject, sampling) as config, instrument or nullcontext():
-            out = model.generate(**inputs, generation_config=config)
+        with torch.no_grad():
+            if _shrinks(subject, batch, ends):
+                with evaluating(subject.model), instrument or nullcontext():
+                    adjust = _adjust(processors) if processors else None
+                    return decode(
+                        subject, batch, sampling.max_new_tokens, sorted(ends), adjust, instrument, pad_token(subject)
+                    )
+            return _by_library(subject, inputs, batch, sampling, ends, instrument)
     finally:
         handle.remove()
-    ends = set(config.eos_token_id or ())
+
+
+def _adjust(processors: Sequence[Any]) -> Adjust:
+    """The processors as the shrinking loop calls them: with the rows that are still there."""
+
+    def adjust(scores: Tensor, rows: np.ndarray) -> Tensor:
+        for processor in processors:
+            scores = processor.noisy(scores, rows) if isinstance(processor, _GumbelMax) else processor(None, scores)
+        return scores
+
+    return adjust
+
+
+def _shrinks(subject: Subject, batch: Batch, ends: set[int]) -> bool:
+    """Whether the loop whose batch shrinks gives the library's texts on this subject; tried once, and noted."""
+    known = subject.facts.get("decodes_alone")
+    if known is not None:
+        return bool(known)
+    if not can_shrink(subject):
+        subject.facts["decodes_alone"] = False
+        return False
+    order = torch.argsort(batch.lengths)
+    tried = [int(order[0]), int(order[-1])] if len(order) > 1 else [0, 0]
+    chosen = torch.tensor(tried, device=batch.input_ids.device)
+    small = Batch(
+        batch.input_ids[chosen], batch.mask[chosen], tuple(batch.row_keys[i] for i in tried),
+        tuple(batch.n_prompt[i] for i in tried),
+    )  # fmt: skip
+    sampling = Sampling(max_new_tokens=_TRIED_TOKENS)
+    inputs = {"input_ids": small.input_ids, "attention_mask": small.mask.long()}
+    try:
+        with evaluating(subject.model):
+            ours = decode(subject, small, _TRIED_TOKENS, sorted(ends), pad=pad_token(subject))
+            _cut_works(subject, small, ours)
+            theirs = _by_library(subject, inputs, small, sampling, ends, None)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
+        subject.facts["decodes_alone"] = False
+        subject.facts["decodes_alone_not"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return False
+    subject.facts["decodes_alone"] = ours == theirs
+    return ours == theirs
+
+
+def _cut_works(subject: Subject, batch: Batch, whole: list[list[int]]) -> None:
+    """Decode with the second row ending at once; what is left of the batch must go on as before."""
+    end = whole[1][0]
+    if end in whole[0]:
+        return
+    cut = decode(subject, batch, _TRIED_TOKENS, [end], pad=pad_token(subject))
+    if cut[0] != whole[0]:
+        raise ValueError("a row's text changes when another row leaves the batch")
+
+
+def _by_library(
+    subject: Subject, inputs: dict[str, Any], batch: Batch, sampling: Sampling, ends: set[int],
+    instrument: Instrument | None,
+) -> list[list[int]]:  # fmt: skip
+    """Decode with the model's own ``generate``."""
+    model: Any = subject.model
+    with _neutral_config(subject, sampling) as config, instrument or nullcontext():
+        out = model.generate(**inputs, generation_config=config)
     rows: list[list[int]] = []
     for new in out[:, batch.input_ids.shape[1] :].tolist():
         stop = next((i for i, token in enumerate(new) if token in ends), len(new) - 1)

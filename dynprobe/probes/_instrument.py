@@ -19,7 +19,7 @@ from dynprobe.errors import ModelError, SelfTestError, UsageError
 from dynprobe.probes._clock import Clock, Step
 from dynprobe.probes._dispatch import Attachment, attach
 from dynprobe.probes._outputs import ordinary
-from dynprobe.probes._scales import Passport
+from dynprobe.probes._passport import Passport
 from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import States, Tape
 from dynprobe.probes._where import Where
@@ -151,6 +151,10 @@ class Instrument:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def select(self, kept: np.ndarray) -> None:
+        """Go on with some of the rows of the running sequence; the tape keeps the place of those that left."""
+        self.clock.select(kept)
+
     def close(self) -> None:
         """Take everything off the model."""
         for attachment in self._attachments:
@@ -278,8 +282,9 @@ class Instrument:
                     by_depth[layer + (component == "resid_post")] = state
                 else:
                     updates[component, layer] = state
-            positions = torch.from_numpy(np.concatenate([s.positions for s in self.steps], axis=1))
-            ids = [s.token_ids for s in self.steps if s.token_ids is not None]
+            n = len(self.steps[0].positions)
+            positions = torch.cat([laid_out(torch.from_numpy(s.positions), s.rows, n, -1) for s in self.steps], 1)
+            ids = [laid_out(s.token_ids, s.rows, n) for s in self.steps if s.token_ids is not None]
             return Tape(
                 states=States(by_depth, self.subject.n_layers),
                 mask=positions >= 0,
@@ -310,6 +315,17 @@ class Instrument:
         asked, alone = (np.sum([np.broadcast_to(c[i], (len(total.n_states),)) for c in counts], axis=0) for i in (0, 1))
         return {**total.rows(), "n_asked": asked, "n_left_alone": alone}
 
-    @staticmethod
-    def _join(held: list[tuple[Tensor, int]]) -> Tensor:
-        return held[0][0] if len(held) == 1 else torch.cat([state for state, _ in held], dim=1)
+    def _join(self, held: list[tuple[Tensor, int]]) -> Tensor:
+        if len(held) == 1:
+            return held[0][0]
+        n = len(self.steps[0].positions)
+        return torch.cat([laid_out(x, s.rows, n) for (x, _), s in zip(held, self.steps, strict=True)], dim=1)
+
+
+def laid_out(values: Tensor, rows: np.ndarray | None, n_rows: int, fill: float = 0) -> Tensor:
+    """Values of some rows in their place among all rows; ``fill`` stands for the rows that had left."""
+    if rows is None:
+        return values
+    out = values.new_full((n_rows, *values.shape[1:]), fill)
+    out[torch.from_numpy(rows).to(values.device)] = values
+    return out

@@ -1,6 +1,7 @@
 """Writing: from a perturbation and a batch of states to the update u and the new states, pure and without surprise.
 
-What is written is the **kind**: ``gaussian`` noise or a fixed ``direction`` under one of the noise scales, or one of
+What is written is the **kind**: ``gaussian`` noise or a fixed ``direction`` under one of the noise scales (an
+``impulse`` is either of them at one place, a ``sine`` is a direction whose strength is α·sin(2π·pos/period)), or one of
 three writes with a unit of their own::
 
     scale     h' = (1 + α) h                                    α a factor
@@ -19,21 +20,18 @@ states and through the units that depend on them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from dynprobe.errors import UsageError
 from dynprobe.probes import _scales
+from dynprobe.probes._draw import GAUSSIAN, UNIFORM, Draw
 from dynprobe.probes._noise import NoiseSource
 from dynprobe.probes._perturb import Perturb
 from dynprobe.probes._scales import SiteStats
 
 __all__ = ["Displacement", "apply", "displacement", "realised"]
-
-_UNIFORM: Final = "uniform"
-_GAUSSIAN: Final = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def displacement(
     norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
     strengths = _strengths(perturb, h, magnitude, dtype)
     alpha = strengths if strengths.ndim > 1 else pick(_per_state(strengths, mask))
-    draw = _Draw(perturb, h, mask, noise_source, pick, dtype)
+    draw = Draw(perturb, h, mask, noise_source, pick, dtype)
     u, dead = _write(perturb, states, norm, alpha, draw, site_stats, donor, lengths)
     u = u.expand(states.shape)  # a fixed direction under a fixed unit is one vector for all states
     # An infinite entry makes a norm infinite, a NaN makes it NaN: one small test instead of one over all entries.
@@ -165,49 +163,12 @@ def realised(h: Tensor, h_new: Tensor) -> Tensor:
     return h_new.to(dtype) - h.to(dtype)
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """The noise of the selected states, drawn only when a formula asks for it."""
-
-    perturb: Perturb
-    h: Tensor
-    mask: Tensor
-    source: NoiseSource | None
-    pick: Any
-    dtype: torch.dtype
-
-    def __call__(self, law: str) -> Tensor:
-        if self.source is None:
-            raise UsageError(f"kind={self.perturb.kind}, scale={self.perturb.scale} draws noise: give noise_source.")
-        units = self.h.shape[2:]  # the slots of one position share an address and split one long vector
-        wanted = self.mask.flatten(2).any(-1) if self.mask.ndim > 2 else self.mask
-        draw = self.source.uniform if law == _UNIFORM else self.source.gaussian
-        noise = torch.from_numpy(draw(self.perturb.seed, units.numel(), wanted.cpu().numpy()))
-        if noise.shape[:2] != self.h.shape[:2]:
-            raise UsageError(f"noise_source is for {tuple(noise.shape[:2])} states, h has {tuple(self.h.shape[:2])}.")
-        return self.pick(noise.reshape(self.h.shape).to(self.h.device, self.dtype))
-
-    def direction(self) -> Tensor:
-        """Return √d·v [1, dim] for the unit vector v, which stands in for ε."""
-        vector = self.perturb.direction
-        if vector is None:
-            raise UsageError("kind=direction needs a vector: --direction FILE, --contrast A B, or direction=array.")
-        dim = self.h.shape[-1]
-        if vector.shape != (dim,):
-            raise UsageError(f"direction has {vector.size} numbers, the states at this site have {dim}.")
-        v = torch.from_numpy(vector.copy())
-        length = torch.linalg.vector_norm(v)
-        if not bool(torch.isfinite(length)) or float(length) == 0:
-            raise UsageError("direction must be a finite vector other than zero.")
-        return (v / length * dim**0.5).to(self.h.device, self.dtype)[None]
-
-
 def _write(
     perturb: Perturb,
     states: Tensor,
     norm: Tensor,
     alpha: Tensor,
-    draw: _Draw,
+    draw: Draw,
     stats: SiteStats | None,
     donor: Tensor | None,
     lengths: Tensor | None,
@@ -217,9 +178,9 @@ def _write(
     if kind == "scale":
         return alpha * states, None
     if kind == "dropout":
-        return torch.where(draw(_UNIFORM) >= alpha, (alpha / (1 - alpha)) * states, -states), None
+        return torch.where(draw(UNIFORM) >= alpha, (alpha / (1 - alpha)) * states, -states), None
     if kind == "rotate":
-        return _rotate(states, norm, alpha, draw(_GAUSSIAN))
+        return _rotate(states, norm, alpha, draw(GAUSSIAN))
     if scale == "interp":
         if donor is None or donor.shape != draw.h.shape:
             shape = "none" if donor is None else tuple(donor.shape)
@@ -229,8 +190,10 @@ def _write(
         if lengths is None:
             raise UsageError("scale=neftune needs lengths, the number of real tokens of each row's prompt.")
         rows = torch.as_tensor(lengths).to(states)
-        return _scales.neftune(draw(_UNIFORM), alpha, draw.pick(_per_state(rows, draw.mask))), None
-    eps = draw.direction() if kind == "direction" else draw(_GAUSSIAN)
+        return _scales.neftune(draw(UNIFORM), alpha, draw.pick(_per_state(rows, draw.mask))), None
+    if kind == "sine":
+        alpha = alpha * draw.wave()
+    eps = draw.direction() if draw.directed else draw(GAUSSIAN)
     if scale in ("relnorm", "isokl"):
         return _scales.relnorm(states, eps, alpha, norm)
     if scale == "mad":

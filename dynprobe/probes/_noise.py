@@ -40,6 +40,7 @@ __all__ = [
     "gaussian_rows",
     "hash64",
     "row_key_from_tokens",
+    "shared",
     "uniform",
     "uniform_rows",
 ]
@@ -48,6 +49,7 @@ Float32: TypeAlias = NDArray[np.float32]
 
 _NORMAL: Final = 0
 _UNIFORM: Final = 1
+_SHARED: Final = 2
 _KEY_TOKENS: Final = 16
 
 
@@ -116,6 +118,23 @@ def uniform(seed: int, row_key: str, site: str, pos: int, dim: int) -> Float32:
     return uniform_rows(seed, [row_key], site, np.array([[_position(pos)]]), dim)[0, 0]
 
 
+def shared(seed: int, site: str, dim: int) -> Float32:
+    """Return ε ~ N(0, I), float32 [dim], that all rows and positions of a site share.
+
+    It has a distribution word of its own in the counter, so it is independent of every row's noise.
+
+    Args:
+        seed: 0 ≤ seed < 2⁶⁴.
+        site: Name of the site, such as ``"resid_post.15"``.
+        dim: Length of the vector.
+
+    Example:
+        >>> bool((shared(0, "resid_post.15", 8) == gaussian(0, "", "resid_post.15", 0, 8)).any())
+        False
+    """
+    return _rows(_SHARED, seed, [""], site, np.zeros((1, 1), np.int64), dim)[0, 0]
+
+
 def gaussian_rows(seed: int, row_keys: Sequence[str], site: str, positions: Any, dim: int) -> Float32:
     """Return ``gaussian`` for a batch, float32 [batch, pos, dim].
 
@@ -180,7 +199,7 @@ def _rows(law: int, seed: int, row_keys: Sequence[str], site: str, positions: An
         "has_uint32": 0,
         "uinteger": 0,
     }
-    draw = np.random.Generator(bits).standard_normal if law == _NORMAL else np.random.Generator(bits).random
+    draw = np.random.Generator(bits).random if law == _UNIFORM else np.random.Generator(bits).standard_normal
     out = np.zeros((*where.shape, dim), dtype=np.float32)
     drawn: dict[tuple[str, bytes], int] = {}
     for row, row_key in enumerate(row_keys):

@@ -2,7 +2,7 @@
 
 Blocks return a tensor, a tuple, a list, a dict or a ``ModelOutput``, and the answer changes between library versions;
 indexing ``output[0]`` on a tensor silently slices the batch. Everything in dynprobe that touches a block's input or
-output goes through the functions here, and nothing else guesses.
+output goes through the functions here, and nothing else guesses. So does the way to the logits of a whole model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "hidden_argument",
     "hidden_of",
     "identical",
+    "logits_of",
     "ordinary",
     "replace_argument",
     "replace_hidden",
@@ -163,6 +164,23 @@ def ordinary(state: Tensor) -> Tensor:
         return state
     with torch.inference_mode(False):
         return state.clone()
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits in a model's output.
+
+    Raises:
+        ModelError: If the model has none (it is a bare backbone).
+    """
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Tensor):
+        return output
+    raise ModelError(
+        f"the model returned {type(output).__name__} without logits; load it as a language model, or ask for none with "
+        "logits=None"
+    )
 
 
 def identical(a: Tensor, b: Tensor) -> bool:

@@ -9,24 +9,36 @@ Two axes. The **scale** says what α multiplies (``relnorm coordstd mad cov abs 
 noise; ``scale``, ``rotate`` and ``dropout`` bring their own unit (a factor, radians, a probability) and therefore
 refuse a noise scale; ``interp`` and ``neftune`` define their own write and therefore refuse a kind.
 
+Two kinds are the signals of a function generator, for systems that are to be identified and not only shaken. An
+``impulse`` is one write at one site and one position, so everything that moves afterwards is its response. A ``sine``
+swings along the tokens, u_pos = α·unit·sin(2π·pos/period)·v̂, in one direction v̂ that all positions and rows share, so
+its response can be read at one frequency and everything else is noise.
+
 A direction is a vector, not text: it is handed over as ``direction=``, compared by its digest, and checked when used,
 because only a model knows how long it must be. Lists of strengths are refused: several strengths are a sweep.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynprobe.errors import SpecError, UsageError
-from dynprobe.probes._grammar import PLACE_KEYS, SEVERAL_ALPHAS, WRITE_KEYS, Items, is_number, listed, near, read_pairs
+from dynprobe.probes._grammar import PLACE_KEYS, WRITE_KEYS, Items, listed, near, read_pairs
+from dynprobe.probes._perturb_values import (
+    KINDS,
+    READERS,
+    SCALES,
+    InvalidError,
+    fault,
+    number_text,
+    place_fault,
+    vector,
+)
 from dynprobe.probes._spec_file import load_yaml
-from dynprobe.probes._where import WRITE_POSITIONS, Where
+from dynprobe.probes._where import IMPULSE_POSITION, WRITE_POSITIONS, Where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "SCALES", "Perturb", "parse_many"]
 
-SCALES: Final = ("relnorm", "coordstd", "mad", "cov", "abs", "interp", "neftune", "isokl")
-KINDS: Final = ("gaussian", "direction", "scale", "rotate", "dropout")
-
-_OWN_UNIT: Final = {"scale": "a factor, h' = (1 + α)h", "rotate": "an angle in radians", "dropout": "a probability"}
-_OWN_WRITE: Final = {"interp": "h' = h + α(donor − h)", "neftune": "uniform noise"}
 _ORDER: Final = ("alpha", "scale", *PLACE_KEYS, "kind", "seed", "period")
 
 
@@ -51,10 +58,15 @@ class Perturb:
             for ``dropout`` a probability in [0, 1).
         where: The place, as a ``Where`` or its text; or give ``layers`` … ``slots`` as keywords.
         scale: What α multiplies; default ``relnorm`` (α = realised ‖u‖/‖h‖).
-        kind: What is written; default ``gaussian``.
-        seed: Of the noise, 0 ≤ seed < 2⁶⁴.
-        period: Reserved for periodic kinds; refused with the others.
-        direction: A vector [dim] for ``kind=direction``; its length is ignored, its sign is not. Not part of the text.
+        kind: What is written; default ``gaussian``. ``impulse`` takes one site and one position, and every scale that
+            draws noise. ``sine`` takes one site, and ``relnorm``, ``coordstd``, ``mad`` or ``abs``; α is its amplitude
+            in that unit, the size at the crest. The unit is each state's own, so under ``relnorm`` (and ``mad``) the
+            amplitude of the drive follows ‖h‖ from token to token: read-outs refer to the drive that was really
+            written, not to α.
+        seed: Of the noise, 0 ≤ seed < 2⁶⁴; under ``sine`` of the direction, where none is given.
+        period: Tokens per cycle of ``kind=sine``, more than 2; refused with the other kinds.
+        direction: A vector [dim]: needed by ``kind=direction``, taken by ``impulse`` in place of noise and by ``sine``
+            in place of a drawn direction. Its length is ignored, its sign is not. Not part of the text.
 
     Raises:
         UsageError: A value is outside its range or two of them exclude each other.
@@ -67,6 +79,8 @@ class Perturb:
         True
         >>> str(Perturb.parse("alpha=0.1").defaults_filled().where)
         'layers=50%,positions=1:,phase=all,component=resid_post'
+        >>> str(Perturb(alpha=0.1, kind="sine", period=8))
+        'alpha=0.1,scale=relnorm,kind=sine,seed=0,period=8'
     """
 
     alpha: float
@@ -97,15 +111,16 @@ class Perturb:
     ) -> None:
         values: dict[str, Any] = {"alpha": alpha, "scale": scale, "kind": kind, "seed": seed, "period": period}
         for key, value in values.items():
-            values[key] = _READERS[key](value)
-        fault = _fault(values)
-        if fault is not None:
-            raise _InvalidError(*fault)
+            values[key] = READERS[key](value)
+        wrong = fault(values)
         place = {"layers": layers, "iterations": iterations, "positions": positions}
         place |= {"phase": phase, "component": component, "slots": slots}
         place = {key: value for key, value in place.items() if value is not None}
         values["where"] = Where.parse(where).replace(**place) if where is not None else Where(**place)
-        values["direction"], values["direction_digest"] = _vector(direction)
+        wrong = wrong or place_fault(values["kind"], values["where"])
+        if wrong is not None:
+            raise InvalidError(*wrong)
+        values["direction"], values["direction_digest"] = vector(direction)
         for key, value in values.items():
             object.__setattr__(self, key, value)
 
@@ -115,7 +130,7 @@ class Perturb:
 
         Args:
             text: The spec, such as ``"alpha=0.1,scale=coordstd,layers=6:9,positions=last"``.
-            direction: The vector of ``kind=direction``.
+            direction: The vector of a kind that takes one.
 
         Raises:
             SpecError: The text is not of the language; the message points at the character.
@@ -141,7 +156,7 @@ class Perturb:
         values: dict[str, Any] = {p.key: p.value.strip() for p in pairs if p.key in WRITE_KEYS}
         try:
             return cls(**values, where=Where.from_pairs(pairs, text), direction=direction)
-        except _InvalidError as error:
+        except InvalidError as error:
             raise SpecError(error.message, text, at[error.key]) from None
 
     @classmethod
@@ -197,12 +212,14 @@ class Perturb:
 
         Not given means: block 50 %, positions ``1:``, both phases, component ``resid_post``. ``neftune`` without
         layers means the embedding (``component=resid_pre, layers=0``). Where iterations were given, layers stay open.
+        ``impulse`` means position 1 in prefill, the first that default writes may touch, so that all later tokens can
+        respond; an impulse at a position that was named is written in whatever phase that position falls.
         """
         w = self.where
         embedding = self.scale == "neftune" and w.layers is None and w.component in (None, ("resid_pre",))
         filled: dict[str, Items] = {
-            "positions": WRITE_POSITIONS,
-            "phase": "all",
+            "positions": IMPULSE_POSITION if self.kind == "impulse" else WRITE_POSITIONS,
+            "phase": "prefill" if self.kind == "impulse" and w.positions is None else "all",
             "component": "resid_pre" if embedding else "resid_post",
         }
         if w.iterations is None:
@@ -212,9 +229,9 @@ class Perturb:
     def __str__(self) -> str:
         values = {key: getattr(self.where, key) for key in PLACE_KEYS}
         texts = {key: "+".join(map(str, items)) for key, items in values.items() if items is not None}
-        texts |= {"alpha": _number_text(self.alpha), "scale": self.scale, "kind": self.kind, "seed": str(self.seed)}
+        texts |= {"alpha": number_text(self.alpha), "scale": self.scale, "kind": self.kind, "seed": str(self.seed)}
         if self.period is not None:
-            texts["period"] = _number_text(self.period)
+            texts["period"] = number_text(self.period)
         return ",".join(f"{key}={texts[key]}" for key in _ORDER if key in texts)
 
     def __repr__(self) -> str:
@@ -240,96 +257,3 @@ def parse_many(specs: str | Perturb | Mapping[str, Any] | Iterable[Any] | None) 
     if isinstance(specs, Iterable):
         return tuple(p for spec in specs for p in parse_many(spec))
     raise UsageError(f"{specs!r} is no perturbation: write a text such as 'alpha=0.1,layers=50%'.")
-
-
-class _InvalidError(UsageError):
-    """A value is wrong; carries the key, so that whoever holds the text can point at it."""
-
-    def __init__(self, key: str, message: str) -> None:
-        self.key, self.message = key, message
-        super().__init__(message)
-
-
-def _fault(v: Mapping[str, Any]) -> tuple[str, str] | None:
-    alpha, scale, kind = v["alpha"], v["scale"], v["kind"]
-    if kind in _OWN_UNIT and scale != "relnorm":
-        return "scale", f"kind={kind} has its own unit ({_OWN_UNIT[kind]}); leave scale={scale} out"
-    if scale in _OWN_WRITE and kind != "gaussian":
-        return "kind", f"scale={scale} defines its own write ({_OWN_WRITE[scale]}); leave kind={kind} out"
-    if kind == "dropout" and not 0 <= alpha < 1:
-        return "alpha", f"dropout takes a probability, 0 ≤ alpha < 1, not {_number_text(alpha)}"
-    if scale == "isokl" and alpha < 0:
-        return "alpha", f"under isokl alpha is the target KL in nats, ≥ 0, not {_number_text(alpha)}"
-    if v["period"] is not None:
-        return "period", f"period has no meaning for kind={kind}; leave it out"
-    return None
-
-
-def _float(key: str, value: Any) -> float:
-    if isinstance(value, str):
-        parts = value.replace("[", " ").replace("]", " ").replace("+", " ").replace(";", " ").split()
-        if not is_number(value) or "_" in value:  # float() would read the slip 0_1 as 1
-            several = key == "alpha" and len(parts) > 1 and all(is_number(part) for part in parts)
-            share = f"; a share is written as a number, {key}=0.1" if value.endswith("%") else ""
-            raise _InvalidError(key, SEVERAL_ALPHAS if several else f"{key} takes one number, not {value!r}{share}")
-    elif isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
-        several = key == "alpha" and isinstance(value, Iterable)
-        raise _InvalidError(key, SEVERAL_ALPHAS if several else f"{key} takes one number, not {value!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several
-        raise _InvalidError(
-            key, SEVERAL_ALPHAS if key == "alpha" else f"{key} takes one number, not {value!r}"
-        ) from None
-    if not math.isfinite(number):
-        raise _InvalidError(key, f"{key} must be finite, not {value}")
-    return number + 0.0  # −0 and 0 are one strength and print alike
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, str) and value.isascii() and value.lstrip("-").isdigit() and len(value) <= 20:
-        value = int(value)
-    try:
-        seed = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        seed = -1
-    if not 0 <= seed < 2**64:
-        raise _InvalidError("seed", f"seed takes one whole number, 0 ≤ seed < 2^64, not {value!r}")
-    return seed
-
-
-def _named(key: str, known: tuple[str, ...], value: Any) -> str:
-    name = str(value).strip().replace("-", "_")
-    if name not in known:
-        raise _InvalidError(key, f"unknown {key} {name!r}; known: {listed(known)}.{near(name, known)}")
-    return name
-
-
-_READERS: Final = {
-    "alpha": lambda v: _float("alpha", v),
-    "scale": lambda v: _named("scale", SCALES, v),
-    "kind": lambda v: _named("kind", KINDS, v),
-    "seed": _seed,
-    "period": lambda v: None if v is None else _float("period", v),
-}
-
-
-def _vector(direction: Any) -> tuple[NDArray[np.float64] | None, str | None]:
-    if direction is None:
-        return None, None
-    import numpy as np
-
-    if hasattr(direction, "detach"):
-        direction = direction.detach().cpu().double()
-    try:
-        vector = np.array(direction, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UsageError(f"direction takes a vector of numbers, not {direction!r}; load a file first.") from None
-    if vector.ndim != 1 or not vector.size:
-        raise UsageError(f"direction takes one vector [dim], not an array of shape {vector.shape}.")
-    vector.flags.writeable = False
-    return vector, hashlib.blake2b(vector.tobytes(), digest_size=8).hexdigest()
-
-
-def _number_text(number: float) -> str:
-    return repr(number).removesuffix(".0")

@@ -1,8 +1,8 @@
 """Continue a forward from a depth, and read a state through the model's own tail.
 
 Both run the model's own forward in evaluation mode, with the blocks below stubbed, so masks, position embeddings and
-caches are the model's business. Whether a model allows it (some blocks look back past the one below) is measured by the
-``resume`` and ``readout`` self-tests and not assumed.
+caches are the model's business. Whether a model allows it (some blocks look back past the one below) is tried, see
+:mod:`dynprobe.probes._road`, and not assumed.
 """
 
 from __future__ import annotations
@@ -14,29 +14,12 @@ from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._dispatch import attach
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument, Site
-from dynprobe.probes._outputs import ordinary
+from dynprobe.probes._outputs import logits_of, ordinary
 from dynprobe.probes._stub import stubbed
 from dynprobe.probes._subject import Subject, evaluating
 from dynprobe.probes._tape import Tape
 
 __all__ = ["logits_of", "readout", "resume", "select_last"]
-
-
-def logits_of(output: object) -> Tensor:
-    """Return the logits in a model's output.
-
-    Raises:
-        ModelError: If the model has none (it is a bare backbone).
-    """
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, Tensor):
-        return output
-    raise ModelError(
-        f"the model returned {type(output).__name__} without logits; load it as a language model, or ask for none with "
-        "logits=None"
-    )
 
 
 def select_last(logits: Tensor, mask: Tensor) -> Tensor:
@@ -49,7 +32,7 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     """Run the model from depth ``at`` on, starting from given states; blocks below do not run.
 
     ``dp.resume(tape, at=d, states=tape.states[d])`` is the identity: it gives the tape's own logits and later states.
-    Where the ``resume`` self-test found that a model's upper blocks look back past the state they are given, the slow
+    Where a model's upper blocks look back past the state they are given, which is tried once for each model, the slow
     road is taken: all blocks run, and the state that enters block ``at`` is replaced on its way.
 
     Args:
@@ -93,7 +76,7 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
         read.insert(0, ("resid_pre", 0))
     instrument = Instrument(subject, read, **batch.rows)
     attachment = None
-    below = at if subject.resumable else 0
+    below = at if at and subject.resumable else 0
     if at == 0:
         attachment = attach(subject.blocks[0], side="input", write=lambda _: start)
     elif below == 0:

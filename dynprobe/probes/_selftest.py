@@ -19,12 +19,13 @@ from dynprobe.errors import SelfTestError
 from dynprobe.metrics import measure
 from dynprobe.probes._capture import capture
 from dynprobe.probes._dispatch import live_hooks
-from dynprobe.probes._inputs import make_batch
+from dynprobe.probes._inputs import Batch, make_batch
 from dynprobe.probes._instrument import Instrument, sites_to_read
 from dynprobe.probes._outputs import identical
 from dynprobe.probes._perturb import Perturb
-from dynprobe.probes._resume import logits_of, readout, resume
-from dynprobe.probes._subject import Subject
+from dynprobe.probes._resume import logits_of, readout
+from dynprobe.probes._road import try_road
+from dynprobe.probes._subject import Road, Subject
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where
 from dynprobe.probes._writers import make_writers
@@ -162,29 +163,21 @@ def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
 
 
 def check_resume(subject: Subject, tape: Tape) -> Check:
-    """Resuming from the recorded state of several depths gives the full forward's logits.
+    """Resuming from the recorded state of every depth gives the whole forward's logits.
 
-    Two versions of the rows are resumed at once, since that is how resuming is used, and another text goes through the
-    model before each: so whatever an upper block could look back at is of the wrong shape or of the wrong text, and a
-    model that looks back fails. From then on :func:`dynprobe.resume` takes the slow road on this subject.
+    See :mod:`dynprobe.probes._road`. Where it does not, the test fails, and from then on :func:`dynprobe.resume` takes
+    the slow road on this subject.
+
+    Args:
+        subject: The subject.
+        tape: A tape of the rows to try it on.
     """
-    assert tape.logits is not None
-    real = tape.mask.repeat(2, 1).to(tape.logits.device)
-    wanted = tape.logits.repeat(2, 1, 1)[real]
-    spread = _spread(wanted)
-    n = subject.n_layers
-    by_depth = {}
     assert tape.token_ids is not None
-    other = tape.token_ids.roll(1, dims=1).repeat(2, 1)
-    subject.resumable = True
-    for depth in sorted({0, 1, n // 2, n - 1, n}):
-        capture(subject, other, logits="last")
-        again = resume(tape, depth, tape.states[depth].repeat(2, 1, 1)).logits
-        assert again is not None
-        by_depth[depth] = _worst(again[real], wanted) / spread
-    worst, limit = max(by_depth.values()), tolerance(subject.dtype)
-    subject.resumable = worst <= limit
-    return Check("resume", worst <= limit, worst, limit, "SD of the logits", {"by_depth": by_depth})
+    device, n_prompt = subject.device, tuple(int(n) for n in tape.n_prompt)
+    trial = try_road(subject, Batch(tape.token_ids.to(device), tape.mask.to(device), tape.row_keys, n_prompt))
+    subject.road = Road(trial.passed, trial.reason)
+    detail: dict[str, Any] = {"by_depth": trial.by_depth} | ({"reason": trial.reason} if trial.reason else {})
+    return Check("resume", trial.passed, trial.worst, trial.limit, "SD of the logits", detail)
 
 
 def check_readout(subject: Subject, tape: Tape) -> Check:

@@ -24,7 +24,20 @@ from dynprobe.errors import ModelError, SiteError, did_you_mean
 from dynprobe.probes._outputs import Wrapper
 from dynprobe.probes._trial import TrialError, watch
 
-__all__ = ["Subject", "discover", "evaluating"]
+__all__ = ["Road", "Subject", "discover", "evaluating"]
+
+
+@dataclass
+class Road:
+    """Whether resuming may leave out the blocks below; shared by all subjects of one module.
+
+    Attributes:
+        fast: The verdict; None where nothing was tried yet.
+        reason: Why not, where it may not.
+    """
+
+    fast: bool | None = None
+    reason: str = ""
 
 
 @dataclass(eq=False)
@@ -47,7 +60,7 @@ class Subject:
         sequential: Whether the MLP reads the state after attention (then ``resid_mid`` exists).
         mutates: Whether blocks change tensors in place after handing them on (then captures are copied).
         wrappers: Per block, what puts a state into the container that it returns; empty where no trial was run.
-        resumable: Whether a forward may begin at a depth with the blocks below not run (self-test ``resume``).
+        road: What is known of resuming: whether a forward may begin at a depth with the blocks below not run.
         facts: Everything recorded about where the weights came from.
     """
 
@@ -66,7 +79,7 @@ class Subject:
     sequential: bool = False
     mutates: bool = False
     wrappers: tuple[Wrapper, ...] = ()
-    resumable: bool = True
+    road: Road = field(default_factory=lambda: Road())
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,6 +104,20 @@ class Subject:
             return None
         weight = getattr(self.model.get_submodule(self.embedding), "weight", None)
         return int(weight.shape[0]) if weight is not None else None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a forward may begin at a depth with the blocks below not run; tried when it is first asked."""
+        if self.road.fast is None:
+            from dynprobe.probes._road import try_road_unasked
+
+            trial = try_road_unasked(self)
+            self.road.fast, self.road.reason = trial.passed, trial.reason
+        return self.road.fast
+
+    @resumable.setter
+    def resumable(self, fast: bool) -> None:
+        self.road = Road(fast)
 
     def accepts(self, argument: str) -> bool:
         """Whether the model's forward names this argument."""

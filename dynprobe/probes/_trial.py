@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dynprobe.errors import ModelError
 from dynprobe.probes._outputs import Wrapper, hidden_argument, hidden_of, wrapper_like
 
-__all__ = ["Trial", "TrialError", "watch"]
+__all__ = ["Trial", "TrialError", "vocabulary", "watch"]
 
 _TRIAL_TOKENS = 5
 _MLP = re.compile(r"mlp|ffn|feed_?forward|\bfc\d|dense_4h|moe|expert", re.IGNORECASE)
@@ -67,13 +67,20 @@ class Trial:
     wrappers: tuple[Wrapper, ...] = ()
 
 
-def trial_ids(model: nn.Module) -> Tensor:
-    """Token ids that every vocabulary has, away from the special ones where it can be helped."""
+def vocabulary(model: nn.Module) -> int:
+    """Number of token ids that the model certainly takes; 0 where it takes none."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab = int(getattr(config, "vocab_size", 0) or 0)
-    if vocab <= 0:  # no config: ids that fit every embedding fit the vocabulary
-        vocab = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+    if vocab > 0:
+        return vocab
+    # No config: ids that fit every embedding fit the vocabulary.
+    return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+
+
+def trial_ids(model: nn.Module) -> Tensor:
+    """Token ids that every vocabulary has, away from the special ones where it can be helped."""
+    vocab = vocabulary(model)
     if vocab <= 0:
         raise TrialError(
             f"{type(model).__name__} has no vocabulary to try a forward with; pass trial_input=<a tensor it accepts>"

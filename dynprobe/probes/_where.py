@@ -36,9 +36,10 @@ from dynprobe.probes._grammar import (
     read_pairs,
 )
 
-__all__ = ["WRITE_POSITIONS", "Item", "Items", "Percent", "Span", "Where"]
+__all__ = ["IMPULSE_POSITION", "WRITE_POSITIONS", "Item", "Items", "Percent", "Span", "Where"]
 
 WRITE_POSITIONS: Final = "1:"  # position 0 is the attention sink; moving it is another experiment
+IMPULSE_POSITION: Final = "1"  # the first of those, so that all later tokens can respond
 
 
 @dataclass(frozen=True, init=False)

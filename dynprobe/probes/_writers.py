@@ -16,7 +16,8 @@ from dynprobe.probes._instrument import Site, Writer
 from dynprobe.probes._kinds import apply, displacement, realised
 from dynprobe.probes._noise import NoiseSource
 from dynprobe.probes._perturb import Perturb, parse_many
-from dynprobe.probes._scales import Passport, SiteStats, passport
+from dynprobe.probes._passport import Passport, passport, spread
+from dynprobe.probes._scales import SiteStats
 from dynprobe.probes._subject import Subject
 
 __all__ = ["CallableWriter", "Donor", "PerturbWriter", "Perturbs", "make_writers"]
@@ -59,6 +60,11 @@ class PerturbWriter:
         self.sites: tuple[Site, ...] = tuple((c, layer) for c in where.components() for layer in layers)
         for component, layer in self.sites:
             subject.module_at(component, layer)
+        if self.perturb.kind in ("impulse", "sine") and len(self.sites) != 1:
+            raise UsageError(
+                f"kind={self.perturb.kind} writes at one site; {where} are {len(self.sites)} in {subject.name}. Write "
+                f"layers={layers[0]}"
+            )
         scale, writes = self.perturb.scale, self.perturb.alpha != 0
         if scale == "isokl" and magnitude is None and writes:
             raise UsageError(
@@ -79,6 +85,8 @@ class PerturbWriter:
         self._notes: list[tuple[np.ndarray, Passport]] = []
         self._asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._first: Step | None = None
+        self._n_rows = 0
+        self._drive: list[Tensor] = []
 
     def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
         """First position this perturbation writes at in each row, ``[batch]``; ``length`` where there is none."""
@@ -89,12 +97,14 @@ class PerturbWriter:
     def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
         """Return the perturbed state; the very same object where no position of this step is written."""
         if step.index == 0 and step is not self._first:  # a new sequence
-            self._first = step
+            self._first, self._n_rows = step, len(step.positions)
             self._notes.clear()
             self._asked.clear()
+            self._drive.clear()
             self.counts = dict.fromkeys(self.counts, 0)
         wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
         if not wanted.any():
+            self._keep_drive(state, state)
             return state
         mask = torch.from_numpy(np.ascontiguousarray(wanted)).to(state.device)
         name = f"{site[0]}.{site[1]}"
@@ -106,17 +116,39 @@ class PerturbWriter:
             site_stats=self._stats[site],
             donor=self._donor(site, step, state),
             lengths=torch.from_numpy(step.n_prompt.copy()).to(state.device),
-            magnitude=None if self._magnitude is None else torch.as_tensor(self._magnitude, device=state.device),
+            magnitude=self._strengths(step, state),
         )
         after = apply(state, shift.u, mask)
         for key, count in (("asked", shift.n_asked), ("zero", shift.n_zero), ("nonfinite", shift.n_nonfinite)):
             self.counts[key] += int(count.sum())
-        last = step.positions.max(axis=1)
         # What was left alone (no norm to be relative to, not finite) has no size; it is counted, not averaged.
-        self._notes.append((last, passport(state, realised(state, after), shift.written, self._stats[site])))
-        alone = shift.n_zero + shift.n_nonfinite
-        self._asked.append((last, shift.n_asked.cpu().numpy(), alone.cpu().numpy()))
+        note = passport(state, realised(state, after), shift.written, self._stats[site])
+        self._keep_drive(state, after)
+        last = step.positions.max(axis=1)
+        asked, alone = shift.n_asked.cpu().numpy(), (shift.n_zero + shift.n_nonfinite).cpu().numpy()
+        if step.rows is not None:  # rows that left the batch keep their place in the books
+            note = note.spread(step.rows, self._n_rows)
+            last, asked, alone = (spread(values, step.rows, self._n_rows) for values in (last, asked, alone))
+        self._notes.append((last, note))
+        self._asked.append((last, asked, alone))
         return after
+
+    def _strengths(self, step: Step, state: Tensor) -> Tensor | None:
+        if self._magnitude is None:
+            return None
+        chosen = self._magnitude if step.rows is None else np.asarray(self._magnitude)[step.rows]
+        return torch.as_tensor(chosen, device=state.device)
+
+    def _keep_drive(self, before: Tensor, after: Tensor) -> None:
+        if self.perturb.kind == "sine":
+            self._drive.append(realised(before.detach(), after.detach()))
+
+    def drive(self) -> Tensor | None:
+        """Return what a ``sine`` wrote over the latest sequence, ``[batch, columns, dim]``; None for other kinds.
+
+        It is the reference of a lock-in: the update that the model received, zero where nothing was written.
+        """
+        return torch.cat(self._drive, dim=1) if self._drive else None
 
     def _donor(self, site: Site, step: Step, state: Tensor) -> Tensor | None:
         if self.perturb.scale != "interp":
@@ -124,7 +156,8 @@ class PerturbWriter:
         if self._donors is None:  # α = 0: nothing is moved towards anything
             return state
         rows = []
-        for i, held in enumerate(self._donors[site]):
+        donors = self._donors[site]
+        for i, held in enumerate(donors if step.rows is None else [donors[row] for row in step.rows]):
             index = torch.from_numpy(step.positions[i]).clamp(0, len(held) - 1)
             rows.append(held.to(state.device)[index.to(state.device)])
         return torch.stack(rows).to(state.dtype)

@@ -27,6 +27,7 @@ class Prompt:
         category: for grouping, or None.
         source: where it came from: ``builtin``, ``calibration``, a file name, ``stdin``, ``given``.
         token_ids: ids to use instead of tokenising the text, or None.
+        answer: the continuation that counts as right, for task criteria, or None.
     """
 
     prompt_id: str
@@ -34,6 +35,7 @@ class Prompt:
     category: str | None = None
     source: str = "given"
     token_ids: tuple[int, ...] | None = None
+    answer: str | None = None
 
 
 def content_id(text: str) -> str:
@@ -120,12 +122,12 @@ def with_ids(prompts: Sequence[tuple[str | None, Prompt]]) -> list[Prompt]:
                 if name not in taken:
                     break
             taken.add(name)
-        result.append(Prompt(name, prompt.text, prompt.category, prompt.source, prompt.token_ids))
+        result.append(Prompt(name, prompt.text, prompt.category, prompt.source, prompt.token_ids, prompt.answer))
     return result
 
 
 def content_hash(prompts: Iterable[Prompt]) -> str:
-    """Return a hash over ids, texts, categories and token ids of the prompts, in their order.
+    """Return a hash over ids, texts, categories, token ids and answers of the prompts, in their order.
 
     Where a prompt came from is left out: the same prompts read from another file are the same experiment.
 
@@ -139,7 +141,8 @@ def content_hash(prompts: Iterable[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         ids = "" if prompt.token_ids is None else ",".join(map(str, prompt.token_ids))
-        for part in (prompt.prompt_id, prompt.text, prompt.category or "", ids):
+        answer = () if prompt.answer is None else (prompt.answer,)
+        for part in (prompt.prompt_id, prompt.text, prompt.category or "", ids, *answer):
             data = part.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little") + data)
         digest.update(bytes([prompt.category is not None, prompt.token_ids is not None]))

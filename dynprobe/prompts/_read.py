@@ -114,7 +114,7 @@ def _from_parquet(file: Path) -> list[Prompt]:
 
     try:
         parquet = pq.ParquetFile(file)
-        wanted = {*_TEXT_KEYS, *_ID_KEYS, "category", "token_ids"}
+        wanted = {*_TEXT_KEYS, *_ID_KEYS, "category", "token_ids", "answer"}
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in wanted])
     except (pa.ArrowInvalid, OSError) as exc:
         first = str(exc).split("\n")[0]
@@ -147,7 +147,10 @@ def _row(row: Mapping[str, Any], where: str, source: str) -> tuple[str | None, P
     if category is not None and not isinstance(category, str):
         raise PromptError(f"{where}: 'category' must be a text, found {category!r:.60}.")
     ids = _token_ids(row.get("token_ids"), where)
-    return None if name is None else str(name), Prompt("", text, category, source, ids)
+    answer = row.get("answer")
+    if answer is not None and (not isinstance(answer, str) or not answer):
+        raise PromptError(f"{where}: 'answer' must be a text, found {answer!r:.60}.")
+    return None if name is None else str(name), Prompt("", text, category, source, ids, answer)
 
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...] | None:

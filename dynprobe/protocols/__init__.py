@@ -2,8 +2,37 @@
 
 from dynprobe.protocols._calibrate import calibrate
 from dynprobe.protocols._config import RunConfig, load_config
+from dynprobe.protocols._coupling import CouplingResult, coupling
 from dynprobe.protocols._doctor import Diagnosis, doctor
+from dynprobe.protocols._execute import Progress
+from dynprobe.protocols._gate import GateResult, linear_response
+from dynprobe.protocols._lyapunov import LyapunovResult, lyapunov
 from dynprobe.protocols._plan import Estimate
-from dynprobe.protocols._run import Progress, plan, run
+from dynprobe.protocols._plateau import PlateauResult, plateau
+from dynprobe.protocols._run import plan, run
+from dynprobe.protocols._sweep import SweepConfig, sweep
+from dynprobe.protocols._threshold import ThresholdConfig, threshold
 
-__all__ = ["Diagnosis", "Estimate", "Progress", "RunConfig", "calibrate", "doctor", "load_config", "plan", "run"]
+__all__ = [
+    "CouplingResult",
+    "Diagnosis",
+    "Estimate",
+    "GateResult",
+    "LyapunovResult",
+    "PlateauResult",
+    "Progress",
+    "RunConfig",
+    "SweepConfig",
+    "ThresholdConfig",
+    "calibrate",
+    "coupling",
+    "doctor",
+    "linear_response",
+    "load_config",
+    "lyapunov",
+    "plan",
+    "plateau",
+    "run",
+    "sweep",
+    "threshold",
+]

@@ -30,7 +30,7 @@ from dynprobe.probes import (
 )
 from dynprobe.probes import Where as _Where
 
-__all__ = ["Passage", "Text", "emission_mask", "forced", "free", "span_mask"]
+__all__ = ["Passage", "Text", "aligned", "emission_mask", "forced", "free", "measured", "span_mask"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def emission_mask(passage_mask: Tensor, positions: np.ndarray, texts: Sequence[T
     return passage_mask.cpu() & (torch.from_numpy(positions) >= prompt - 1)
 
 
-def _measure(
+def measured(
     tape: Tape,
     mask: Tensor,
     positions: np.ndarray,
@@ -148,11 +148,11 @@ def forced(
     instrument.check_fired()
     tape = instrument.tape()
     mask = batch.mask.cpu()
-    targets = _aligned([t.targets for t in texts], mask)
+    targets = aligned([t.targets for t in texts], mask)
     outputs = metrics.output_metrics(logits, targets.to(logits.device))
     positions = tape.positions.numpy()
     return Passage(
-        list(texts), tape, mask, positions, _measure(tape, mask, positions, texts, span, theta, which), outputs, logits
+        list(texts), tape, mask, positions, measured(tape, mask, positions, texts, span, theta, which), outputs, logits
     )
 
 
@@ -163,7 +163,7 @@ def _instrument(
     return Instrument(subject, read, writers, **batch.rows, **options)
 
 
-def _aligned(rows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
+def aligned(rows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
     """Lay one list per row over the true columns of ``mask``; −1 elsewhere."""
     out = torch.full(mask.shape, -1, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -177,20 +177,34 @@ class _OutputListener:
     def __init__(self) -> None:
         self._parts: list[dict[str, np.ndarray]] = []
         self._waiting: Tensor | None = None
+        self._rows = np.zeros(0, dtype=np.int64)
+        self._n = 0
 
     def __call__(self, step: Any, output: Any) -> None:
         logits = logits_of(output)
         ids = step.token_ids.to(logits.device)
+        rows = np.arange(len(ids)) if step.rows is None else step.rows
         if self._waiting is not None:
-            self._parts.append(metrics.output_metrics(self._waiting, ids[:, :1]))
+            kept = np.searchsorted(self._rows, rows)  # rows that left have nothing more to be said of them
+            self._note(self._waiting[torch.from_numpy(kept).to(logits.device)], ids[:, :1], rows)
+        else:
+            self._n = len(ids)
         if logits.shape[1] > 1:
-            self._parts.append(metrics.output_metrics(logits[:, :-1], ids[:, 1:]))
-        self._waiting = logits[:, -1:].clone()
+            self._note(logits[:, :-1], ids[:, 1:], rows)
+        self._waiting, self._rows = logits[:, -1:].clone(), rows
+
+    def _note(self, logits: Tensor, ids: Tensor, rows: np.ndarray) -> None:
+        found = metrics.output_metrics(logits, ids)
+        whole = {name: np.full((self._n, grid.shape[1]), np.nan) for name, grid in found.items()}
+        for name, grid in found.items():
+            whole[name][rows] = grid
+        self._parts.append(whole)
 
     def finish(self, last: Tensor) -> dict[str, np.ndarray]:
         """Close with the token chosen after the last forward, ``[batch]`` (−1 for none)."""
         assert self._waiting is not None
-        self._parts.append(metrics.output_metrics(self._waiting, last[:, None].to(self._waiting.device)))
+        chosen = last[torch.from_numpy(self._rows)]
+        self._note(self._waiting, chosen[:, None].to(self._waiting.device), self._rows)
         return {name: np.concatenate([p[name] for p in self._parts], axis=1) for name in self._parts[0]}
 
 
@@ -203,6 +217,7 @@ def free(
     span: str = "auto",
     theta: float | None = None,
     extra_sites: Sequence[tuple[str, int]] = (),
+    which: Sequence[str] = metrics.DEFAULT,
 ) -> Passage:
     """Let the model write under the writers and measure what it went through.
 
@@ -214,6 +229,7 @@ def free(
         span: Tokens of token-axis metrics.
         theta: Level of the debts.
         extra_sites: Attention or MLP outputs to keep as well.
+        which: Metrics to compute.
     """
     batch = make_batch(subject, [t.prompt for t in prompts], side="left", row_keys=[t.row_key for t in prompts])
     listener = _OutputListener()
@@ -230,4 +246,4 @@ def free(
     tape.passport = instrument.passport(fed[:, 0].numpy())
     last = torch.tensor([t.new[-1] if len(t.fed) == int(tape.mask[i].sum()) else -1 for i, t in enumerate(texts)])
     outputs = listener.finish(last)
-    return Passage(texts, tape, mask, positions, _measure(tape, mask, positions, texts, span, theta), outputs)
+    return Passage(texts, tape, mask, positions, measured(tape, mask, positions, texts, span, theta, which), outputs)

@@ -14,11 +14,22 @@ import torch
 
 from dynprobe import metrics
 from dynprobe.errors import SelfTestError
-from dynprobe.probes import Calibration, Sampling, Site, Subject, generate, identical, make_batch, readout
+from dynprobe.probes import (
+    Calibration,
+    PerturbWriter,
+    Sampling,
+    Site,
+    Subject,
+    generate,
+    identical,
+    make_batch,
+    readout,
+)
 from dynprobe.prompts import Prompt
 from dynprobe.protocols._arms import Passage, Text, forced, free
 from dynprobe.protocols._conditions import Push, written_depths
 from dynprobe.protocols._config import RunConfig
+from dynprobe.protocols._readout import read_response
 from dynprobe.protocols._tables import Labels, passage_tables, row_status
 
 __all__ = ["BatchRunner", "Produced"]
@@ -26,10 +37,11 @@ __all__ = ["BatchRunner", "Produced"]
 
 @dataclass(eq=False)
 class Produced:
-    """Tables of one batch, and the states to write with them."""
+    """Tables of one batch, the states to write with them, and what the batch says about itself."""
 
     tables: dict[str, pd.DataFrame]
     states: list[tuple[pd.DataFrame, torch.Tensor]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -118,7 +130,7 @@ class BatchRunner:
             push = self.push.prepare(blank, self._partners(chosen), magnitude=solved)
             written = free(
                 self.subject, blank, self._sampling(replicate), push.writers(),
-                span=self.span, theta=self.theta, extra_sites=self._extra,
+                span=self.span, theta=self.theta, extra_sites=self._extra, which=self.config.measured_metrics,
             )  # fmt: skip
             out.append(self._tabulate(written, "perturbed.free", chosen, replicate, push=push))
         return out
@@ -129,8 +141,9 @@ class BatchRunner:
 
     def _forced(self, texts: Sequence[Text], writers: Sequence[Any] = ()) -> Passage:
         return forced(
-            self.subject, texts, writers, side=self._side, span=self.span, theta=self.theta, extra_sites=self._extra
-        )
+            self.subject, texts, writers, side=self._side, span=self.span, theta=self.theta, extra_sites=self._extra,
+            which=self.config.measured_metrics,
+        )  # fmt: skip
 
     def _partners(self, chosen: Sequence[int]) -> list[list[int]]:
         """Each row's donor is the next prompt of the run, whatever batch either is in."""
@@ -148,8 +161,11 @@ class BatchRunner:
             sham = self._forced(texts, push.writers(sham=True))
             parts.append(self._sham(clean, sham, chosen, replicate))
             del sham
-            arm = self._forced(texts, push.writers())
-            parts.append(self._tabulate(arm, "perturbed.forced", chosen, replicate, clean=clean, push=push))
+            writers = push.writers()
+            arm = self._forced(texts, writers)
+            parts.append(
+                self._tabulate(arm, "perturbed.forced", chosen, replicate, clean=clean, push=push, writers=writers)
+            )
         names = dict.fromkeys(name for p in parts for name in p.tables)
         tables = {n: pd.concat([p.tables[n] for p in parts if n in p.tables], ignore_index=True) for n in names}
         return Produced(tables, [s for p in parts for s in p.states]), magnitude
@@ -200,6 +216,7 @@ class BatchRunner:
         *,
         clean: Passage | None = None,
         push: Push | None = None,
+        writers: Sequence[PerturbWriter] = (),
     ) -> Produced:
         labels = self._labels(passage, condition, chosen, replicate)
         pairing: dict[str, Any] = {}
@@ -211,6 +228,7 @@ class BatchRunner:
                 "paired": metrics.paired(clean.measured, passage.measured, inject=self._inject(push)),
                 "paired_outputs": metrics.paired_output(clean.logits, passage.logits),
                 "divergence": metrics.diverge(list(clean.tape.states), list(passage.tape.states), passage.mask),
+                "readout": read_response(clean, passage, writers, self._inject(push)),
                 "affected_from": np.maximum(push.first_position(passage.texts, passage.mask.shape[1]), 1),
             }
         lens = self._lens(passage) if self.config.lens else None
@@ -238,7 +256,9 @@ class BatchRunner:
         found: list[dict[str, np.ndarray]] = []
         for state in states:
             found.append(metrics.lens_output(readout(self.subject, state), final))
-        return {name: np.stack([f[name] for f in found]) for name in found[0]}
+        grids = {name: np.stack([f[name] for f in found]) for name in found[0]}
+        grids["prediction_depth"] = metrics.prediction_depth(grids.pop("lens_flip"))
+        return grids
 
     def _states(self, passage: Passage, labels: Labels) -> list[tuple[pd.DataFrame, torch.Tensor]]:
         if not self.config.states:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dynprobe import metrics
 from dynprobe.protocols._config import RunConfig
 from dynprobe.runs import registry_facts
@@ -54,10 +56,14 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
     "kappa_phase_d_inj": ("kappa.phase.paired/1", "half-turns", "all", "step into the injection", "Δκ of that step."),
     "kappa_phase_d_down": ("kappa.phase.paired/1", "half-turns", "all", "mean over later steps", "Δκ downstream."),
     "diverge_angle": ("diverge.angle/1", "half-turns", _AFFECTED, "last depth, mean over tokens", "Angle to clean."),
+    "response_rel": ("response.rel/1", "‖h′−h‖/‖h‖", _AFFECTED, "last depth, mean over tokens", "Distance to clean."),
     "kl_clean_pert": ("output.kl/1", "nats", _AFFECTED, "mean over tokens", "KL(clean ‖ arm) under teacher forcing."),
 }
 #: Metrics whose sample value runs over the span; the others run over all real tokens after the sink.
-_ON_SPAN = ("limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output")
+_ON_SPAN = (
+    "limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output", "cka", "rsa", "erank",
+    "entropy.matrix", "id.", "order", "rqa",
+)  # fmt: skip
 
 #: Columns of the samples that say how much was written, in every unit.
 PASSPORT = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs", "alpha_cos")
@@ -65,10 +71,10 @@ PASSPORT = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs", "alpha_
 WRITTEN = ("n_asked", "n_left_alone")
 
 
-def _with_parameters() -> dict[str, metrics.Column]:
+def _with_parameters(measured: Sequence[str]) -> dict[str, metrics.Column]:
     """The columns of metrics that a run computes with other parameters than their defaults."""
     out = {}
-    for full in (i for i in metrics.DEFAULT if metrics.parse_id(i).params):
+    for full in (i for i in measured if metrics.parse_id(i).params):
         spec, name = metrics.spec(metrics.parse_id(full).id), metrics.column_name(full)
         out[name] = metrics.Column(name, full, spec.unit, spec.levels, spec.digest)
     return out
@@ -77,10 +83,12 @@ def _with_parameters() -> dict[str, metrics.Column]:
 def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
     """Return the facts of every metric column a run may write; ``table.column`` where tables differ."""
     span: str = config.measured_span
-    columns = metrics.columns() | _with_parameters()
+    columns = metrics.columns() | _with_parameters(config.measured_metrics)
     facts = registry_facts(columns)
     for name, column in columns.items():
         runs_over = span if column.metric_id.startswith(_ON_SPAN) else "all"
+        if column.metric_id.startswith("lockin"):
+            runs_over = "whole periods of the drive"
         sentence = metrics.spec(metrics.parse_id(column.metric_id).id).sentence
         facts[name] |= {"span": runs_over, "description": sentence}
         facts[f"{name}_d"] = {

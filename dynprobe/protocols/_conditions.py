@@ -14,15 +14,16 @@ import torch
 from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, PerturbWriter, Site, Subject
 from dynprobe.probes._perturb import parse_many
+from dynprobe.probes._perturb_values import TAKES_DIRECTION
 from dynprobe.protocols._arms import Passage, Text
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._strength import contrast_direction, donor_states, read_direction, solve_isokl
 
-__all__ = ["Push", "conditions_table", "resolve_perturbations", "written_depths", "yardstick"]
+__all__ = ["OWN_UNIT", "Push", "conditions_table", "directed", "resolve_perturbations", "written_depths", "yardstick"]
 
 
 #: Kinds with a unit of their own, which no noise scale multiplies.
-_OWN_UNIT = ("scale", "rotate", "dropout")
+OWN_UNIT = ("scale", "rotate", "dropout")
 
 
 def resolve_perturbations(
@@ -43,28 +44,33 @@ def resolve_perturbations(
     items = config.perturb if given is None else given
     found = [_seeded(item, p, config.seed).defaults_filled() for item in items for p in parse_many(item)]
     need = [p for p in found if p.kind == "direction" and p.direction is None]
+    could = [p for p in found if p.kind in TAKES_DIRECTION and p.direction is None]
     if config.direction is not None and config.contrast is not None:
         raise UsageError("--direction and --contrast both name a direction; give one of them")
-    if (config.direction or config.contrast) and not need:
+    if (config.direction or config.contrast) and not could:
         raise UsageError("a direction was given and no perturbation needs it; add kind=direction to --perturb")
     if need and not (config.direction or config.contrast):
         raise UsageError("kind=direction needs --direction FILE or --contrast 'TEXT A' 'TEXT B'")
     if any(p.scale == "isokl" for p in found) and len(found) > 1:
         raise UsageError("scale=isokl solves for one strength; it cannot act together with other perturbations")
+    if sum(p.kind == "sine" for p in found) > 1:
+        raise UsageError("kind=sine is read at one frequency along one direction; run once for each period")
     sites = [set(PerturbWriter(subject, p.replace(alpha=0.0)).sites) for p in found]  # a site that is not there fails
     _refuse_twins(found, sites)
-    return [_directed(subject, p, config) for p in found]
+    return [directed(subject, p, config) for p in found]
 
 
-def _directed(subject: Subject, perturb: Perturb, config: RunConfig) -> Perturb:
+def directed(subject: Subject, perturb: Perturb, config: RunConfig) -> Perturb:
     """The perturbation with its vector, where its kind has one."""
-    if perturb.kind != "direction":
+    if perturb.kind not in TAKES_DIRECTION:
         return perturb
     vector = perturb.direction
     if vector is None and config.direction is not None:
         vector = read_direction(config.direction)
-    elif vector is None:
-        vector = contrast_direction(subject, perturb, config.contrast or ("", ""))
+    elif vector is None and config.contrast is not None:
+        vector = contrast_direction(subject, perturb, config.contrast)
+    if vector is None:  # an impulse of noise, a sine along a direction that is drawn
+        return perturb
     if subject.dim is not None and len(vector) != subject.dim:
         raise UsageError(f"the direction has {len(vector)} entries; {subject.name} has width {subject.dim}")
     return perturb.replace(direction=vector)
@@ -77,8 +83,11 @@ def _seeded(item: Perturb | str, perturb: Perturb, seed: int) -> Perturb:
 
 
 def _law(perturb: Perturb) -> str | None:
-    """The distribution a perturbation draws from, or None: what is drawn from two laws is independent."""
-    if perturb.kind in ("direction", "scale") or perturb.scale == "interp":
+    """The distribution a perturbation draws its noise from, or None: what is drawn from two laws is independent."""
+    fixed = perturb.kind in ("direction", "sine", "scale") or (
+        perturb.kind == "impulse" and perturb.direction is not None
+    )
+    if fixed or perturb.scale == "interp":
         return None
     return "uniform" if perturb.kind == "dropout" or perturb.scale == "neftune" else "normal"
 
@@ -128,7 +137,7 @@ def conditions_table(config: RunConfig, perturbs: Sequence[Perturb]) -> pd.DataF
         alpha = one.alpha if one else None if specs else 0.0
         return {
             "condition_id": name, "arm": arm, "decode_mode": mode,
-            "scale": one.scale if one and one.kind not in _OWN_UNIT else None, "alpha": alpha,
+            "scale": one.scale if one and one.kind not in OWN_UNIT else None, "alpha": alpha,
             "kind": one.kind if one else None, "where": str(one.where) if one else None,
             "seed": one.seed if one else None,
             "params": [str(p) for p in specs] if specs else None, **base,

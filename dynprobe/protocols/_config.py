@@ -52,7 +52,8 @@ class RunConfig(BaseModel):
 
     where: str = Field("layers=all", description="Which states --states writes.")
     states: bool = Field(False, description="Write the states too.")
-    lens: bool = Field(False, description="Add logit-lens entropy and KL at every depth.")
+    lens: bool = Field(False, description="Add logit-lens entropy and KL at every depth, and prediction depth.")
+    metrics: tuple[str, ...] = Field((), description="Metrics to store beside the default ones, by id.")
     span: Literal["auto", "prompt", "new", "all"] = Field("auto", description="Tokens of token-axis and set metrics.")
     padding: Literal["auto", "left", "right", "none"] = Field(
         "auto", description="Padding side; 'none' = exact lengths."
@@ -76,6 +77,20 @@ class RunConfig(BaseModel):
             raise ValueError("temperature is a finite number")
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _measurable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from dynprobe.metrics import requested
+
+        return requested(value)
+
+    @property
+    def measured_metrics(self) -> tuple[str, ...]:
+        """Ids of all state metrics of this run."""
+        from dynprobe.metrics import DEFAULT
+
+        return (*DEFAULT, *self.metrics)
+
     @property
     def measured_span(self) -> Literal["prompt", "new", "all"]:
         """Tokens of token-axis and set metrics, with ``auto`` resolved."""
@@ -85,7 +100,10 @@ class RunConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that define the numbers of this run."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_IDENTITY}
+        settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_IDENTITY}
+        if not settings["metrics"]:  # asking for nothing more is the run it was before one could ask
+            del settings["metrics"]
+        return settings
 
     @classmethod
     def build(cls, **values: Any) -> RunConfig:
@@ -98,7 +116,7 @@ class RunConfig(BaseModel):
         if unknown:
             raise UsageError(f"unknown setting {unknown[0]!r}.{did_you_mean(unknown[0], cls.model_fields)}")
         values = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in values.items()}
-        for key in ("perturb", "prompt", "category"):
+        for key in ("perturb", "prompt", "category", "metrics"):
             if isinstance(values.get(key), str):
                 values[key] = (values[key],)
         try:
@@ -109,8 +127,12 @@ class RunConfig(BaseModel):
             raise UsageError(f"{name}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
+def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[str, Any]:
     """Read settings from a YAML file; flags given beside it win.
+
+    Args:
+        path: The file.
+        kind: Whose settings they are; default those of a run.
 
     Raises:
         UsageError: If the file is missing, is no mapping, or has a key that no setting answers to.
@@ -125,7 +147,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"config file {path} holds {type(loaded).__name__}; it must be a mapping of settings")
     settings = {str(k).replace("-", "_"): v for k, v in loaded.items()}
+    known = (kind or RunConfig).model_fields
     for key in settings:
-        if key not in RunConfig.model_fields:
-            raise UsageError(f"config file {path}: unknown setting {key!r}.{did_you_mean(key, RunConfig.model_fields)}")
+        if key not in known:
+            raise UsageError(f"config file {path}: unknown setting {key!r}.{did_you_mean(key, known)}")
     return settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,11 +90,12 @@ class Prepared:
 
     def begin(self) -> RunWriter:
         """Begin the run's folder, or continue it."""
-        perturbs = [str(p) for p in self.perturbs]
+        # A grid's writes follow from its other settings and stand in the conditions; a run's own are written out.
+        written = {"perturb": [str(p) for p in self.perturbs]} if self.config.perturb else {}
         return RunWriter.begin(
             self.config.out,
             model_name=self.subject.name,
-            config={**self.config.model_dump(mode="json"), "perturb": perturbs},
+            config={**self.config.model_dump(mode="json"), **written},
             ident=self.ident,
             prompts_hash=content_hash(list(self.prompts)),
             manifest_fields={k: v for k, v in self._facts().items() if v is not None},
@@ -121,19 +122,32 @@ class Prepared:
                 "weights": dtype, "metrics": "float32",
                 "low_precision_angles": dtype in ("bfloat16", "float16"),
             },
-            "seeds": {"noise": [p.seed for p in self.perturbs], "sampling": self.config.seed},
+            "seeds": {"noise": list(dict.fromkeys(p.seed for p in self.perturbs)), "sampling": self.config.seed},
             "foreign_hooks": foreign_hooks(subject),
             "ignored_generation_defaults": ignored_defaults(subject),
         }  # fmt: skip
 
 
-def prepare(model: Any, prompts: Sequence[Any] | Path | None, settings: Mapping[str, Any]) -> Prepared:
+#: Turns settings into the perturbations of a run, given those that were handed in as objects or text.
+Resolve = Callable[[Subject, Any, Sequence[Perturb | str]], list[Perturb]]
+
+
+def prepare(
+    model: Any,
+    prompts: Sequence[Any] | Path | None,
+    settings: Mapping[str, Any],
+    *,
+    kind: type[RunConfig] = RunConfig,
+    resolve: Resolve = resolve_perturbations,
+) -> Prepared:
     """Load what a run needs and refuse what it cannot do.
 
     Args:
         model: Hub id, folder, GGUF file, known name, module, or subject.
         prompts: Texts, token ids or prompts, or the path of a file of them; None takes those of the settings.
-        settings: Fields of :class:`RunConfig`; ``perturb`` and ``where`` may be objects.
+        settings: Fields of ``kind``; ``perturb`` and ``where`` may be objects.
+        kind: The settings of the protocol.
+        resolve: What makes the perturbations of them.
 
     Raises:
         UsageError: If a setting is wrong, or the model cannot do what it asks.
@@ -143,13 +157,13 @@ def prepare(model: Any, prompts: Sequence[Any] | Path | None, settings: Mapping[
         model = str(model)
     if isinstance(prompts, Path):
         prompts, settings = None, {**settings, "prompts": str(prompts)}
-    config, given = _configuration(model, settings)
+    config, given = _configuration(model, settings, kind)
     parse_many(given)  # what is no perturbation needs no model to be refused
     chosen = choose_prompts(config, prompts)
     subject = _load(model, config)
     grow = max(config.max_new_tokens - 1, 0)
     rows = token_rows(subject, chosen, chat_template=config.chat_template, grow=grow)
-    perturbs = resolve_perturbations(subject, config, given)
+    perturbs = resolve(subject, config, given)
     where = Where.parse(config.where)
     if config.states and "resid_mid" in where.components():
         raise UsageError(
@@ -165,7 +179,9 @@ def prepare(model: Any, prompts: Sequence[Any] | Path | None, settings: Mapping[
     return ready
 
 
-def _configuration(model: Any, settings: Mapping[str, Any]) -> tuple[RunConfig, list[Perturb | str]]:
+def _configuration(
+    model: Any, settings: Mapping[str, Any], kind: type[RunConfig]
+) -> tuple[RunConfig, list[Perturb | str]]:
     """The settings with objects turned into the text they stand for, and the perturbations as they were given."""
     values = dict(settings)
     perturb = values.get("perturb")
@@ -178,7 +194,7 @@ def _configuration(model: Any, settings: Mapping[str, Any]) -> tuple[RunConfig, 
     values["perturb"] = tuple(str(i) for i in items)
     if isinstance(values.get("where"), Where):
         values["where"] = str(values["where"])
-    return RunConfig.build(**{"model": model if isinstance(model, str) else None, **values}), items
+    return kind.build(**{"model": model if isinstance(model, str) else None, **values}), items
 
 
 def _load(model: str | nn.Module | Subject, config: RunConfig) -> Subject:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,50 +12,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dynprobe.errors import InterruptedRunError, UsageError
-from dynprobe.probes import Calibration, Check, Subject, logits_of, make_batch
-from dynprobe.protocols._batch import BatchRunner
-from dynprobe.protocols._calibrate import calibrated
-from dynprobe.protocols._conditions import Push, conditions_table, written_depths, yardstick
+from dynprobe.probes import Calibration, Subject, logits_of, make_batch
+from dynprobe.protocols._batch import BatchRunner, Produced
+from dynprobe.protocols._conditions import Push, conditions_table
+from dynprobe.protocols._execute import Listener, Progress, execute
 from dynprobe.protocols._plan import Estimate, estimate, plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
-from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
 from dynprobe.protocols._summary import summarise
-from dynprobe.runs import Run, RunWriter, open_run
+from dynprobe.runs import Run, RunWriter
 
-__all__ = ["Progress", "plan", "run"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a listener hears while a run goes on.
-
-    Attributes:
-        stage: ``"load"``, ``"self-tests"``, ``"calibrate"``, ``"batch"``, ``"done"``.
-        done: Batches finished.
-        total: Batches planned.
-        rows: Rows of the samples table so far in this process.
-        tokens: Token rows so far in this process.
-        seconds: Seconds since the batches began.
-        summary: A first table over the forced arms of the first batch, and the last one over all.
-        notes: What a person should know.
-    """
-
-    stage: str
-    done: int = 0
-    total: int = 0
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    summary: Mapping[str, Any] | None = None
-    notes: Sequence[str] = ()
-
-
-Listener = Callable[[Progress], None]
-
-
-def _nobody(_: Progress) -> None:
-    """Listen to nothing."""
+__all__ = ["plan", "run"]
 
 
 def run(
@@ -93,105 +59,57 @@ def run(
         ...     sorted(done.samples["condition_id"].unique())
         ['clean', 'perturbed.forced', 'perturbed.free', 'sham']
     """
-    tell = listener if listener is not None else _nobody
-    tell(Progress("load"))
+    if listener is not None:
+        listener(Progress("load"))
     ready = prepare(model, prompts, settings)
-    done = ready.finished()
-    if done is not None:
-        tell(Progress("done", notes=(f"already done: {done.path}",)))
-        return done
-    tell(Progress("calibrate"))
-    calibration = _calibration(ready)
-    tell(Progress("self-tests"))
-    tried = next((p for p in ready.perturbs if p.scale not in ("interp", "isokl")), None)
-    known = None if tried is None else yardstick(ready.subject, tried, calibration)
-    checks = all_checks(ready.subject, ready.rows, tried, known)
-    broken = refuse_if_broken(checks)
-    if "readout" in broken and ready.config.lens:
-        raise UsageError("--lens needs the readout self-test to pass, and it failed on this model; leave --lens out")
-    writer = ready.begin()
-    if writer.status == "complete":  # another process finished it meanwhile
-        return open_run(writer.folder)
-    try:
-        with writer:
-            _work(writer, ready, calibration, checks, "alone" in broken, tell)
-    except KeyboardInterrupt as stop:
-        raise InterruptedRunError(f"interrupted; the same command continues {writer.folder}") from stop
-    return open_run(writer.folder)
+    return execute(ready, lambda calibration, exact: _Arms(ready, calibration, exact), listener)
 
 
-def _calibration(ready: Prepared) -> Calibration | None:
-    """The subject's calibration; without a tokenizer the built-in texts cannot be read, and what needs one is NaN."""
-    if ready.subject.tokenizer is None:
-        return None
-    covariances = [depth for p in ready.perturbs if p.scale == "cov" for depth in written_depths(ready.subject, p)]
-    return calibrated(ready.subject, cov_depths=covariances)
+@dataclass(eq=False)
+class _Arms:
+    """The experiment: every batch of prompts under every arm."""
 
+    ready: Prepared
+    calibration: Calibration | None
+    exact: bool
 
-def _work(
-    writer: RunWriter, ready: Prepared, calibration: Calibration | None, checks: dict[str, Check], alone: bool,
-    tell: Listener,
-) -> None:  # fmt: skip
-    subject, config, prompts, rows = ready.subject, ready.config, ready.prompts, ready.rows
-    if calibration is not None:
-        calibration.save(writer.folder / "calibration" / calibration.hash)
-    exact = config.padding == "none" or alone
-    batches = writer.manifest.batch_plan
-    if not isinstance(batches, list):
-        batches = plan_batches(
-            [len(r) for r in rows], max_new_tokens=config.max_new_tokens, n_layers=subject.n_layers,
-            dim=subject.dim or 1, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=exact,
+    def __post_init__(self) -> None:
+        ready = self.ready
+        push = Push(ready.subject, ready.perturbs, self.calibration) if ready.perturbs else None
+        self.runner = BatchRunner(
+            ready.subject, ready.config, ready.prompts, ready.rows, push, self.calibration, self.exact,
+            ready.config.measured_span, ready.saved,
         )  # fmt: skip
-    writer.update(
-        self_tests=as_manifest(checks),
-        noise_floor={k: checks["alone"].detail[k] for k in ("noise_floor", "kappa_phase")},
-        calibration_hash=calibration.hash if calibration is not None else None,
-        batch_plan=batches,
-        exact_length_batches=exact,
-    )
-    if exact and config.padding != "none":
-        writer.event("exact-lengths", why="self-test alone failed; padded rows would differ from rows alone")
-    writer.write_table(
-        "prompts",
-        pd.DataFrame(
-            {
-                "prompt_id": [p.prompt_id for p in prompts], "text": [p.text for p in prompts],
-                "token_ids": [list(r) for r in rows], "category": [p.category for p in prompts],
-                "source": [p.source for p in prompts],
-            }
-        ),
+
+    def plan(self) -> list[list[int]]:
+        """Return the prompts of each batch."""
+        return _batches(self.ready, self.exact)
+
+    def conditions(self) -> pd.DataFrame:
+        """Return the arms."""
+        return conditions_table(self.ready.config, self.ready.perturbs)
+
+    def work(self, unit: Sequence[int], early: Callable[[pd.DataFrame], None] | None) -> Produced:
+        """Run all arms of one batch."""
+        self.runner.early = early
+        return self.runner.run(unit)
+
+    def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
+        """Summarise the first forced arms."""
+        return summarise(samples)
+
+    def summarise(self, run: Run, writer: RunWriter) -> dict[str, Any]:
+        """Summarise all arms."""
+        return {"conditions": summarise(run.samples)}
+
+
+def _batches(ready: Prepared, exact: bool) -> list[list[int]]:
+    """Group the prompts of a run."""
+    subject, config = ready.subject, ready.config
+    return plan_batches(
+        [len(r) for r in ready.rows], max_new_tokens=config.max_new_tokens, n_layers=subject.n_layers,
+        dim=subject.dim or 1, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=exact,
     )  # fmt: skip
-    writer.write_table("conditions", conditions_table(config, ready.perturbs))
-    push = Push(subject, ready.perturbs, calibration) if ready.perturbs else None
-    runner = BatchRunner(subject, config, prompts, rows, push, calibration, exact, config.measured_span, ready.saved)
-    _batches(writer, runner, batches, tell)
-
-
-def _batches(writer: RunWriter, runner: BatchRunner, batches: Sequence[Sequence[int]], tell: Listener) -> None:
-    started, n_rows, n_tokens = time.perf_counter(), 0, 0
-    dtype = str(runner.subject.dtype).removeprefix("torch.")
-    tell(Progress("batch", len(writer.finished), len(batches)))
-
-    def first_table(samples: pd.DataFrame) -> None:
-        # One table early; the last is made from the disk. In between nothing is kept in memory.
-        tell(Progress("batch", len(writer.finished), len(batches), summary=summarise(samples)))
-
-    runner.early = first_table if tell is not _nobody else None
-    for number, batch in enumerate(batches):
-        if number in writer.finished:
-            continue
-        begun = time.perf_counter()
-        made = runner.run(batch)
-        for keys, states in made.states:
-            writer.write_states(number, keys, states, dtype)
-        writer.write_batch(number, made.tables)
-        rows = len(made.tables["samples"])
-        n_rows, n_tokens = n_rows + rows, n_tokens + len(made.tables["tokens"])
-        writer.event("batch", number=number, rows=rows, seconds=round(time.perf_counter() - begun, 3))
-        tell(Progress("batch", len(writer.finished), len(batches), n_rows, n_tokens, time.perf_counter() - started))
-    final = summarise(open_run(writer.folder).samples)
-    writer.finish({"conditions": final, "seconds": round(time.perf_counter() - started, 2)})
-    tell(Progress("done", len(batches), len(batches), n_rows, n_tokens, time.perf_counter() - started, final))
 
 
 def plan(
@@ -216,10 +134,7 @@ def plan(
     subject, config, perturbed = ready.subject, ready.config, bool(ready.perturbs)
     lengths = [len(r) for r in ready.rows]
     n_layers, dim, vocab = subject.n_layers, subject.dim or 1, subject.vocab_size or 1
-    batches = plan_batches(
-        lengths, max_new_tokens=config.max_new_tokens, n_layers=n_layers, dim=dim, vocab=vocab,
-        batch_size=config.batch_size, exact=config.padding == "none",
-    )  # fmt: skip
+    batches = _batches(ready, config.padding == "none")
     per_token = per_step = None
     if measure:
         rows = [ready.rows[i] for i in batches[0]]

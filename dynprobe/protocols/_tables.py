@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ import pandas as pd
 from dynprobe.metrics import Result
 from dynprobe.protocols._arms import Passage, emission_mask
 from dynprobe.protocols._columns import PASSPORT, WRITTEN
+from dynprobe.protocols._pairs import paired_columns
+from dynprobe.protocols._readout import Readout
 
 __all__ = ["Labels", "passage_tables", "repetition_rate", "row_status", "sample_id"]
 
@@ -35,14 +37,14 @@ class Labels:
     """What the rows of one passage are called.
 
     Attributes:
-        condition_id: Condition of all rows.
+        condition_id: Condition of all rows, or one per row.
         prompt_ids: One per row.
         categories: One per row, None where a prompt has none.
         replicate: Number of the text of one prompt.
         decoded: Generated text of each row, or None.
     """
 
-    condition_id: str
+    condition_id: str | Sequence[str]
     prompt_ids: Sequence[str]
     categories: Sequence[str | None]
     replicate: int
@@ -51,7 +53,14 @@ class Labels:
     @property
     def ids(self) -> list[str]:
         """Sample ids of the rows."""
-        return [sample_id(p, self.condition_id, self.replicate) for p in self.prompt_ids]
+        conditions = self.conditions
+        return [sample_id(p, c, self.replicate) for p, c in zip(self.prompt_ids, conditions, strict=True)]
+
+    @property
+    def conditions(self) -> list[str]:
+        """Condition of each row."""
+        one = self.condition_id
+        return [one] * len(self.prompt_ids) if isinstance(one, str) else list(one)
 
 
 def repetition_rate(tokens: Sequence[int], n: int = _NGRAM) -> float:
@@ -95,6 +104,7 @@ def passage_tables(
     paired_outputs: Mapping[str, np.ndarray] | None = None,
     divergence: np.ndarray | None = None,
     lens: Mapping[str, np.ndarray] | None = None,
+    readout: Readout | None = None,
     affected_from: np.ndarray | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Return the tables of one passage.
@@ -108,7 +118,8 @@ def passage_tables(
         paired: Paired trajectory read-outs.
         paired_outputs: ``kl_clean_pert`` and ``flip`` ``[batch, pos]``.
         divergence: Angle to the clean state over π, ``[depth, batch, pos]``.
-        lens: ``lens_entropy`` and ``lens_kl`` ``[depth, batch, pos]``.
+        lens: ``lens_entropy`` and ``lens_kl`` ``[depth, batch, pos]``, ``prediction_depth`` ``[batch, pos]``.
+        readout: Response of the arm: its map, and what belongs to an impulse or a sine.
         affected_from: First position of each row at which an effect can show; KL and flip rate are means from there on.
     """
     mask = passage.mask.numpy()
@@ -124,16 +135,17 @@ def passage_tables(
         "sample_id": ids[rows], "pos": pos, "phase": phase,
         "token_id": fed[rows, columns].astype(np.int32), "target_id": targets[rows, columns].astype(np.int32),
     }  # fmt: skip
-    for name, values in {**passage.outputs, **(paired_outputs or {}), **passage.measured.token}.items():
+    by_token = {name: grid for name, grid in (lens or {}).items() if grid.ndim == 2}
+    for name, values in {**passage.outputs, **(paired_outputs or {}), **passage.measured.token, **by_token}.items():
         tokens[name] = values[rows, columns].astype(np.float32)
 
     affected = None if affected_from is None else mask & (passage.positions >= affected_from[:, None])
-    effects = {} if affected is None else _effects(affected, paired_outputs or {}, divergence)
+    effects = {} if affected is None else _effects(affected, paired_outputs or {}, divergence, readout)
     return {
-        "samples": _samples(passage, labels, span, effects, perturbed, clean, paired),
+        "samples": _samples(passage, labels, span, effects, perturbed, clean, paired, readout),
         "tokens": pd.DataFrame(tokens),
-        "depths": _depths(passage, ids, rows, columns, pos, divergence, lens),
-        "profiles": _profiles(passage, ids),
+        "depths": _depths(passage, ids, rows, columns, pos, divergence, lens, readout),
+        "profiles": _profiles(passage, ids, readout),
     }
 
 
@@ -146,7 +158,7 @@ def _lay(rows: Sequence[Sequence[int]], mask: np.ndarray) -> np.ndarray:
 
 def _depths(
     passage: Passage, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, pos: np.ndarray,
-    divergence: np.ndarray | None, lens: Mapping[str, np.ndarray] | None,
+    divergence: np.ndarray | None, lens: Mapping[str, np.ndarray] | None, readout: Readout | None,
 ) -> pd.DataFrame:  # fmt: skip
     n_depths, n = len(passage.tape.states), len(rows)
     depth = np.repeat(np.arange(n_depths, dtype=np.int16), n)
@@ -159,9 +171,11 @@ def _depths(
         "iteration": np.zeros(n_depths * n, np.int16),
         "component": pd.Categorical.from_codes((depth > 0).astype(np.int8), pd.Index(["resid_pre", "resid_post"])),
     }  # fmt: skip
-    extra = {**(lens or {})}
+    extra = {name: grid for name, grid in (lens or {}).items() if grid.ndim == 3}
     if divergence is not None:
         extra["diverge_angle"] = divergence
+    if readout is not None:
+        extra["response_rel"] = readout.rel
     for name, values in {**passage.measured.depth, **extra}.items():
         table[name] = values[:, rows, columns].reshape(-1).astype(np.float32)
     frame = pd.DataFrame(table)
@@ -183,16 +197,18 @@ def _depths(
     return pd.concat([frame, *more], ignore_index=True)
 
 
-def _profiles(passage: Passage, ids: np.ndarray) -> pd.DataFrame:
+def _profiles(passage: Passage, ids: np.ndarray, readout: Readout | None) -> pd.DataFrame:
     measured, n_depths = passage.measured, len(passage.tape.states)
     table: dict[str, Any] = {
         "sample_id": np.tile(ids, n_depths),
         "track": "resid",
         "depth": np.repeat(np.arange(n_depths, dtype=np.int16), len(ids)),
     }
-    for name, values in measured.profile.items():
+    lockin = readout.lockin if readout is not None else None
+    for name, values in (measured.profile | (lockin.profile if lockin else {})).items():
         table[name] = np.asarray(values).reshape(-1).astype(np.float32)
-    missing = {name: grid.reshape(-1) for name, grid in measured.profile_reason.items()}
+    reasons = measured.profile_reason | (lockin.reason if lockin else {})
+    missing = {name: grid.reshape(-1) for name, grid in reasons.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # depth 0 has no terms at all
         table["coverage"] = np.nanmin(np.stack([c.reshape(-1) for c in measured.profile_coverage.values()]), axis=0)
@@ -201,19 +217,23 @@ def _profiles(passage: Passage, ids: np.ndarray) -> pd.DataFrame:
 
 
 def _effects(
-    affected: np.ndarray, paired_outputs: Mapping[str, np.ndarray], divergence: np.ndarray | None
+    affected: np.ndarray,
+    paired_outputs: Mapping[str, np.ndarray],
+    divergence: np.ndarray | None,
+    readout: Readout | None,
 ) -> dict[str, np.ndarray]:
     """What the perturbation did, as means over the positions at which an effect can show."""
     grids = {
         "kl_clean_pert": paired_outputs.get("kl_clean_pert"), "flip_rate": paired_outputs.get("flip"),
         "diverge_angle": None if divergence is None else divergence[-1],
+        "response_rel": None if readout is None else readout.rel[-1],
     }  # fmt: skip
     return {name: _mean(grid, affected) for name, grid in grids.items() if grid is not None}
 
 
 def _samples(
     passage: Passage, labels: Labels, span: str, effects: Mapping[str, np.ndarray], perturbed: bool,
-    clean: Passage | None, paired: Sequence[Result] | None,
+    clean: Passage | None, paired: Sequence[Result] | None, readout: Readout | None,
 ) -> pd.DataFrame:  # fmt: skip
     mask, texts, out = passage.mask.numpy(), passage.texts, passage.outputs
     chosen = emission_mask(passage.mask, passage.positions, texts, span).numpy()
@@ -234,7 +254,10 @@ def _samples(
         numbers["nll_d"] = _mean(out["nll"] - clean.outputs["nll"], predicted)
         numbers["entropy_d"] = _mean(out["entropy"] - clean.outputs["entropy"], chosen)
         for mine, theirs, pair in zip(results, clean.measured.sample, paired, strict=True):
-            mine.update(_paired_columns(mine, theirs, pair))
+            mine.update(paired_columns(mine, theirs, pair))
+    if readout is not None:
+        for mine, more in zip(results, readout.sample, strict=True):
+            mine.update(more)
     if perturbed:
         passport = passage.tape.passport
         numbers |= {name: np.asarray(passport.get(name, np.full(len(texts), np.nan))) for name in PASSPORT}
@@ -244,7 +267,7 @@ def _samples(
     names = list(dict.fromkeys(name for r in results for name in r))
     return pd.DataFrame(
         {
-            "sample_id": labels.ids, "prompt_id": list(labels.prompt_ids), "condition_id": labels.condition_id,
+            "sample_id": labels.ids, "prompt_id": list(labels.prompt_ids), "condition_id": labels.conditions,
             "replicate": labels.replicate, "category": list(labels.categories),
             "n_prompt": [len(t.prompt) for t in texts], "n_new": [len(t.new) for t in texts],
             "n_fed": mask.sum(1), "text": list(labels.decoded), **numbers,
@@ -256,32 +279,6 @@ def _samples(
             ],
         }
     )  # fmt: skip
-
-
-def _paired_columns(mine: Mapping[str, Result], theirs: Mapping[str, Result], pair: Result) -> dict[str, Result]:
-    """Arm minus clean of every number; κ is paired term by term and split at the injection."""
-    out = {
-        f"{name}_d": _difference(result, theirs[name])
-        for name, result in mine.items()
-        if name != "kappa_phase" and isinstance(result.value, float) and isinstance(theirs[name].value, float)
-    }
-    out["kappa_phase_d"] = pair
-    if "delta_inj" in pair.extras:
-        inj, down = float(pair.extras["delta_inj"]), float(pair.extras["delta_down"])
-        out["kappa_phase_d_inj"] = replace(pair, value=inj, reason=pair.extras.get("delta_inj_reason"))
-        out["kappa_phase_d_down"] = replace(pair, value=down, reason="coverage" if math.isnan(down) else None)
-    return out
-
-
-def _difference(mine: Result, theirs: Result) -> Result:
-    """Arm minus clean of a scalar whose terms cannot be paired one by one.
-
-    So both must rest on the same terms: where a state of one run is not finite, the difference is missing.
-    """
-    reason = mine.reason or theirs.reason
-    if (mine.coverage, mine.n_units, mine.n_steps) != (theirs.coverage, theirs.n_units, theirs.n_steps):
-        return replace(mine, value=math.nan, reason=reason or "coverage")
-    return replace(mine, value=float(mine.value) - float(theirs.value), reason=reason)
 
 
 def _reasons(results: Mapping[str, Result], numbers: Mapping[str, float], broken: bool) -> str | None:

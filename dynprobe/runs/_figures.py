@@ -12,25 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynprobe.errors import RunFolderError, UsageError
+from dynprobe.errors import RunFolderError
+from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap, canvas, save_figure, tidy
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from dynprobe.runs._run import Run
 
-__all__ = ["draw_run"]
-
-_BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#666666"
-_RESAMPLES = 2000
-
-
-def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over prompts of ``[prompt, depth]`` with its 95 % bootstrap interval."""
-    mean = np.nanmean(values, axis=0)
-    if len(values) < 3:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
-    means = np.nanmean(values[draws], axis=1)
-    return mean, np.quantile(means, 0.025, axis=0), np.quantile(means, 0.975, axis=0)
+__all__ = ["depth_figure", "draw_run", "short"]
 
 
 def _by_prompt(run: Run, column: str, condition: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +32,39 @@ def _by_prompt(run: Run, column: str, condition: str) -> tuple[np.ndarray, np.nd
     table = rows.groupby(["prompt_id", "depth"], observed=True)[column].mean().unstack("depth")
     table = table.dropna(axis=1, how="all")
     return table.columns.to_numpy(), table.to_numpy(np.float64)
+
+
+def depth_figure(run: Run) -> Figure:
+    """Return the figure of a run with a perturbed arm.
+
+    Raises:
+        RunFolderError: If the run has no perturbed arm to draw.
+        UsageError: If matplotlib is missing.
+    """
+    conditions = set(run.samples["condition_id"].astype(str))
+    if not {"clean", "perturbed.forced"} <= conditions:
+        raise RunFolderError(f"{run.path} has no perturbed arm; the figure compares one with the clean arm")
+    figure = canvas(7.2, 7.4)
+    depth, clean = _by_prompt(run, "angle", "clean")
+    _, pushed = _by_prompt(run, "angle", "perturbed.forced")
+    at, angle = _by_prompt(run, "diverge_angle", "perturbed.forced")
+    n = len(clean)
+    panels = figure.subplots(3, 1, sharex=True)
+    _draw(panels[0], depth, clean / np.pi, BLUE, "clean")
+    _draw(panels[0], depth, pushed / np.pi, RED, "perturbed, forced")
+    panels[0].set_ylabel("κ phase per step\n(half-turns)")
+    panels[0].legend(frameon=False)
+    _draw(panels[1], depth, (pushed - clean) / np.pi, RED, "paired change")
+    panels[1].axhline(0, color=GREY, linewidth=0.8)
+    panels[1].set_ylabel("Δκ, paired\n(half-turns)")
+    _draw(panels[2], at, angle, RED, "angle to clean")
+    panels[2].set_ylabel("angle to the clean\nstate (half-turns)")
+    panels[2].set_xlabel("depth (state entering block d)")
+    for panel in panels:
+        tidy(panel)
+    specs = ", ".join(str(s) for s in run.manifest.config.get("perturb") or ())
+    figure.suptitle(f"{run.manifest.model_name}: {n} prompts, mean and 95 % interval\n{short(specs)}", fontsize=10)
+    return figure
 
 
 def draw_run(run: Run, target: str | Path) -> Path:
@@ -58,51 +81,15 @@ def draw_run(run: Run, target: str | Path) -> Path:
         RunFolderError: If the run has no perturbed arm to draw.
         UsageError: If matplotlib is missing or cannot write this format.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError("figures need matplotlib: pip install 'dynprobe[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    target = Path(target)
-    conditions = set(run.samples["condition_id"].astype(str))
-    if not {"clean", "perturbed.forced"} <= conditions:
-        raise RunFolderError(f"{run.path} has no perturbed arm; the figure compares one with the clean arm")
-    depth, clean = _by_prompt(run, "angle", "clean")
-    _, pushed = _by_prompt(run, "angle", "perturbed.forced")
-    at, angle = _by_prompt(run, "diverge_angle", "perturbed.forced")
-    n = len(clean)
-    figure, panels = plt.subplots(3, 1, figsize=(7.2, 7.4), sharex=True, layout="constrained")
-    _draw(panels[0], depth, clean / np.pi, _BLUE, "clean")
-    _draw(panels[0], depth, pushed / np.pi, _RED, "perturbed, forced")
-    panels[0].set_ylabel("κ phase per step\n(half-turns)")
-    panels[0].legend(frameon=False)
-    _draw(panels[1], depth, (pushed - clean) / np.pi, _RED, "paired change")
-    panels[1].axhline(0, color=_GREY, linewidth=0.8)
-    panels[1].set_ylabel("Δκ, paired\n(half-turns)")
-    _draw(panels[2], at, angle, _RED, "angle to clean")
-    panels[2].set_ylabel("angle to the clean\nstate (half-turns)")
-    panels[2].set_xlabel("depth (state entering block d)")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.margins(x=0.01)
-    specs = ", ".join(str(s) for s in run.manifest.config.get("perturb") or ())
-    figure.suptitle(f"{run.manifest.model_name}: {n} prompts, mean and 95 % interval\n{_short(specs)}", fontsize=10)
-    try:
-        figure.savefig(target, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"{target}: {error}") from error
-    finally:
-        plt.close(figure)
-    return target
+    return save_figure(depth_figure(run), target)
 
 
 def _draw(panel: Any, depth: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    mean, low, high = _band(values)
+    mean, (low, high) = np.nanmean(values, axis=0), bootstrap(values, np.nanmean)
     panel.plot(depth, mean, color=colour, label=label, linewidth=1.6)
     panel.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _short(spec: str) -> str:
+def short(spec: str) -> str:
+    """Return a spec in two lines at most."""
     return "\n".join(textwrap.wrap(spec.replace(",", ", "), 90)[:2])

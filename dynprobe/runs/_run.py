@@ -22,6 +22,7 @@ from dynprobe.runs._card import as_html, as_text
 from dynprobe.runs._lock import is_held
 from dynprobe.runs._manifest import MANIFEST_NAME, Manifest, read_manifest
 from dynprobe.runs._pivot import pivot_table
+from dynprobe.runs._plot import Plots
 from dynprobe.runs._sql import query
 from dynprobe.runs._states import decode_bfloat16, read_states
 from dynprobe.runs._tables import column_facts, part_path, read_frame
@@ -95,6 +96,11 @@ class Run:
     def conditions(self) -> pd.DataFrame:
         """The conditions."""
         return self.table("conditions")
+
+    @property
+    def plot(self) -> Plots:
+        """The pictures of the run: ``run.plot.depth()``, ``run.plot.bode()``, ``run.plot.impulse()``."""
+        return Plots(self)
 
     @property
     def summary(self) -> dict[str, Any]:

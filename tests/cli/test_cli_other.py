@@ -126,3 +126,18 @@ def test_progress_on_a_terminal():
     assert "so far: the forced arms of 4" in screen.getvalue()
     assert "0.2500" in screen.getvalue()
     assert "already done: runs/x" in screen.getvalue()
+
+
+def test_one_metric_in_full(cli):
+    text = cli("metrics", "kappa.geom/1{W=16}").out
+    spec = metrics.spec("kappa.geom/1")
+    for piece in (spec.sentence, spec.formula, spec.input, spec.value_range, spec.source, spec.digest, *spec.vectors):
+        assert " ".join(piece.split()) in text
+    assert "W = 16" in text
+    assert "kappa_geom_w16" in text
+    assert "R_l: rotation per depth" in text
+    found = json.loads(cli("metrics", "erank.rv/1", "--json").out)
+    assert (found["id"], found["params"], found["column"]) == ("erank.rv/1", {"centre": "none"}, "erank")
+    missed = cli("metrics", "erank.rw/1")
+    assert missed.code == 2
+    assert "erank.rv/1" in missed.err

@@ -13,21 +13,25 @@ from dynprobe.probes._perturb import KINDS, SCALES, Perturb, parse_many
 from dynprobe.probes._where import Where
 
 NOISE_SCALES = ("relnorm", "coordstd", "mad", "cov", "abs", "isokl")
+SINE_SCALES = ("relnorm", "coordstd", "mad", "abs")
 
 
 @st.composite
 def perturbations(draw: st.DrawFn) -> Perturb:
     kind = draw(st.sampled_from(KINDS))
-    free = kind in ("gaussian", "direction")
-    scale = draw(st.sampled_from(SCALES if kind == "gaussian" else NOISE_SCALES)) if free else "relnorm"
+    scales = {"gaussian": SCALES, "direction": NOISE_SCALES, "impulse": NOISE_SCALES, "sine": SINE_SCALES}
+    scale = draw(st.sampled_from(scales.get(kind, ("relnorm",))))
+    several = st.nothing() if kind in ("impulse", "sine") else st.lists(st.integers(0, 40), min_size=1)
+    places = [None, "last", "50%", 3] if kind == "impulse" else [None, "1:", "last", "-3:", "50%"]
     low, high = (0, 0.999) if kind == "dropout" else (0, 1e9) if scale == "isokl" else (-1e300, 1e300)
     return Perturb(
         alpha=draw(st.floats(low, high)),
         scale=scale,
         kind=kind,
         seed=draw(st.integers(0, 2**64 - 1)),
-        layers=draw(st.none() | st.integers(-40, 40) | st.lists(st.integers(0, 40), min_size=1)),
-        positions=draw(st.sampled_from([None, "1:", "last", "-3:", "50%"])),
+        period=draw(st.floats(2, 1e300, exclude_min=True)) if kind == "sine" else None,
+        layers=draw(st.none() | st.integers(-40, 40) | several),
+        positions=draw(st.sampled_from(places)),
         phase=draw(st.sampled_from([None, "prefill", "decode+prefill"])),
         slots=draw(st.sampled_from([None, "all", "0:4"])),
     )
@@ -105,8 +109,18 @@ def test_neftune_means_the_embedding() -> None:
         ("alpha=0.1,0.2", 10, "dynprobe sweep"),
         ("alpha=0.1,scale=relnrom", 16, "Did you mean 'relnorm'?"),
         ("alpha=0.1,kind=gausian", 15, "Did you mean 'gaussian'?"),
-        ("alpha=0.1,kind=impulse", 15, "unknown kind"),
-        ("alpha=0.1,kind=sine,period=8", 15, "unknown kind"),
+        ("alpha=0.1,kind=impuls", 15, "Did you mean 'impulse'?"),
+        ("alpha=0.1,kind=impulse,positions=1:", 33, "one position"),
+        ("alpha=0.1,kind=impulse,positions=1+5", 33, "not positions=1+5; write positions=last"),
+        ("alpha=0.1,layers=3+6,kind=impulse", 17, "one site"),
+        ("alpha=0.1,layers=all,kind=sine,period=8", 17, "the lock-in has one reference"),
+        ("alpha=0.1,kind=impulse,scale=interp", 15, "defines its own write"),
+        ("alpha=0.1,kind=impulse,period=8", 30, "no meaning for kind=impulse"),
+        ("alpha=0.1,kind=sine", 15, "add period=8"),
+        ("alpha=0.1,kind=sine,period=2", 27, "more than 2 tokens"),
+        ("alpha=0.1,kind=sine,period=-8", 27, "more than 2 tokens"),
+        ("alpha=0.1,kind=sine,period=8,scale=cov", 35, "one unit per state"),
+        ("alpha=0.1,kind=sine,period=8+9", 27, "one number"),
         ("alpha=0.1,period=8", 17, "no meaning for kind=gaussian"),
         ("alpha=0.1,seed=-1", 15, "0 ≤ seed < 2^64"),
         ("alpha=0.1,seed=1.5", 15, "whole number"),

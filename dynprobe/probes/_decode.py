@@ -1,0 +1,95 @@
+"""A decoding loop whose batch shrinks: a row that has ended leaves, and its cache with it.
+
+The library's ``generate`` keeps every row until the last one ends. A sweep decodes rows of many strengths together, and
+strong ones end early or late, so here the finished rows are taken out of the batch and out of the cache. The forward,
+its masks and its cache are the model's own; only the loop is ours. Whether it gives the library's texts is tried once
+per subject on a small batch; where it does not, the library's loop is used.
+
+A row leaves one step after its last token was chosen, so that whoever listens has seen that token fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprobe.probes._inputs import Batch
+from dynprobe.probes._instrument import Instrument
+from dynprobe.probes._outputs import logits_of
+from dynprobe.probes._subject import Subject
+
+__all__ = ["can_shrink", "decode"]
+
+#: Turns scores ``[alive, vocab]`` of the rows that are named into scores to take the arg-max of.
+Adjust = Callable[[Tensor, np.ndarray], Tensor]
+
+#: Share of the batch that must have ended before the cache is cut; cutting copies it.
+_WORTH_CUTTING = 0.125
+
+
+def can_shrink(subject: Subject) -> bool:
+    """Whether the model's forward takes what the loop hands it."""
+    return all(subject.accepts(name) for name in ("past_key_values", "attention_mask", "use_cache"))
+
+
+def decode(
+    subject: Subject,
+    batch: Batch,
+    n_new: int,
+    ends: Sequence[int],
+    adjust: Adjust | None = None,
+    instrument: Instrument | None = None,
+    pad: int = 0,
+) -> list[list[int]]:
+    """Return the new tokens of each row, end token included.
+
+    Args:
+        subject: A language model.
+        batch: Prompts, padded on the left or all of one length.
+        n_new: Most tokens per row.
+        ends: Tokens that end a row.
+        adjust: Changes the scores before the largest is taken.
+        instrument: Told which rows go on.
+        pad: Token fed to a row that has ended and not yet left.
+
+    Raises:
+        TypeError: If the model returns no cache that rows can be taken out of.
+    """
+    alive = np.arange(len(batch.mask))
+    new: list[list[int]] = [[] for _ in alive]
+    ended = np.zeros(len(alive), dtype=bool)
+    inputs = batch.model_inputs(subject, cache=True)
+    mask = inputs["attention_mask"]
+    last_only = {"logits_to_keep": 1} if subject.accepts("logits_to_keep") else {}
+    for step in range(n_new):
+        output = subject.model(**inputs, **last_only)
+        scores = logits_of(output)[:, -1].to(torch.float32, copy=True)
+        tokens = (adjust(scores, alive) if adjust is not None else scores).argmax(-1)
+        before = ended[alive]
+        for place, token in enumerate(tokens.tolist()):
+            if not before[place]:
+                new[alive[place]].append(token)
+                ended[alive[place]] = token in ends
+        if ended.all() or step == n_new - 1:
+            break
+        cache = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "layers"):
+            raise TypeError("the model returns no cache made of layers")
+        tokens = torch.where(torch.from_numpy(before).to(tokens.device), pad, tokens)
+        kept = np.flatnonzero(~before)
+        if len(kept) <= (1 - _WORTH_CUTTING) * len(before):
+            index = torch.from_numpy(kept).to(tokens.device)
+            for layer in cache.layers:
+                layer.reorder_cache(index)
+            tokens, mask, alive = tokens.index_select(0, index), mask.index_select(0, index), alive[kept]
+            if instrument is not None:
+                instrument.select(kept)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        inputs = {subject.token_argument: tokens[:, None], "attention_mask": mask, "past_key_values": cache}
+        inputs["use_cache"] = True
+        if subject.accepts("position_ids"):
+            inputs["position_ids"] = (mask.sum(1, keepdim=True) - 1).clamp_min(0)
+    return new

@@ -1,0 +1,195 @@
+"""The way every protocol goes: prepare, calibrate, self-test, work through planned units, summarise.
+
+A protocol brings three things: which units of work there are, how one unit becomes tables, and what is said at the end.
+Units are planned once and stored with the run, so that a continued run does exactly what is left of the first plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pandas as pd
+
+from dynprobe.errors import DynprobeError, InterruptedRunError, UsageError
+from dynprobe.probes import Calibration, Check, Subject
+from dynprobe.protocols._batch import Produced
+from dynprobe.protocols._calibrate import calibrated
+from dynprobe.protocols._conditions import written_depths, yardstick
+from dynprobe.protocols._prepare import Prepared
+from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
+from dynprobe.runs import Run, RunWriter, open_run
+
+__all__ = ["Experiment", "Listener", "Progress", "execute"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a listener hears while a run goes on.
+
+    Attributes:
+        stage: ``"load"``, ``"self-tests"``, ``"calibrate"``, ``"batch"``, ``"done"``.
+        done: Batches finished.
+        total: Batches planned.
+        rows: Rows of the samples table so far in this process.
+        tokens: Token rows so far in this process.
+        seconds: Seconds since the batches began.
+        summary: A first table over the forced arms of the first batch, and the last one over all.
+        notes: What a person should know.
+    """
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    summary: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+
+
+Listener = Callable[[Progress], None]
+
+
+class Experiment(Protocol):
+    """What a protocol adds to the common way."""
+
+    def plan(self) -> list[Any]:
+        """Return the units of work, as plain data."""
+
+    def conditions(self) -> pd.DataFrame:
+        """Return the conditions table."""
+
+    def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
+        """Do one unit; ``early`` wants the first samples as soon as there are any."""
+
+    def summarise(self, run: Run, writer: RunWriter) -> dict[str, Any]:
+        """Return the summary of the finished units; further tables may be written first."""
+
+    def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
+        """Return the summary of the first samples."""
+
+
+def execute(
+    ready: Prepared,
+    begin: Callable[[Calibration | None, bool], Experiment],
+    tell: Listener | None = None,
+) -> Run:
+    """Carry out an experiment in its run folder, or find it done.
+
+    Args:
+        ready: What was asked for, checked.
+        begin: Makes the experiment of a calibration and of whether only rows of one length may share a forward.
+        tell: Called with :class:`Progress`.
+
+    Raises:
+        SelfTestError: If a self-test shows that no number could be trusted.
+        InterruptedRunError: If it was stopped by the user; the same call continues it.
+    """
+    say = tell if tell is not None else _nobody
+    done = ready.finished()
+    if done is not None:
+        say(Progress("done", notes=(f"already done: {done.path}",)))
+        return done
+    say(Progress("calibrate"))
+    calibration = calibration_of(ready)
+    say(Progress("self-tests"))
+    tried = next((p for p in ready.perturbs if p.scale not in ("interp", "isokl")), None)
+    known = None if tried is None else yardstick(ready.subject, tried, calibration)
+    checks = all_checks(ready.subject, ready.rows, tried, known)
+    broken = refuse_if_broken(checks)
+    if "readout" in broken and ready.config.lens:
+        raise UsageError("--lens needs the readout self-test to pass, and it failed on this model; leave --lens out")
+    exact = ready.config.padding == "none" or "alone" in broken
+    writer = ready.begin()
+    if writer.status == "complete":  # another process finished it meanwhile
+        return open_run(writer.folder)
+    try:
+        with writer:
+            experiment = begin(calibration, exact)
+            _record(writer, ready, calibration, checks, exact, experiment)
+            _units(writer, ready.subject, experiment, say, tell is not None)
+    except KeyboardInterrupt as stop:
+        raise InterruptedRunError(f"interrupted; the same command continues {writer.folder}") from stop
+    return open_run(writer.folder)
+
+
+def _nobody(_: Progress) -> None:
+    """Listen to nothing."""
+
+
+def calibration_of(ready: Prepared, subject: Subject | None = None) -> Calibration | None:
+    """The subject's calibration; without a tokenizer the built-in texts cannot be read, and what needs one is NaN."""
+    subject = subject if subject is not None else ready.subject
+    if subject.tokenizer is None:
+        return None
+    covariances = [depth for p in ready.perturbs if p.scale == "cov" for depth in written_depths(subject, p)]
+    return calibrated(subject, cov_depths=sorted(set(covariances)))
+
+
+def _record(
+    writer: RunWriter, ready: Prepared, calibration: Calibration | None, checks: Mapping[str, Check], exact: bool,
+    experiment: Experiment,
+) -> None:  # fmt: skip
+    """Write down what is known before the first unit."""
+    if calibration is not None:
+        calibration.save(writer.folder / "calibration" / calibration.hash)
+    units = writer.manifest.batch_plan
+    writer.update(
+        self_tests=as_manifest(dict(checks)),
+        noise_floor={k: checks["alone"].detail[k] for k in ("noise_floor", "kappa_phase")},
+        calibration_hash=calibration.hash if calibration is not None else None,
+        batch_plan=units if isinstance(units, list) else experiment.plan(),
+        exact_length_batches=exact,
+    )
+    if exact and ready.config.padding != "none":
+        writer.event("exact-lengths", why="self-test alone failed; padded rows would differ from rows alone")
+    prompts, rows = ready.prompts, ready.rows
+    writer.write_table(
+        "prompts",
+        pd.DataFrame(
+            {
+                "prompt_id": [p.prompt_id for p in prompts], "text": [p.text for p in prompts],
+                "token_ids": [list(r) for r in rows], "category": [p.category for p in prompts],
+                "source": [p.source for p in prompts],
+            }
+        ),
+    )  # fmt: skip
+    writer.write_table("conditions", experiment.conditions())
+
+
+def _units(writer: RunWriter, subject: Subject, experiment: Experiment, say: Listener, heard: bool) -> None:
+    units = writer.manifest.batch_plan
+    assert isinstance(units, list)
+    started, n_rows, n_tokens = time.perf_counter(), 0, 0
+    dtype = str(subject.dtype).removeprefix("torch.")
+    say(Progress("batch", len(writer.finished), len(units)))
+
+    def first_table(samples: pd.DataFrame) -> None:
+        # One table early; the last is made from the disk. In between nothing is kept in memory.
+        say(Progress("batch", len(writer.finished), len(units), summary=experiment.first_look(samples)))
+
+    early = first_table if heard else None
+    for number, unit in enumerate(units):
+        if number in writer.finished:
+            continue
+        begun = time.perf_counter()
+        made = experiment.work(unit, early)
+        early = None
+        for keys, states in made.states:
+            writer.write_states(number, keys, states, dtype)
+        writer.write_batch(number, made.tables, facts=made.facts or None)
+        rows = len(made.tables.get("samples", ()))
+        n_rows, n_tokens = n_rows + rows, n_tokens + len(made.tables.get("tokens", ()))
+        writer.event("batch", number=number, rows=rows, seconds=round(time.perf_counter() - begun, 3))
+        say(Progress("batch", len(writer.finished), len(units), n_rows, n_tokens, time.perf_counter() - started))
+    final = experiment.summarise(open_run(writer.folder), writer)
+    try:
+        open_run(writer.folder).plot.write()
+    except DynprobeError as why:  # a run is its tables; a picture can be drawn from them at any time
+        writer.event("no-figure", why=str(why))
+    writer.finish({**final, "seconds": round(time.perf_counter() - started, 2)})
+    seconds = time.perf_counter() - started
+    say(Progress("done", len(units), len(units), n_rows, n_tokens, seconds, final.get("conditions")))

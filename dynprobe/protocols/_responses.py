@@ -1,0 +1,76 @@
+"""Responses of a sweep: one line per write and strength, means over prompts with intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from dynprobe.runs import Run
+
+__all__ = ["RESPONSES", "response_table"]
+
+#: What is averaged, in order.
+RESPONSES = ("kl_clean_pert", "flip_rate", "nll_d", "kappa_phase_d", "diverge_angle", "repetition")
+_KEYS = ("variant", "decode_mode", "arm", "scale", "kind", "layer", "alpha")
+_RESAMPLES = 2000
+
+
+def response_table(run: Run) -> pd.DataFrame:
+    """Average the samples of a sweep over seeds inside each prompt, then over prompts.
+
+    Args:
+        run: A sweep.
+
+    Returns:
+        One row per variant, arm, scale, kind, layer and α: for each response its mean, a 95 % percentile bootstrap
+        interval over prompts (``_low``, ``_high``) and ``n`` prompts. NaN where no prompt has a value.
+    """
+    conditions = run.table("conditions").drop(columns=["seed"], errors="ignore")
+    samples = run.samples
+    samples = samples[samples["status"] != "not-written"]
+    joined = samples[["prompt_id", "condition_id", *(c for c in RESPONSES if c in samples)]].merge(
+        conditions[["condition_id", *_KEYS]], on="condition_id"
+    )
+    joined = joined[joined["arm"] != "clean"]
+    for key in ("scale", "kind", "variant", "arm", "decode_mode"):
+        joined[key] = joined[key].astype(object).where(joined[key].notna(), "")
+    joined["alpha"] = (
+        joined["alpha"].astype(float).fillna(-1.0).where(joined["arm"] != "energy-matched", _matched(joined))
+    )
+    held = [c for c in RESPONSES if c in joined]
+    per_prompt = joined.groupby([*_KEYS, "prompt_id"], observed=True, dropna=False)[held].mean().reset_index()
+    rng = np.random.default_rng(0)
+    rows = []
+    for key, group in per_prompt.groupby(list(_KEYS), observed=True, dropna=False, sort=True):
+        row = dict(zip(_KEYS, key, strict=True))
+        values = group[held].to_numpy(np.float64)
+        draws = rng.integers(0, len(values), (_RESAMPLES, len(values)))
+        row["n"] = len(values)
+        for column, name in enumerate(held):
+            row |= _interval(name, values[:, column], draws)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _matched(joined: pd.DataFrame) -> pd.Series:
+    """The strength of the cell whose energy a control repeats: the last part of the control's name."""
+    return (
+        joined["condition_id"]
+        .astype(str)
+        .str.rsplit("|", n=1)
+        .str[-1]
+        .where(joined["arm"] == "energy-matched", "nan")
+        .astype(float)
+    )
+
+
+def _interval(name: str, values: np.ndarray, draws: np.ndarray) -> dict[str, float]:
+    finite = np.isfinite(values)
+    if not finite.any():
+        return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
+    kept = values[finite]
+    if len(kept) < 3:
+        return {name: float(kept.mean()), f"{name}_low": np.nan, f"{name}_high": np.nan}
+    index = draws[:, : len(kept)] % len(kept)
+    low, high = np.quantile(kept[index].mean(1), [0.025, 0.975])
+    return {name: float(kept.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

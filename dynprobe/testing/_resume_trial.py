@@ -1,0 +1,194 @@
+"""Is ``dp.resume`` right on this architecture? Every depth, identity and perturbed, against a forward of its own.
+
+The truth is computed without anything of dynprobe's: a plain hook on the block's module puts the wanted states in the
+place of what the block handed out, and all blocks run. What is under trial is the resumed forward on the same rows. A
+model type is
+
+- ``fast``: the blocks below the depth do not run, and the logits are the truth's at every depth;
+- ``fallback``: dynprobe found by itself that this would be wrong and let all blocks run; the logits are the truth's;
+- ``refused``: dynprobe found no chain of blocks in the model and said so;
+- ``left out``: the type cannot be built small, or is no decoder of texts;
+- ``wrong``: anything else. There must be none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynprobe.errors import DynprobeError
+from dynprobe.probes import Subject, Tape, capture, discover, resume
+from dynprobe.testing._architectures import causal_types, tiny_causal_lm
+
+__all__ = ["ResumeVerdict", "try_resume"]
+
+#: Largest deviation of a logit from the truth, in standard deviations of the logits.
+LIMIT = 1e-4
+_ROWS = ((5, 17, 9, 33, 21, 64, 90, 11, 42), (7, 100, 23, 51, 8, 77), (3, 88, 19))
+
+
+@dataclass(frozen=True)
+class ResumeVerdict:
+    """What the trial of one model type found.
+
+    Attributes:
+        model_type: Name in transformers.
+        model_class: Its class.
+        verdict: ``fast``, ``fallback``, ``refused``, ``left out`` or ``wrong``.
+        layers: Blocks found; 0 where none were.
+        worst: Largest deviation of any logit from the truth, in standard deviations of the logits; NaN if not measured.
+        reason: Why it is not ``fast``; empty where it is.
+    """
+
+    model_type: str
+    model_class: str
+    verdict: str
+    layers: int = 0
+    worst: float = math.nan
+    reason: str = ""
+
+
+@contextmanager
+def _instead(module: nn.Module, side: str, state: Tensor) -> Iterator[None]:
+    """The truth's own hook: the first tensor of what enters or leaves the module is replaced."""
+
+    def leave(_: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return state
+        if hasattr(output, "_replace"):  # a named tuple
+            return output._replace(**{output._fields[0]: state})
+        return (state, *output[1:]) if isinstance(output, tuple) else [state, *output[1:]]
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
+
+    if side == "input":
+        handle: Any = module.register_forward_pre_hook(enter, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _truth(subject: Subject, tape: Tape, at: int, states: Tensor) -> Tensor:
+    """The logits of the whole forward in which ``states`` enter block ``at``."""
+    model: Any = subject.model
+    times = len(states) // len(tape.mask)
+    mask = tape.mask.repeat(times, 1)
+    assert tape.token_ids is not None
+    offered = {
+        "attention_mask": mask.long(),
+        "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0),
+        "use_cache": False,
+    }
+    names = inspect.signature(model.forward).parameters
+    more = {name: value for name, value in offered.items() if name in names}
+    site = (subject.blocks[0], "input") if at == 0 else (subject.blocks[at - 1], "output")
+    with _instead(*site, states), torch.no_grad():
+        return model(input_ids=tape.token_ids.repeat(times, 1), **more).logits.clone()
+
+
+def _inner_calls(subject: Subject, below: int, run: Callable[[], Tape]) -> tuple[Tape, int]:
+    """Run, and count the calls of modules inside the blocks below a depth."""
+    calls: list[int] = []
+    own = {id(m) for block in subject.blocks[below:] for m in block.modules()}
+    inner = [m for b in subject.blocks[:below] for m in b.modules() if m is not b and id(m) not in own]
+    handles = [m.register_forward_pre_hook(lambda *_: calls.append(1)) for m in inner]
+    try:
+        return run(), len(calls)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def try_resume(model_type: str, *, seed: int = 0, build: Callable[..., Any] = tiny_causal_lm) -> ResumeVerdict:
+    """Resume a tiny random model of one type from every depth and compare with the truth.
+
+    Three rows of different lengths, padded on either side; at each depth two versions at once, the recorded state and
+    one pushed by noise of a tenth of its size.
+
+    Args:
+        model_type: Name in transformers.
+        seed: Seed of weights and noise.
+        build: What makes the model.
+
+    Returns:
+        The verdict.
+
+    Example:
+        >>> try_resume("gpt2").verdict
+        'fast'
+    """
+    model_class = causal_types().get(model_type, "")
+    try:
+        model = build(model_type, seed=seed)
+    except DynprobeError as error:
+        return ResumeVerdict(model_type, model_class, "left out", reason=_short(error))
+    model_class = type(model).__name__
+    try:
+        subject = discover(model, name=model_type)
+        tapes = [capture(subject, [list(r) for r in _ROWS], logits="all", padding=side) for side in ("left", "right")]
+    except DynprobeError as error:
+        return ResumeVerdict(model_type, model_class, "refused", reason=_short(error))
+    try:
+        return _compare(subject, tapes, model_type, seed)
+    except Exception as error:  # a crash in the middle of a resume is as bad as a wrong number
+        text = f"{type(error).__name__}: {_short(error)}"
+        return ResumeVerdict(model_type, model_class, "wrong", subject.n_layers, reason=text)
+
+
+def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) -> ResumeVerdict:
+    draw = torch.Generator().manual_seed(seed)
+    fast = subject.resumable  # asked before anything is counted: the answer costs forwards of its own
+    worst, ran, unmoved = 0.0, 0, []
+    for tape in tapes:
+        assert tape.logits is not None
+        real = tape.mask
+        spread = float(tape.logits[real].double().std())
+        for at in range(subject.n_layers + 1):
+            clean = tape.states[at]
+            noise = torch.randn(clean.shape, generator=draw) * clean[real].std() * 0.1
+            states = torch.cat([clean, clean + noise])
+            wanted = _truth(subject, tape, at, states)
+            again, calls = _inner_calls(subject, at, lambda at=at, tape=tape, s=states: resume(tape, at, s))
+            ran += calls
+            assert again.logits is not None
+            difference = (again.logits.double() - wanted.double())[real.repeat(2, 1)].abs()
+            finite = bool(torch.isfinite(difference).all())
+            worst = max(worst, float(difference.max()) / spread if finite else math.inf)
+            clean_rows, pushed = wanted.chunk(2)
+            if float((pushed - clean_rows)[real].abs().max()) < 10 * LIMIT * spread:
+                unmoved.append(at)
+    verdict, reason = ("fast", "") if fast else ("fallback", subject.road.reason)
+    if fast and ran:
+        verdict, reason = "wrong", f"modules of blocks below the depth ran {ran} times"
+    if worst > LIMIT:
+        verdict, reason = "wrong", f"the {verdict} road was taken and the logits are off"
+    if unmoved:
+        verdict, reason = "wrong", f"the states of depths {sorted(set(unmoved))} move no logit: the trial shows nothing"
+    expected = _configured_layers(subject)
+    if verdict in ("fast", "fallback") and expected not in (None, subject.n_layers):
+        reason = f"{reason}; {subject.n_layers} blocks found, {expected} configured".removeprefix("; ")
+    return ResumeVerdict(model_type, type(subject.model).__name__, verdict, subject.n_layers, worst, reason)
+
+
+def _configured_layers(subject: Subject) -> int | None:
+    config: Any = subject.model.config
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return next((n for k in ("num_hidden_layers", "n_layer") if isinstance(n := getattr(config, k, None), int)), None)
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 240 else text[:237] + "…"
