@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynprobe.probes import Subject
 
-__all__ = ["LOOPS", "LastOnly", "Loop", "NNsight", "Pyvene", "RawHooks", "TransformerLens", "available"]
+__all__ = ["LOOPS", "Batched", "LastOnly", "Loop", "NNsight", "Pyvene", "RawHooks", "TransformerLens", "available"]
 
 
 class Loop:
@@ -48,7 +48,7 @@ class Loop:
         raise NotImplementedError
 
 
-def push(h: Tensor, alpha: float, unit: Tensor) -> Tensor:
+def push(h: Tensor, alpha: float | Tensor, unit: Tensor) -> Tensor:
     """The update of some columns."""
     return alpha * h.norm(dim=-1, keepdim=True) * unit
 
@@ -108,6 +108,27 @@ class LastOnly(RawHooks):
         return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
+class Batched(RawHooks):
+    """No loop at all: every strength in one forward, by hand. What batching alone is worth."""
+
+    name = "raw hooks, one batch"
+
+    def logits(self, ids, layer, alphas, unit, variant):
+        columns, unit = written(variant), unit[: ids.shape[1]]
+        strength = torch.tensor(alphas, dtype=unit.dtype)[:, None, None]
+
+        def hook(module, args, output):
+            output = output.clone()
+            output[:, columns] += push(output[:, columns], strength, unit[columns])
+            return output
+
+        handle = self.model.model.layers[layer].register_forward_hook(hook)
+        with torch.no_grad():
+            logits = self.forward(ids.expand(len(alphas), -1), variant)
+        handle.remove()
+        return [logits if variant == "all" else logits[:, -1]]
+
+
 class NNsight(Loop):
     """A trace per strength."""
 
@@ -115,9 +136,9 @@ class NNsight(Loop):
 
     def __init__(self, subject):
         super().__init__(subject)
-        from nnsight import LanguageModel
+        from nnsight import TransformersModel
 
-        self.traced = LanguageModel(self.model, tokenizer=subject.tokenizer)
+        self.traced = TransformersModel(self.model, tokenizer=subject.tokenizer)
 
     def logits(self, ids, layer, alphas, unit, variant):
         model, columns, found = self.traced, written(variant), []
@@ -189,7 +210,7 @@ class TransformerLens(Loop):
 
 
 class Pyvene(Loop):
-    """An intervenable model per strength, with a function as its intervention."""
+    """An intervenable model per layer, with a function as its intervention."""
 
     name, package = "pyvene", "pyvene"
 
@@ -201,31 +222,33 @@ class Pyvene(Loop):
         )
 
     def logits(self, ids, layer, alphas, unit, variant):
-        found, columns, unit = [], written(variant), unit[: ids.shape[1]]
-        for alpha in alphas:
+        found, columns, unit, alpha = [], written(variant), unit[: ids.shape[1]], 0.0
 
-            def write(base, source, alpha=alpha):
-                base[:, columns] += push(base[:, columns], alpha, unit[columns])
-                return base
+        def write(base, source):
+            base[:, columns] += push(base[:, columns], alpha, unit[columns])
+            return base
 
+        wrapped = self._wrapped(layer, write)
+        for alpha in alphas:  # noqa: B007 (the function above reads it)
             with torch.no_grad():
-                _, output = self._wrapped(layer, write)({"input_ids": ids}, use_cache=False)
+                _, output = wrapped({"input_ids": ids}, use_cache=False)
             found.append(output.logits if variant == "all" else output.logits[:, -1])
         return found
 
     def tokens(self, ids, layer, alphas, unit, new):
-        found = []
-        for alpha in alphas:
+        found, alpha, seen = [], 0.0, 0
+
+        def write(base, source):
+            nonlocal seen
+            columns = unit[seen : seen + base.shape[1]]
+            seen += base.shape[1]
+            return base + push(base, alpha, columns)
+
+        wrapped = self._wrapped(layer, write)
+        for alpha in alphas:  # noqa: B007 (the function above reads it)
             seen = 0
-
-            def write(base, source, alpha=alpha):
-                nonlocal seen
-                columns = unit[seen : seen + base.shape[1]]
-                seen += base.shape[1]
-                return base + push(base, alpha, columns)
-
             with torch.no_grad():
-                _, out = self._wrapped(layer, write).generate(
+                _, out = wrapped.generate(
                     {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
                     intervene_on_prompt=True, max_new_tokens=new, do_sample=False,
                 )  # fmt: skip

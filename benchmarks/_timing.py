@@ -5,11 +5,14 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def interleaved(
@@ -25,16 +28,25 @@ def interleaved(
     for turn in range(rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for name in order:
-            begun = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(timed(arms[name])[0])
     out = {}
     for name in names:
-        ratios = sorted(s / b for s, b in zip(seconds[name], seconds["baseline"], strict=True))
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        out[name] = (statistics.median(ratios), quartiles[0], quartiles[2])
+        out[name] = spread([s / b for s, b in zip(seconds[name], seconds["baseline"], strict=True)])
     out["baseline"] = (statistics.median(seconds["baseline"]), min(seconds["baseline"]), max(seconds["baseline"]))
     return out
+
+
+def timed(run: Callable[[], T]) -> tuple[float, T]:
+    """Return the seconds a call took, and its result."""
+    begun = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begun, result
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return median and quartiles."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return statistics.median(values), quartiles[0], quartiles[2]
 
 
 def machine() -> str:

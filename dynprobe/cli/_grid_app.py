@@ -112,6 +112,10 @@ def _threshold(
     ] = "",
     alpha_min: Annotated[float | None, typer.Option(help="Lowest strength of the search.")] = None,
     alpha_max: Annotated[float | None, typer.Option(help="Highest strength of the search.")] = None,
+    placement: Annotated[
+        str, typer.Option(help="search: a bracket per prompt; quest: one posterior over prompts and fresh seeds.")
+    ] = "search",
+    trials: Annotated[int, typer.Option(help="Trials of --placement quest, at most.")] = 200,
     tolerance: Annotated[float, typer.Option(help="Relative precision of each prompt's threshold.")] = 0.05,
     max_evaluations: Annotated[int, typer.Option(help="Perturbed rows per prompt, at most.")] = 7,
     estimand: Annotated[str, typer.Option(help="prompt: median over prompts; mean: of the mean response.")] = "prompt",

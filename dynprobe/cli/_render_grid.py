@@ -28,7 +28,7 @@ def sweep(found: Run) -> None:
         if mode == "free" or arm not in ("perturbed", "sham"):
             continue
         shown = Table(
-            title=f"{found.manifest.model.get('name', '')} · {arm}" + ("" if variant == "model" else f" · {variant}"),
+            title=f"{found.manifest.model_name} · {arm}" + ("" if variant == "model" else f" · {variant}"),
             caption="means over prompts with 95 % bootstrap intervals; α in units of its scale",
         )
         for heading in ("scale", "layer", "α", "KL/nats", "flips", "Δκ (paired)", "ΔNLL/nats", "prompts"):
@@ -66,7 +66,7 @@ def threshold(found: Run) -> None:
     fits = found.table("fits")
     headline = fits[fits["headline"]]
     shown = Table(
-        title=f"{found.manifest.model.get('name', '')} · thresholds",
+        title=f"{found.manifest.model_name} · thresholds",
         caption="α at which the criterion is reached, in units of its scale; interval over prompts",
     )
     for heading in ("criterion", "scale", "kind", "layer", "α50", "interval", "spread", "prompts", "remarks"):

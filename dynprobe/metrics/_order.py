@@ -42,7 +42,7 @@ def order_parameter(
         for depth, state in enumerate(states):
             weight = torch.from_numpy(np.where(ok[depth], 1.0 / norm[depth], 0.0)[..., None])
             flags = torch.from_numpy(ok[depth][..., None])
-            x = torch.where(flags, state.detach().double().cpu(), 0.0)
+            x = torch.where(flags, state.detach().cpu().double(), 0.0)
             length[depth] = norms((x * weight).sum(1))
         value = (length**2 / n - 1.0) / (n - 1.0) if debiased else length / n
     few = (n < 2) & (n > 0) if debiased else np.zeros(n.shape, bool)

@@ -40,7 +40,7 @@ def pairwise(x: torch.Tensor, norm: Array, ok: Bools, *, cosine: bool = False) -
         for low in range(0, groups, at_once):
             part = slice(low, low + at_once)
             flags = torch.from_numpy(ok[part, :, None])
-            rows = torch.where(flags, x[part].detach().double().cpu(), 0.0) * torch.from_numpy(scale[part, :, None])
+            rows = torch.where(flags, x[part].detach().cpu().double(), 0.0) * torch.from_numpy(scale[part, :, None])
             out[part] = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").numpy()
     out[~(ok[:, :, None] & ok[:, None, :])] = np.nan
     return out, (np.ones(groups) if cosine else top)

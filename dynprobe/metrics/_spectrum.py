@@ -60,7 +60,7 @@ def spectra(
         flags = torch.from_numpy(here[..., None])
         top = np.where(here, norm[depth][:, places], 0.0).max(-1, initial=0.0)
         factor = torch.from_numpy(np.where(top > 0, top, 1.0))[:, None, None]
-        x = torch.where(flags, state[:, places].detach().double().cpu(), 0.0) / factor
+        x = torch.where(flags, state[:, places].detach().cpu().double(), 0.0) / factor
         if centre == "mean":
             count = torch.from_numpy(np.maximum(here.sum(-1), 1))[:, None, None]
             x = torch.where(flags, x - x.sum(1, keepdim=True) / count, 0.0)

@@ -11,6 +11,7 @@ A row leaves one step after its last token was chosen, so that whoever listens h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def decode(
                 ended[alive[place]] = token in ends
         if ended.all() or step == n_new - 1:
             break
-        cache = getattr(output, "past_key_values", None)
+        cache: Any = getattr(output, "past_key_values", None)
         if not hasattr(cache, "layers"):
             raise TypeError("the model returns no cache made of layers")
         tokens = torch.where(torch.from_numpy(before).to(tokens.device), pad, tokens)

@@ -198,7 +198,7 @@ class Fork:
         entry: Tensor | None = None
         if below:
             entry = clean.states[below].index_select(0, index)[:, start:].to(subject.state_dtype)
-        known = {"row_keys": rows.row_keys, "n_prompt": rows.n_prompt, "mask": rows.mask[:, start:]}
+        known: dict[str, Any] = {"row_keys": rows.row_keys, "n_prompt": rows.n_prompt, "mask": rows.mask[:, start:]}
         instrument = Instrument(subject, read, writers, **known)
         stubs = stubbed(subject, below, lambda i: entry if i == below - 1 else None)
         with evaluating(subject.model), torch.no_grad(), stubs, instrument:

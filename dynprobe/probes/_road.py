@@ -110,7 +110,7 @@ def try_road(subject: Subject, batch: Batch) -> RoadTrial:
                 by_depth[at] = _deviation(_resumed(subject, twice, at, given), wanted, real) / spread
             except Exception as error:  # whatever a model says when its lower blocks did not run: no fast road
                 by_depth[at] = float("inf")
-                return RoadTrial(by_depth, limit, f"depth {at}: {type(error).__name__}: {error}"[:300])
+                return RoadTrial(by_depth, limit, f"resuming at depth {at}: {type(error).__name__}: {error}"[:300])
     return RoadTrial(dict(sorted(by_depth.items())), limit)
 
 

@@ -117,7 +117,7 @@ class Subject:
 
     @resumable.setter
     def resumable(self, fast: bool) -> None:
-        self.road = Road(fast)
+        self.road.fast, self.road.reason = fast, ""
 
     def accepts(self, argument: str) -> bool:
         """Whether the model's forward names this argument."""

@@ -26,16 +26,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynprobe.errors import ModelError, SelfTestError, SiteError
-from dynprobe.probes._capture import capture
 from dynprobe.probes._dispatch import attach
 from dynprobe.probes._inputs import Batch
-from dynprobe.probes._selftest import check_resume
 from dynprobe.probes._stub import stubbed
 from dynprobe.probes._subject import Subject, evaluating
 
 __all__ = ["Turn", "carry", "check_chain"]
-
-_TRIED = 16  # tokens of the text on which the chain of maps is tried
 
 
 class Turn(Protocol):
@@ -52,24 +48,19 @@ class _Done(Exception):  # noqa: N818 - control flow, not an error
     """The last depth of interest was met."""
 
 
-def check_chain(subject: Subject, row: Sequence[int]) -> float:
-    """Verify that the state at a depth is all that the blocks above it know, on the first tokens of a row.
-
-    Returns:
-        Largest deviation of a resumed forward, in standard deviations of the logits.
+def check_chain(subject: Subject) -> None:
+    """Verify that the state at a depth is all that the blocks above it know; tried once per subject.
 
     Raises:
         ModelError: If blocks are not a chain of maps.
     """
     if not subject.chained:
         raise ModelError(f"{subject.name} changes the state between its blocks, so its blocks are no chain of maps")
-    check = check_resume(subject, capture(subject, [list(row)[:_TRIED]], logits="all"))
-    if not check.passed:
+    if not subject.resumable:
         raise ModelError(
-            f"the upper blocks of {subject.name} look back past the state they are given (resumed logits deviate by "
-            f"{check.value:.3g} SD), so there is no map from one depth to the next whose derivative could be taken"
+            f"the upper blocks of {subject.name} look back past the state they are given ({subject.road.reason}), so "
+            "there is no map from one depth to the next whose derivative could be taken"
         )
-    return check.value
 
 
 def carry(

@@ -15,8 +15,8 @@ from dynprobe.probes._clock import Step
 from dynprobe.probes._instrument import Site, Writer
 from dynprobe.probes._kinds import apply, displacement, realised
 from dynprobe.probes._noise import NoiseSource
-from dynprobe.probes._perturb import Perturb, parse_many
 from dynprobe.probes._passport import Passport, passport, spread
+from dynprobe.probes._perturb import Perturb, parse_many
 from dynprobe.probes._scales import SiteStats
 from dynprobe.probes._subject import Subject
 

@@ -11,7 +11,8 @@ from dynprobe.protocols._plan import Estimate
 from dynprobe.protocols._plateau import PlateauResult, plateau
 from dynprobe.protocols._run import plan, run
 from dynprobe.protocols._sweep import SweepConfig, sweep
-from dynprobe.protocols._threshold import ThresholdConfig, threshold
+from dynprobe.protocols._threshold import threshold
+from dynprobe.protocols._threshold_config import ThresholdConfig
 
 __all__ = [
     "CouplingResult",

@@ -32,7 +32,7 @@ def scrambled(row: Sequence[int], key: str, seed: int = 0) -> list[int]:
         (7, [1, 2, 3, 4, 5, 7])
     """
     rest = list(row[1:])
-    order = np.argsort(uniform(seed, key, _SITE, 0, len(rest)), kind="stable") if rest else []
+    order = np.argsort(uniform(seed, key, _SITE, 0, len(rest)), kind="stable")
     return [row[0], *(rest[i] for i in order)]
 
 

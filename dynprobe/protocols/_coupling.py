@@ -151,7 +151,7 @@ def coupling(
     if not 1 <= k <= dim or chunk < 1:
         raise UsageError(f"k={k} singular directions were asked for; {subject.name} has width {dim}")
     rows = tokenize(subject, prompts, chat_template=chat_template)
-    check_chain(subject, rows[0])
+    check_chain(subject)
     eps = eps_of(subject.state_dtype or torch.float32)
     n = subject.n_layers
     matrix, reasons = np.full((len(rows), n, n), np.nan), np.full((len(rows), n, n), None, dtype=object)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from dynprobe.metrics.statistics import (
     Crossing,
+    PosteriorSearch,
     first_crossing,
     fit_psychometric,
     isotonic_threshold,
@@ -27,6 +28,7 @@ from dynprobe.metrics.statistics import (
     prompt_threshold,
     spearman_karber,
 )
+from dynprobe.protocols._criteria import criterion_named
 
 __all__ = ["crossings_of", "fits_table"]
 
@@ -107,6 +109,11 @@ def fits_table(trials: pd.DataFrame, config: Any) -> pd.DataFrame:
 
 def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]:
     """The estimates of one curve, the headline first."""
+    if config.placement == "quest" and not config.alphas:
+        boot = {"n_boot": config.n_boot, "confidence": config.confidence}
+        yield _logistic(curve, criterion, boot)
+        yield _posterior(curve, criterion, config)
+        return
     crossings, prompts = crossings_of(curve.trials, curve.level, curve.floor)
     boot = {"n_boot": 0 if config.each_position else config.n_boot, "confidence": config.confidence}
     grid = curve.grid()
@@ -154,6 +161,21 @@ def _logistic(curve: Curve, criterion: str, boot: dict[str, Any]) -> dict[str, A
     }  # fmt: skip
 
 
+def _posterior(curve: Curve, criterion: str, config: Any) -> dict[str, Any]:
+    """The posterior that placed the trials; it takes them as independent, which prompts are not."""
+    low, high = config.strengths(criterion_named(criterion))
+    rows = curve.trials[np.isfinite(curve.trials["response"])]
+    answers = [(float(a), int(r >= curve.level)) for a, r in zip(rows["alpha"], rows["response"], strict=True)]
+    found = PosteriorSearch.replay(
+        answers, alpha_min=low, alpha_max=high, stop_sd=config.tolerance, max_trials=config.trials
+    ).result(config.confidence)
+    return {
+        "estimator": "threshold.posterior/1", "alpha50": found.value, "low": found.low, "high": found.high,
+        "status": found.status, "reason": found.reason, "n": rows["prompt_id"].nunique(), "slope": found.slope,
+        "method": "posterior of the pooled curve", "confidence": found.confidence,
+    }  # fmt: skip
+
+
 def _on_a_grid(alphas: np.ndarray, responses: np.ndarray, level: float, floor: float) -> Iterator[dict[str, Any]]:
     """Estimates that need the same strengths for all prompts; ``responses`` is ``[prompt, alpha]``."""
     n = len(responses)
@@ -173,7 +195,8 @@ def _on_a_grid(alphas: np.ndarray, responses: np.ndarray, level: float, floor: f
     verdict, falls = nonlinear(alphas, responses, floor=floor), monotonicity_test(alphas, responses)
     yield {
         "estimator": "breakpoint.broken_stick/1", "alpha50": verdict.alpha_break, "low": math.nan, "high": math.nan,
-        "status": "resolved" if verdict.granted else "not-resolved", "reason": verdict.reason, "n": n, "nonlinear": bool(verdict.granted),
+        "status": "resolved" if verdict.granted else "not-resolved", "reason": verdict.reason, "n": n,
+        "nonlinear": bool(verdict.granted),
         "error_stick": verdict.error_stick, "error_power": verdict.error_power, "exponent": verdict.exponent,
         "monotone_p": falls.p_value,
     }  # fmt: skip

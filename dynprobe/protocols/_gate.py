@@ -22,7 +22,6 @@ from dynprobe.metrics._gate import linear_gate
 from dynprobe.probes import Subject, Where, as_subject, capture, resume, tokenize
 from dynprobe.probes._inputs import Prompts
 from dynprobe.probes._noise import gaussian_rows, row_key_from_tokens
-from dynprobe.probes._selftest import check_resume
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,8 +104,6 @@ def linear_response(
     rows: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
     for number, row in enumerate(tokenize(subject, prompts, chat_template=chat_template)):
-        if number == 0:
-            check_resume(subject, capture(subject, [row[:16]], logits="all"))
         tape = capture(subject, [row], logits=None)
         mask = where.position_mask(np.arange(len(row)), len(row))
         for layer in chosen:

@@ -51,14 +51,12 @@ class LyapunovResult:
     Attributes:
         rows: One entry per prompt, form and exponent; :meth:`frame` makes the table.
         path: One entry per prompt, form, exponent, ε and QR step; :meth:`profile` makes the table.
-        chain: Deviation of a resumed forward (``resume`` self-test) in SD of the logits, the evidence for a chain.
         agreement: Under JVP, largest difference of the first prompt's raw exponents from finite differences at
             ε = 10⁻³, nats per block; large where ε is outside the linear range or a derivative is wrong. NaN under fd.
     """
 
     rows: tuple[dict[str, Any], ...]
     path: tuple[dict[str, Any], ...]
-    chain: float
     agreement: float
 
     def frame(self) -> pd.DataFrame:
@@ -163,7 +161,7 @@ def lyapunov(
     rows = tokenize(subject, prompts, chat_template=chat_template)
     where = Where.parse(f"positions={positions}")
     depths = sorted({*range(at + every, last, every), last})
-    chain = check_chain(subject, rows[0])
+    check_chain(subject)
     unit = eps_of(subject.state_dtype or torch.float32)
     agreement = float("nan")
     table: list[dict[str, Any]] = []
@@ -193,7 +191,7 @@ def lyapunov(
         head |= {"road": road, "n_maps": last - at, "n_units": int(chosen.sum())}
         table += _exponents(head, runs, sizes, k, reason, unit)
         path += _path(head, runs, sizes, at)
-    return LyapunovResult(tuple(table), tuple(path), chain, agreement)
+    return LyapunovResult(tuple(table), tuple(path), agreement)
 
 
 def _follow(

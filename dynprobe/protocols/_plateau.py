@@ -30,7 +30,6 @@ from dynprobe.metrics._plateau import READOUTS, distance_share, readouts
 from dynprobe.probes import Calibration, Subject, as_subject, capture, resume, tokenize
 from dynprobe.probes._inputs import Prompts
 from dynprobe.probes._noise import gaussian_rows, row_key_from_tokens
-from dynprobe.probes._selftest import check_resume
 from dynprobe.probes._tape import Tape
 
 if TYPE_CHECKING:
@@ -180,14 +179,10 @@ def plateau(
     t = torch.linspace(0, 1, steps, dtype=torch.float64)
     curves: list[np.ndarray] = []
     heads: list[dict[str, Any]] = []
-    checked = False
     for number, pair in enumerate(pairs):
         if len(pair) != 2:
             raise UsageError(f"pair {number} has {len(pair)} prompts; a pair is (A, B)")
         row_a, row_b = (_one(subject, prompt, chat_template) for prompt in pair)
-        if not checked:  # decides between the short road and the slow one of resume
-            check_resume(subject, capture(subject, [row_a[:16]], logits="all"))
-            checked = True
         tape = capture(subject, [row_a], logits=None)
         a, b = tape.states[at][0, -1], capture(subject, [row_b], logits=None).states[at][0, -1]
         ends = [("pair", -1, b.double())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -40,9 +42,9 @@ def response_table(run: Run) -> pd.DataFrame:
     held = [c for c in RESPONSES if c in joined]
     per_prompt = joined.groupby([*_KEYS, "prompt_id"], observed=True, dropna=False)[held].mean().reset_index()
     rng = np.random.default_rng(0)
-    rows = []
-    for key, group in per_prompt.groupby(list(_KEYS), observed=True, dropna=False, sort=True):
-        row = dict(zip(_KEYS, key, strict=True))
+    rows: list[dict[str, Any]] = []
+    for values_of_key, group in per_prompt.groupby(list(_KEYS), observed=True, dropna=False, sort=True):
+        row: dict[str, Any] = dict(zip(_KEYS, values_of_key, strict=True))
         values = group[held].to_numpy(np.float64)
         draws = rng.integers(0, len(values), (_RESAMPLES, len(values)))
         row["n"] = len(values)

@@ -30,7 +30,7 @@ from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._responses import response_table
 from dynprobe.protocols._sweep_rows import branch_tables, clean_tables, free_tables, write_texts
-from dynprobe.protocols._trunk import Request, Trunk
+from dynprobe.protocols._trunk import Request, Trunk, roads_of
 from dynprobe.runs import Run, RunWriter
 
 __all__ = ["CONTROLS", "SweepConfig", "sweep"]
@@ -135,9 +135,9 @@ class _Sweep:
         self._held: tuple[Any, Trunk] | None = None
 
     @cached_property
-    def layers(self) -> list[int]:
+    def layers(self) -> tuple[int, ...]:
         """Layers of the grid."""
-        return Where.parse(f"layers={self.config.layers}").resolve_layers(self.ready.subject.n_layers)
+        return tuple(Where.parse(f"layers={self.config.layers}").resolve_layers(self.ready.subject.n_layers))
 
     @cached_property
     def variants(self) -> list[str]:
@@ -223,7 +223,7 @@ class _Sweep:
             found += free_tables(trunk, free, prompts, self.config, everything)
         names = dict.fromkeys(name for tables in found for name in tables)
         tables = {n: pd.concat([t[n] for t in found if n in t], ignore_index=True) for n in names}
-        facts = {"roads": _roads(trunk), **({"halved": list(trunk.halved)} if trunk.halved else {})}
+        facts = {"roads": roads_of(trunk), **({"halved": list(trunk.halved)} if trunk.halved else {})}
         return Produced(tables, facts=facts)
 
     def _branches(
@@ -278,11 +278,6 @@ class _Sweep:
     def summarise(self, run: Run, writer: RunWriter) -> dict[str, Any]:
         """Summarise the responses of all cells."""
         return {"protocol": "sweep", "responses": response_table(run).to_dict("records")}
-
-
-def _roads(trunk: Trunk) -> dict[str, Any]:
-    roads = trunk.fork.roads
-    return {**vars(roads), "refusals": {str(k): v for k, v in roads.refusals.items()}}
 
 
 def _side(config: SweepConfig, perturbs: Sequence[Perturb]) -> str:

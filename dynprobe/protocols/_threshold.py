@@ -16,68 +16,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator
 from torch import nn
 
 from dynprobe.errors import UsageError
-from dynprobe.metrics.statistics import BracketSearch
 from dynprobe.probes import Calibration, Perturb, Subject, tokenize
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._criteria import NULL_ALPHA, NULL_SEEDS, Criterion, criterion_named, null_level
 from dynprobe.protocols._execute import Listener, Progress, execute
 from dynprobe.protocols._fits import fits_table
-from dynprobe.protocols._grid import Cell, GridConfig, cells_table, grid_of
+from dynprobe.protocols._grid import Cell, cells_table, grid_of
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
-from dynprobe.protocols._trunk import Branch, Request, Trunk
+from dynprobe.protocols._threshold_config import BOTH_SCALES, ThresholdConfig
+from dynprobe.protocols._trials import Trials, rows_to_try
+from dynprobe.protocols._trunk import Request, Trunk, roads_of
 from dynprobe.runs import Run, RunWriter
 
 __all__ = ["ThresholdConfig", "threshold"]
 
-#: Scales under which a threshold is given when none is named: relative size alone misleads between models.
-_BOTH = ("relnorm", "coordstd")
-#: Texts whose sham row is run twice, so that the batch has another shape than the clean one and shows its noise.
-_SHAM_TWICE = 4
 #: First seed of the null, far from those a user would name.
 _NULL_SEED = 10_000_019
-
-
-class ThresholdConfig(GridConfig):
-    """Settings of a threshold search."""
-
-    scale: tuple[str, ...] = Field(_BOTH, description="Noise scales.")
-    criterion: tuple[str, ...] = Field(("kl",), description="kl, flip, kappa or task.")
-    level: float | None = Field(None, description="Level of the response, in place of the criterion's own.")
-    alpha_min: float | None = Field(None, gt=0, description="Lowest strength of the search.")
-    alpha_max: float | None = Field(None, gt=0, description="Highest strength of the search.")
-    each_position: bool = Field(False, description="One threshold per layer and position: a fragility map.")
-    tolerance: float = Field(0.05, gt=0, description="Wanted relative precision of each prompt's threshold.")
-    max_evaluations: int = Field(7, ge=3, description="Perturbed rows per prompt, at most; one sham row is added.")
-    estimand: Literal["prompt", "mean"] = Field(
-        "prompt", description="prompt: median over prompts; mean: crossing of the mean response (needs --alphas)."
-    )
-    n_boot: int = Field(2000, ge=200, description="Bootstrap resamples.")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Coverage of the interval.")
-
-    @field_validator("criterion", mode="before")
-    @classmethod
-    def _criteria(cls, value: Any) -> tuple[str, ...]:
-        names = tuple(value.replace("+", ",").split(",")) if isinstance(value, str) else tuple(value)
-        return tuple(criterion_named(name.strip()).name for name in names)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that define the numbers of this search."""
-        return {**super().identity(), "protocol": "threshold", "alphas": sorted(self.alphas)}
-
-    def strengths(self, criterion: Criterion) -> tuple[float, float]:
-        """Range of the search."""
-        low, high = criterion.range
-        return self.alpha_min or low, self.alpha_max or high
 
 
 def threshold(
@@ -128,7 +90,7 @@ def threshold(
 def _writes(subject: Subject, config: ThresholdConfig, given: Sequence[Perturb | str]) -> list[Perturb]:
     if given:
         raise UsageError("a threshold takes --layers, --scale, --kind, --seeds and --positions, not --perturb")
-    if config.scale == _BOTH and subject.tokenizer is None:
+    if config.scale == BOTH_SCALES and subject.tokenizer is None:
         raise UsageError(
             f"thresholds are given under relnorm and coordstd, and coordstd needs a calibration; {subject.name} has no "
             "tokenizer to read the calibration prompts with. Name one scale: --scale relnorm"
@@ -200,7 +162,8 @@ class _Threshold:
     def plan(self) -> list[Any]:
         """Return the units; a group's trunk is made once."""
         subject = self.ready.subject
-        groups = plan_batches(
+        everyone = list(range(len(self.ready.rows)))  # one posterior learns from all prompts
+        groups = [everyone] if self.config.placement == "quest" else plan_batches(
             [len(r) for r in self.ready.rows], max_new_tokens=0, n_layers=subject.n_layers, dim=subject.dim or 1,
             vocab=subject.vocab_size or 1, batch_size=self.config.batch_size, exact=self.exact,
         )  # fmt: skip
@@ -213,88 +176,29 @@ class _Threshold:
 
     def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
         """Search the thresholds of a group of prompts."""
-        criterion = criterion_named(unit["criterion"])
+        criterion, config = criterion_named(unit["criterion"]), self.config
         layer, perturbs = self.writes[unit["write"]]
         trunk = self._trunk(criterion, unit["prompts"])
         level = self._level(criterion, unit["write"])
-        pairs = self._pairs(trunk, perturbs)
-        table: list[dict[str, Any]] = []
-
-        def evaluate(rows: Sequence[int], number: int, alphas: Sequence[float] | None = None) -> np.ndarray:
-            alphas = [0.0] * len(rows) if alphas is None else alphas
-            requests = [
-                Request(pairs[row][0], pairs[row][1].replace(alpha=float(a)), (row, float(a)))
-                for row, a in zip(rows, alphas, strict=True)
-            ]
-            found: dict[Any, float] = {}
-            for branch in trunk.branches(requests):
-                responses = criterion.response(branch, trunk)
-                for i, request in enumerate(branch.requests):
-                    found[request.label] = float(responses[i])
-                    table.append(self._trial(unit, layer, branch, i, float(responses[i]), number))
-            return np.array([found[row, float(a)] for row, a in zip(rows, alphas, strict=True)])
-
-        # What the response reads where nothing is written: the arithmetic of another batch shape.
-        shams = list({text: i for i, (text, _) in reversed(list(enumerate(pairs)))}.values())
-        floor = float(np.nanmax(np.abs(evaluate([*shams, *shams[:_SHAM_TWICE]], -1)), initial=0.0))
-        if criterion.name == "task":
-            floor = 0.0
-        if self.config.alphas:
-            grid = [a for a in sorted(self.config.alphas) if a > 0]
-            rows = np.repeat(np.arange(len(pairs)), len(grid))
-            evaluate(rows.tolist(), 0, np.tile(grid, len(pairs)).tolist())
+        rows = rows_to_try(trunk, perturbs, unit["write"], each_position=config.each_position)
+        trials = Trials(trunk, criterion, rows)
+        floor = trials.sham()
+        if config.alphas:
+            trials.grid([a for a in sorted(config.alphas) if a > 0])
+        elif math.isfinite(level) and config.placement == "quest":
+            trials.quest(level, config)
         elif math.isfinite(level):
-            self._search(criterion, level, floor, len(pairs), evaluate)
-        trials = pd.DataFrame(table)
-        trials["level"], trials["floor"] = level, floor
+            trials.search(level, floor, config)
+        table = pd.DataFrame(trials.table)
+        table.insert(
+            0, "prompt_id", [self.ready.prompts[unit["prompts"][text]].prompt_id for text in table.pop("text")]
+        )
+        scale = unit["write"].split("|")[0]
+        table = table.assign(
+            write=unit["write"], criterion=criterion.name, scale=scale, layer=layer, level=level, floor=floor
+        )
         facts: dict[str, Any] = {"halved": list(trunk.halved)} if trunk.halved else {}
-        return Produced({"trials": trials}, facts=facts)
-
-    def _pairs(self, trunk: Trunk, perturbs: Sequence[Perturb]) -> list[tuple[int, Perturb]]:
-        """The rows to search: text and write, one write per position where each has a threshold of its own."""
-        pairs = []
-        for text, row in enumerate(trunk.texts):
-            for perturb in perturbs:
-                if not self.config.each_position:
-                    pairs.append((text, perturb))
-                    continue
-                n = len(row.prompt)
-                allowed = perturb.where.mask(np.arange(n)[None], np.array([n]), positions="1:")[0]
-                pairs += [
-                    (text, perturb.replace(where=perturb.where.replace(positions=str(pos))))
-                    for pos in np.flatnonzero(allowed)
-                ]
-        return pairs
-
-    def _search(
-        self, criterion: Criterion, level: float, floor: float, n_rows: int, evaluate: Callable[..., np.ndarray]
-    ) -> None:
-        low, high = self.config.strengths(criterion)
-        search = BracketSearch(
-            n_rows, low, high, level, tolerance=self.config.tolerance, max_evaluations=self.config.max_evaluations,
-            floor=floor,
-        )  # fmt: skip
-        number = 0
-        while not search.done:
-            rows, alphas = search.propose()
-            search.observe(rows, alphas, evaluate(rows.tolist(), number, alphas.tolist()))
-            number += 1
-
-    def _trial(self, unit: Any, layer: int, branch: Branch, row: int, response: float, number: int) -> dict[str, Any]:
-        perturb = branch.requests[row].perturb
-        passport = {name: float(values[row]) for name, values in branch.passport.items() if name.startswith("alpha_")}
-        return {
-            "prompt_id": self.ready.prompts[unit["prompts"][branch.source[row]]].prompt_id,
-            "condition_id": f"{unit['write']}|s{perturb.seed}", "write": unit["write"],
-            "criterion": unit["criterion"], "scale": unit["write"].split("|")[0], "kind": perturb.kind,
-            "layer": layer, "pos": self._position(perturb), "seed": perturb.seed, "alpha": perturb.alpha,
-            "response": response, "trial_round": number, "kl_clean_pert": float(branch.mean("kl_clean_pert")[row]),
-            "flip_rate": float(branch.mean("flip")[row]), **passport,
-        }  # fmt: skip
-
-    def _position(self, perturb: Perturb) -> int:
-        """The one position that is written, −1 where a threshold covers all of them."""
-        return int(str(perturb.where.positions[0])) if self.config.each_position and perturb.where.positions else -1
+        return Produced({"trials": table}, facts={**facts, "roads": roads_of(trunk)})
 
     def _level(self, criterion: Criterion, write: str) -> float:
         """The level a response must reach; for ``kappa`` the 99 % quantile under writes of numerical size."""

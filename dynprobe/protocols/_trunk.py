@@ -8,8 +8,9 @@ that do not fit into memory are tried again in smaller groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dynprobe import metrics
 from dynprobe.errors import SelfTestError
-from dynprobe.metrics import Measurement, Result
+from dynprobe.metrics import Measurement
 from dynprobe.probes import (
     Calibration,
     Fork,
@@ -36,68 +37,16 @@ from dynprobe.probes import Where as _Where
 from dynprobe.probes._chunks import halving
 from dynprobe.probes._tape import States, Tape
 from dynprobe.protocols._arms import Passage, Text, aligned, measured
+from dynprobe.protocols._branch import Branch, Request, rows_of
 from dynprobe.protocols._conditions import yardstick
 from dynprobe.protocols._strength import donor_states
 
-__all__ = ["Branch", "Request", "Trunk"]
+__all__ = ["Branch", "Request", "Trunk", "roads_of"]
 
 #: Logits and states of one group of rows stay below this many bytes.
 _GROUP_BYTES = 768 * 2**20
 #: Share of the columns that must lie before the first write for their keys and values to be taken from a cache.
 _WORTH_SHARING = 0.25
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row that is asked for.
-
-    Attributes:
-        text: Number of the text on the trunk.
-        perturb: What is written; α = 0 is the sham write.
-        label: Whatever the caller wants to find the row by.
-    """
-
-    text: int
-    perturb: Perturb
-    label: Any = None
-
-
-@dataclass(eq=False)
-class Branch:
-    """Rows that were run in one batch, measured against the trunk.
-
-    Attributes:
-        requests: The rows.
-        source: Text of each row, ``[rows]``.
-        affected_from: First position of each row at which an effect can show: max(1, first written position).
-        affected: ``[rows, pos]`` real positions from there on.
-        outputs: ``kl_clean_pert`` (nats) and ``flip`` ``[rows, pos]``, 0 before the first column that was run.
-        passport: Size of the write in every unit, per row.
-        right: 1 where every token of a row's continuation is the top-1 token, else 0; NaN without continuation.
-        passage: The measured rows, where metrics were asked for.
-        clean: The clean rows beside them, likewise.
-        paired: Δκ of each row, likewise.
-        divergence: Angle to the clean state ``[depth, rows, pos]``, likewise.
-    """
-
-    requests: Sequence[Request]
-    source: np.ndarray
-    affected_from: np.ndarray
-    affected: np.ndarray
-    outputs: dict[str, np.ndarray]
-    passport: dict[str, np.ndarray]
-    right: np.ndarray
-    passage: Passage | None = None
-    clean: Passage | None = None
-    paired: Sequence[Result] | None = None
-    divergence: np.ndarray | None = None
-
-    def mean(self, name: str) -> np.ndarray:
-        """Mean of ``kl_clean_pert`` or ``flip`` over the affected positions, ``[rows]``; NaN where there is none."""
-        grid = self.outputs[name]
-        count = self.affected.sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(count > 0, np.where(self.affected, grid, 0.0).sum(1) / count, np.nan)
 
 
 @dataclass(eq=False)
@@ -163,7 +112,7 @@ class Trunk:
             groups.setdefault(self._below(request.perturb), []).append(request)
         for below in sorted(groups):
             yield from halving(
-                groups[below], self._group_size(below), lambda rows, b=below: self._branch(rows, b), self.halved.append
+                groups[below], self._group_size(below), partial(self._branch, below=below), self.halved.append
             )
 
     def relative(self, text: int, perturb: Perturb, size: float) -> float:
@@ -236,7 +185,7 @@ class Trunk:
         self._check_sham(requests, source, tape, start)
         outputs = self._paired_outputs(source, tape.logits, start, mask)
         right = self.right(source, tape.logits, start)
-        branch = Branch(requests, source, first, affected, outputs, tape.passport, right)
+        branch = Branch(requests, source, first, affected, outputs, dict(tape.passport), right)
         if self.which:
             self._measured(branch, tape, start, mask, positions, below)
         return branch
@@ -291,7 +240,7 @@ class Trunk:
         assert self.clean is not None
         assert tape.logits is not None
         source = branch.source
-        clean = _rows_of(self.clean, source)
+        clean = rows_of(self.clean, source)
         index = torch.from_numpy(source)
         states: dict[int, Tensor] = {}
         for depth in self.clean.tape.states.depths:
@@ -315,26 +264,7 @@ class Trunk:
         branch.divergence = metrics.diverge(list(clean.tape.states), list(joined.states), branch.passage.mask)
 
 
-def _rows_of(passage: Passage, source: np.ndarray) -> Passage:
-    """The rows of a passage that an index names, repeated where it repeats them."""
-    index = torch.from_numpy(source)
-    tape = passage.tape
-    by_depth = {
-        depth: tape.states[depth].index_select(0, index.to(tape.states[depth].device)) for depth in tape.states.depths
-    }
-    picked: Mapping[str, Any] = {
-        "states": States(by_depth, tape.states.last),
-        "mask": tape.mask[index],
-        "positions": tape.positions[index],
-        "token_ids": None if tape.token_ids is None else tape.token_ids[index],
-        "n_prompt": tape.n_prompt[index],
-        "row_keys": tuple(tape.row_keys[i] for i in source),
-    }
-    return Passage(
-        [passage.texts[i] for i in source],
-        replace(tape, **picked, logits=None, updates={}, passport={}),
-        passage.mask[index],
-        passage.positions[source],
-        passage.measured.take(source),
-        {name: grid[source] for name, grid in passage.outputs.items()},
-    )
+def roads_of(trunk: Trunk) -> dict[str, Any]:
+    """Which roads the branches of a trunk took, as plain data."""
+    roads = trunk.fork.roads
+    return {**vars(roads), "refusals": {str(column): why for column, why in roads.refusals.items()}}

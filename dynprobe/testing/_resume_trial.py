@@ -42,7 +42,8 @@ class ResumeVerdict:
         model_type: Name in transformers.
         model_class: Its class.
         verdict: ``fast``, ``fallback``, ``refused``, ``left out`` or ``wrong``.
-        layers: Blocks found; 0 where none were.
+        layers: Number of blocks found; 0 where none were.
+        blocks: Pattern of their names.
         worst: Largest deviation of any logit from the truth, in standard deviations of the logits; NaN if not measured.
         reason: Why it is not ``fast``; empty where it is.
     """
@@ -51,6 +52,7 @@ class ResumeVerdict:
     model_class: str
     verdict: str
     layers: int = 0
+    blocks: str = ""
     worst: float = math.nan
     reason: str = ""
 
@@ -134,7 +136,8 @@ def try_resume(model_type: str, *, seed: int = 0, build: Callable[..., Any] = ti
     try:
         model = build(model_type, seed=seed)
     except DynprobeError as error:
-        return ResumeVerdict(model_type, model_class, "left out", reason=_short(error))
+        reason = _short(error).removeprefix(f"{model_type} is left out: ").removeprefix(f"{model_type} ")
+        return ResumeVerdict(model_type, model_class, "left out", reason=reason)
     model_class = type(model).__name__
     try:
         subject = discover(model, name=model_type)
@@ -145,13 +148,13 @@ def try_resume(model_type: str, *, seed: int = 0, build: Callable[..., Any] = ti
         return _compare(subject, tapes, model_type, seed)
     except Exception as error:  # a crash in the middle of a resume is as bad as a wrong number
         text = f"{type(error).__name__}: {_short(error)}"
-        return ResumeVerdict(model_type, model_class, "wrong", subject.n_layers, reason=text)
+        return ResumeVerdict(model_type, model_class, "wrong", subject.n_layers, subject.block_path, reason=text)
 
 
 def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) -> ResumeVerdict:
     draw = torch.Generator().manual_seed(seed)
     fast = subject.resumable  # asked before anything is counted: the answer costs forwards of its own
-    worst, ran, unmoved = 0.0, 0, []
+    worst, ran, unmoved = 0.0, 0, _idle(subject, tapes[0])
     for tape in tapes:
         assert tape.logits is not None
         real = tape.mask
@@ -176,11 +179,23 @@ def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) ->
     if worst > LIMIT:
         verdict, reason = "wrong", f"the {verdict} road was taken and the logits are off"
     if unmoved:
-        verdict, reason = "wrong", f"the states of depths {sorted(set(unmoved))} move no logit: the trial shows nothing"
+        verdict = "wrong"
+        reason = f"at depths {sorted(set(unmoved))} the block does nothing or no logit moves: the trial shows nothing"
     expected = _configured_layers(subject)
     if verdict in ("fast", "fallback") and expected not in (None, subject.n_layers):
         reason = f"{reason}; {subject.n_layers} blocks found, {expected} configured".removeprefix("; ")
-    return ResumeVerdict(model_type, type(subject.model).__name__, verdict, subject.n_layers, worst, reason)
+    model_class = type(subject.model).__name__
+    return ResumeVerdict(model_type, model_class, verdict, subject.n_layers, subject.block_path, worst, reason)
+
+
+def _idle(subject: Subject, tape: Tape) -> list[int]:
+    """Depths whose block hardly changes its state: left out or not, nobody could tell."""
+    states, real = tape.states, tape.mask
+    return [
+        at
+        for at in range(subject.n_layers)
+        if float((states[at + 1] - states[at])[real].norm()) < 0.01 * float(states[at][real].norm())
+    ]
 
 
 def _configured_layers(subject: Subject) -> int | None:

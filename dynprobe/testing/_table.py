@@ -94,8 +94,8 @@ def resume_table(verdicts: Sequence[ResumeVerdict]) -> str:
     """Return the verdicts as a Markdown page.
 
     Example:
-        >>> print(resume_table([ResumeVerdict("gpt2", "GPT2LMHeadModel", "fast", 4, 0.0)]).splitlines()[-1])
-        | gpt2 | GPT2LMHeadModel | fast | 4 | 0 | |
+        >>> print(resume_table([ResumeVerdict("gpt2", "GPT2LMHeadModel", "fast", 4, "transformer.h.*", 0.0)]).splitlines()[-1])
+        | gpt2 | GPT2LMHeadModel | fast | 4 × transformer.h.* | 0 | |
     """
     import transformers
 
@@ -120,10 +120,7 @@ def resume_table(verdicts: Sequence[ResumeVerdict]) -> str:
     ]
     for v in verdicts:
         worst = "" if math.isnan(v.worst) else f"{v.worst:.1g}"
-        reason = v.reason.replace("|", "\\|")
-        lines.append(
-            f"| {v.model_type} | {v.model_class} | {v.verdict} | {v.layers or ''} | {worst} | {reason} |".replace(
-                "|  |", "| |"
-            )
-        )
+        blocks = f"{v.layers} × {v.blocks}" if v.layers else ""
+        cells = (v.model_type, v.model_class, v.verdict, blocks, worst, v.reason.replace("|", "\\|"))
+        lines.append("|" + "".join(f" {cell} |" if cell else " |" for cell in cells))
     return "\n".join(lines) + "\n"

@@ -149,7 +149,6 @@ def test_against_an_explicit_jacobian(gpt2, at, upto, positions):
         np.testing.assert_allclose(exponents(result, "direction"), want, rtol=1e-7, atol=1e-8)
     assert result.frame()["n_units"].iloc[0] == len(chosen)
     assert result.agreement < 1e-3
-    assert result.chain < 1e-9
 
 
 def test_differences_agree_with_derivatives_where_the_gate_passes():

@@ -4,6 +4,7 @@ The unit of resampling is the prompt: seeds, strengths and trials of one prompt 
 go together. Plain percentile intervals are too narrow for few clusters (the resampled variance lacks a factor
 n/(n − 1), and normal quantiles stand where t quantiles belong). The **expanded percentile** interval repairs both: it
 takes the quantiles Φ(∓√(n/(n − 1))·t_{n−1}) of the replicates (Hesterberg, The American Statistician 69:371, 2015).
+Differences of medians need no such widening: resampled medians of few values scatter too much as it is.
 
 A replicate may be known only to lie between two bounds, because it is censored or separated. Every function here
 takes a lower and an upper draw; the lower end of the interval comes from the lower ones and the upper end from the
@@ -52,11 +53,11 @@ def expanded_level(confidence: float, n: int) -> float:
     return float(norm.cdf(np.sqrt(n / (n - 1)) * t.ppf((1 - confidence) / 2, n - 1)))
 
 
-def interval(low: Array, high: Array, confidence: float, n: int) -> tuple[float, float]:
-    """Expanded percentile interval of replicates known between ``low`` and ``high``; NaN when any is undefined."""
+def interval(low: Array, high: Array, confidence: float, n: int, *, expand: bool = True) -> tuple[float, float]:
+    """Percentile interval of replicates known between ``low`` and ``high``; NaN when any is undefined."""
     if n < 2 or not len(low) or np.isnan(low).any() or np.isnan(high).any():
         return float("nan"), float("nan")
-    tail = expanded_level(confidence, n)
+    tail = expanded_level(confidence, n) if expand else (1 - confidence) / 2
     return (
         float(np.quantile(low, tail, method="lower")),
         float(np.quantile(high, 1 - tail, method="higher")),

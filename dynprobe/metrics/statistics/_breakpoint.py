@@ -151,7 +151,7 @@ def broken_stick(
     tau = taus[line.choice[0]]
     b, c = line.coefficients[0, 1:]
     p: float = NAN
-    why: str | None = f"prompts<{FEWEST_PROMPTS}"
+    gap: str | None = f"prompts<{FEWEST_PROMPTS}"
     if len(y) >= FEWEST_PROMPTS and n_boot:
         null = _project(base, mean)[0]
         rest = y - null - (y - null).mean(axis=1, keepdims=True)
@@ -159,10 +159,10 @@ def broken_stick(
         draws = np.concatenate(
             [_sup_f(null + f * rest, base, hinges) for f in np.array_split(flips, 1 + n_boot // 500)]
         )
-        p, why = (1 + int((draws >= statistic * (1 - 1e-12)).sum())) / (1 + n_boot), None
+        p, gap = (1 + int((draws >= statistic * (1 - 1e-12)).sum())) / (1 + n_boot), None
     elif not n_boot:
-        why = "n_boot=0"
-    return BrokenStick(float(np.exp(tau)), float(b), float(b + c), float(statistic), p, *tail, "resolved", why)
+        gap = "n_boot=0"
+    return BrokenStick(float(np.exp(tau)), float(b), float(b + c), float(statistic), p, *tail, "resolved", gap)
 
 
 def nonlinear(

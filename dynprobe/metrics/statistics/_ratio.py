@@ -87,7 +87,7 @@ def ratio_threshold(
         confidence: Nominal coverage of the interval.
 
     Returns:
-        The ratio with a cluster-bootstrap interval (expanded percentiles).
+        The ratio with a cluster-bootstrap interval (percentiles).
 
     Raises:
         MetricError: As :func:`prompt_threshold`.
@@ -122,7 +122,7 @@ def ratio_threshold(
         pick = resample(p.n, n_boot, seed)
         other = pick if together else np.random.default_rng([seed, 2]).integers(0, q.n, (n_boot, q.n))
         draws = _difference(median_draws(p, pick, seed), median_draws(q, other, seed + (not together)))
-        ends = interval(*draws, confidence, min(p.n, q.n))
+        ends = interval(*draws, confidence, min(p.n, q.n), expand=False)
     x, y = float(low), float(high)
     status: Status = "resolved"
     if x != y or np.isinf(x):

@@ -1,0 +1,52 @@
+"""The settings of a threshold search."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from dynprobe.protocols._criteria import Criterion, criterion_named
+from dynprobe.protocols._grid import GridConfig
+
+__all__ = ["BOTH_SCALES", "ThresholdConfig"]
+
+#: Scales under which a threshold is given when none is named: relative size alone misleads between models.
+BOTH_SCALES = ("relnorm", "coordstd")
+
+
+class ThresholdConfig(GridConfig):
+    """Settings of a threshold search."""
+
+    scale: tuple[str, ...] = Field(BOTH_SCALES, description="Noise scales.")
+    criterion: tuple[str, ...] = Field(("kl",), description="kl, flip, kappa or task.")
+    level: float | None = Field(None, description="Level of the response, in place of the criterion's own.")
+    alpha_min: float | None = Field(None, gt=0, description="Lowest strength of the search.")
+    alpha_max: float | None = Field(None, gt=0, description="Highest strength of the search.")
+    each_position: bool = Field(False, description="One threshold per layer and position: a fragility map.")
+    placement: Literal["search", "quest"] = Field(
+        "search", description="search: a bracket per prompt; quest: one posterior over all prompts and fresh seeds."
+    )
+    trials: int = Field(200, ge=8, description="Trials of placement=quest, at most.")
+    tolerance: float = Field(0.05, gt=0, description="Wanted relative precision of each prompt's threshold.")
+    max_evaluations: int = Field(7, ge=3, description="Perturbed rows per prompt, at most; one sham row is added.")
+    estimand: Literal["prompt", "mean"] = Field(
+        "prompt", description="prompt: median over prompts; mean: crossing of the mean response (needs --alphas)."
+    )
+    n_boot: int = Field(2000, ge=200, description="Bootstrap resamples.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Coverage of the interval.")
+
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _criteria(cls, value: Any) -> tuple[str, ...]:
+        names = tuple(value.replace("+", ",").split(",")) if isinstance(value, str) else tuple(value)
+        return tuple(criterion_named(name.strip()).name for name in names)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that define the numbers of this search."""
+        return {**super().identity(), "protocol": "threshold", "alphas": sorted(self.alphas)}
+
+    def strengths(self, criterion: Criterion) -> tuple[float, float]:
+        """Range of the search."""
+        low, high = criterion.range
+        return self.alpha_min or low, self.alpha_max or high

@@ -1,0 +1,146 @@
+"""The trials of one unit: rows of a trunk under strengths that a search, a posterior or a grid asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dynprobe.metrics.statistics import BracketSearch, PosteriorSearch
+from dynprobe.probes import Perturb
+from dynprobe.protocols._criteria import Criterion
+from dynprobe.protocols._threshold_config import ThresholdConfig
+from dynprobe.protocols._trunk import Branch, Request, Trunk
+
+__all__ = ["Subjected", "Trials", "rows_to_try"]
+
+#: Texts whose sham row is run twice, so that the batch has another shape than the clean one and shows its noise.
+_SHAM_TWICE = 4
+#: Trials of one round of placement=quest, and how far apart the seeds of its rounds over the prompts lie.
+_QUEST_ROUND, _QUEST_SEEDS = 12, 1_000
+
+
+@dataclass(frozen=True)
+class Subjected:
+    """One text under one write whose strength is open.
+
+    Attributes:
+        text: Number of the text on the trunk.
+        perturb: The write.
+        condition_id: Name of the write and its seed.
+        pos: The one position that is written, −1 where a threshold covers all of them.
+    """
+
+    text: int
+    perturb: Perturb
+    condition_id: str
+    pos: int = -1
+
+
+def rows_to_try(trunk: Trunk, perturbs: Sequence[Perturb], name: str, *, each_position: bool) -> list[Subjected]:
+    """Return the rows of a unit: text and write, one per position where each has a threshold of its own."""
+    rows: list[Subjected] = []
+    for text, words in enumerate(trunk.texts):
+        for perturb in perturbs:
+            condition = f"{name}|s{perturb.seed}"
+            if not each_position:
+                rows.append(Subjected(text, perturb, condition))
+                continue
+            n = len(words.prompt)
+            allowed = perturb.where.mask(np.arange(n)[None], np.array([n]), positions="1:")[0]
+            for pos in np.flatnonzero(allowed).tolist():
+                one = perturb.replace(where=perturb.where.replace(positions=str(pos)))
+                rows.append(Subjected(text, one, condition, pos))
+    return rows
+
+
+@dataclass(eq=False)
+class Trials:
+    """Evaluates rows of one unit and keeps every trial.
+
+    Attributes:
+        trunk: The texts.
+        criterion: What their response is.
+        rows: What can be tried; grows where fresh seeds are asked for.
+        table: One entry per trial.
+    """
+
+    trunk: Trunk
+    criterion: Criterion
+    rows: list[Subjected]
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+    def evaluate(self, rows: Sequence[int], alphas: Sequence[float], number: int) -> np.ndarray:
+        """Return the responses of rows under strengths, ``[rows]``, and note them as one round."""
+        requests = [
+            Request(self.rows[row].text, self.rows[row].perturb.replace(alpha=float(a)), (row, float(a)))
+            for row, a in zip(rows, alphas, strict=True)
+        ]
+        found: dict[Any, float] = {}
+        for branch in self.trunk.branches(requests):
+            responses = self.criterion.response(branch, self.trunk)
+            for i, request in enumerate(branch.requests):
+                found[request.label] = float(responses[i])
+                self.table.append(self._noted(branch, i, float(responses[i]), number))
+        return np.array([found[row, float(a)] for row, a in zip(rows, alphas, strict=True)])
+
+    def _noted(self, branch: Branch, i: int, response: float, number: int) -> dict[str, Any]:
+        row, alpha = branch.requests[i].label
+        tried = self.rows[row]
+        sizes = {name: float(values[i]) for name, values in branch.passport.items() if name.startswith("alpha_")}
+        return {
+            "text": tried.text, "condition_id": tried.condition_id, "kind": tried.perturb.kind, "pos": tried.pos,
+            "seed": tried.perturb.seed, "alpha": alpha, "response": response, "trial_round": number,
+            "kl_clean_pert": float(branch.mean("kl_clean_pert")[i]), "flip_rate": float(branch.mean("flip")[i]),
+            **sizes,
+        }  # fmt: skip
+
+    def sham(self) -> float:
+        """Largest response where nothing is written: what the arithmetic of another batch shape makes."""
+        first = list({row.text: i for i, row in reversed(list(enumerate(self.rows)))}.values())
+        rows = [*first, *first[:_SHAM_TWICE]]
+        responses = np.abs(self.evaluate(rows, [0.0] * len(rows), -1))
+        if self.criterion.name == "task":  # right or wrong has no noise floor
+            return 0.0
+        return float(np.nanmax(responses, initial=0.0))
+
+    def grid(self, alphas: Sequence[float]) -> None:
+        """Try every row under every strength."""
+        rows = np.repeat(np.arange(len(self.rows)), len(alphas))
+        self.evaluate(rows.tolist(), np.tile(alphas, len(self.rows)).tolist(), 0)
+
+    def search(self, level: float, floor: float, config: ThresholdConfig) -> None:
+        """Bracket each row's first crossing, all rows together."""
+        low, high = config.strengths(self.criterion)
+        search = BracketSearch(
+            len(self.rows), low, high, level, tolerance=config.tolerance, max_evaluations=config.max_evaluations,
+            floor=floor,
+        )  # fmt: skip
+        number = 0
+        while not search.done:
+            rows, alphas = search.propose()
+            search.observe(rows, alphas, self.evaluate(rows.tolist(), alphas.tolist(), number))
+            number += 1
+
+    def quest(self, level: float, config: ThresholdConfig) -> None:
+        """Ask where the answer tells most; prompts in an order drawn once, each time around under a new seed."""
+        low, high = config.strengths(self.criterion)
+        search = PosteriorSearch(low, high, per_round=_QUEST_ROUND, stop_sd=config.tolerance, max_trials=config.trials)
+        bare = list(self.rows)
+        order = np.random.default_rng(config.seed).permutation(len(bare))
+        number = 0
+        while not search.done:
+            alphas = search.propose()
+            begin = len(self.rows)
+            for asked in range(begin - len(bare), begin - len(bare) + len(alphas)):
+                base = bare[order[asked % len(bare)]]
+                seed = base.perturb.seed + _QUEST_SEEDS * (asked // len(bare))
+                self.rows.append(Subjected(base.text, base.perturb.replace(seed=seed), base.condition_id, base.pos))
+            responses = self.evaluate(range(begin, len(self.rows)), alphas.tolist(), number)
+            known = np.isfinite(responses)
+            if not known.any():  # no answer can come from this model
+                return
+            search.observe(alphas[known], (responses[known] >= level).astype(int))
+            number += 1
