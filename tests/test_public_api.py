@@ -11,7 +11,7 @@ import dynprobe as dp
 NAMES = [
     "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "calibrate", "capture", "cli", "discover",
     "doctor", "errors", "fetch", "load", "metrics", "models", "open", "perturb", "plan", "probes", "prompts",
-    "protocols", "readout", "record", "resume", "run", "runs", "testing",
+    "protocols", "readout", "record", "resume", "run", "runs", "sweep", "testing", "threshold",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.
 HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "transformers", "scipy", "safetensors", "yaml")
@@ -28,7 +28,7 @@ def test_the_public_names_are_these():
 
 
 def test_every_room_keeps_its_table_of_contents():
-    for room in ("metrics", "models", "probes", "prompts", "protocols", "runs", "testing", "cli", "errors"):
+    for room in ("metrics", "models", "probes", "prompts", "protocols", "runs", "sweep", "testing", "threshold", "cli", "errors"):
         module = getattr(dp, room)
         assert module.__all__
         assert all(hasattr(module, name) for name in module.__all__)

@@ -186,7 +186,11 @@ def _show(
     ] = False,
     columns: Annotated[bool, typer.Option("--columns", help="Print the columns of the run's tables.")] = False,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw where along the depth the perturbation is felt: .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Draw the picture that fits the run into a file: .png, .svg or .pdf.")
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(help="Another picture: depth, bode, impulse, response, heatmap, thresholds or fragility."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -196,7 +200,7 @@ def _show(
     if metrics:
         metrics_command(json)
     else:
-        show_command(run, columns, figure, json)
+        show_command(run, columns, figure, json, plot)
 
 
 @app.command("metrics")

@@ -146,12 +146,16 @@ def fetch_command(name: str, force: bool, wheel: Path | None) -> None:
     print(folder)  # noqa: T201
 
 
-def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: bool) -> None:
+def show_command(
+    run: Path | None, columns: bool, figure: Path | None, as_json: bool, plot: str | None = None
+) -> None:
     """``dynprobe show RUN``."""
-    from dynprobe.runs import draw_run, open_run
+    from dynprobe.runs import open_run
 
     if run is None:
         raise UsageError("name a run folder (dynprobe ls lists them), or type: dynprobe show --metrics")
+    if plot is not None and figure is None:
+        raise UsageError(f"--plot {plot} needs a file to draw into; add --figure {plot}.png")
     found = open_run(run)
     if as_json:
         print_json(
@@ -163,7 +167,8 @@ def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: 
             }
         )
     elif figure is not None:
-        print(draw_run(found, figure))  # noqa: T201
+        found.plot.draw(plot, save=figure)
+        print(figure)  # noqa: T201
     elif columns:
         _render.columns(found)
     else:

@@ -7,6 +7,7 @@
 - The output distribution: :func:`output_metrics`, :func:`paired_output`; through a lens :func:`lens_output`,
   :func:`prediction_depth`, :func:`read_translators` → :class:`Translators`.
 - Two runs on the same tokens: :func:`paired`, :func:`diverge`, :func:`response`, :func:`relaxation`, :func:`lockin`.
+- Thresholds and their intervals: :mod:`dynprobe.metrics.statistics`.
 
 A number that cannot be computed is NaN with a reason. Every definition has a versioned id and a digest.
 """
@@ -14,6 +15,7 @@ A number that cannot be computed is NaN with a reason. Every definition has a ve
 from __future__ import annotations
 
 from dynprobe.metrics import _catalogue as _catalogue
+from dynprobe.metrics import statistics as statistics
 from dynprobe.metrics._compute import compute
 from dynprobe.metrics._frame import frame
 from dynprobe.metrics._lens import Translators, prediction_depth, read_translators

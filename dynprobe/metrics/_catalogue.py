@@ -37,6 +37,7 @@ MODULES = (
     "_lyapunov",
     "_coupling",
     "_plateau",
+    "_criteria",
 )
 
 

@@ -28,7 +28,7 @@ from dynprobe.probes._scales import SiteStats
 
 __all__ = ["CALIBRATION_SCHEMA", "QUANTILE_LEVELS", "Calibration", "load_calibration"]
 
-CALIBRATION_SCHEMA = "1.0"
+CALIBRATION_SCHEMA = "1.1"
 _TENSORS, _HEADER = "calibration.safetensors", "calibration.json"
 _RANK = 1e-12  # eigenvalues below this share of the largest are rounding
 QUANTILE_LEVELS = np.round(np.linspace(0.0, 1.0, 201), 3)

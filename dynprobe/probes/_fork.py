@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import UsageError
+from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument, Site, Writer, sites_to_read
 from dynprobe.probes._resume import logits_of, select_last
@@ -121,6 +122,7 @@ class Fork:
             found = found[:, -1] if short else select_last(found, batch.mask)
         self.clean: Tape = instrument.tape(found)
         self._prefixes: dict[int, Any] = {}
+        self._proven: dict[int, int] = {}  # first column → lowest block whose cache was compared
 
     @property
     def _ends_together(self) -> bool:
@@ -146,7 +148,8 @@ class Fork:
             source: Row of the clean batch that each row of the branch continues, ``[rows]``.
             writers: What writes; a strength per row is a writer's ``magnitude``.
             below: Blocks that need not run; default all below the lowest written one.
-            start: First column that is run; no row may be written or read before it.
+            start: First column that is run; no row may be written or read before it. Where the shared columns cannot
+                be used, or the last logits of a row lie before it, the branch begins earlier.
             logits: ``"all"`` columns from ``start`` on, the ``"last"`` token's, or None.
             read: Sites to read in the branch; states of stubbed blocks other than the last cannot be.
 
@@ -154,7 +157,7 @@ class Fork:
             The tape of the branch: columns ``start …``, depths as read.
 
         Raises:
-            UsageError: If ``logits`` or ``start`` cannot be.
+            UsageError: If ``logits``, ``start`` or ``below`` cannot be.
         """
         subject = self.subject
         if logits not in ("all", "last", None):
@@ -162,10 +165,12 @@ class Fork:
         width = self.batch.mask.shape[1]
         if not 0 <= start < width:
             raise UsageError(f"start={start}; the batch has columns 0…{width - 1}")
-        sites = [site for writer in writers for site in writer.sites]
-        wanted = lowest_block(sites, subject.n_layers) if below is None else below
+        wanted = self._wanted(below, [site for writer in writers for site in writer.sites])
         below = wanted if subject.resumable else 0
         rows = np.asarray(source, dtype=np.int64)
+        if logits == "last":  # a row padded on the right may end before the columns that are run
+            ends = width - 1 - self.batch.mask.flip(1).long().argmax(1)
+            start = min(start, int(ends[torch.from_numpy(rows).to(ends.device)].min()))
         start = self._usable(start, below)
         self.roads.resumed += below > 0
         self.roads.whole += wanted > 0 and not subject.resumable
@@ -173,11 +178,26 @@ class Fork:
             try:
                 made = self._run(rows, writers, below, start, logits, read)
             except _CACHE_ERRORS as error:  # a cache that serves some depths and not this one
+                if out_of_memory(error):
+                    raise
                 self._refuse(start, _said(error))
             else:
                 self.roads.prefix += 1
                 return made
         return self._run(rows, writers, below, 0, logits, read)
+
+    def _wanted(self, below: int | None, sites: Sequence[Site]) -> int:
+        """Blocks that need not run; a write in one that does not run would be lost."""
+        n = self.subject.n_layers
+        lowest = lowest_block(sites, n)
+        if below is None:
+            return lowest
+        if not 0 <= below <= n:
+            raise UsageError(f"below={below}; {self.subject.name} has blocks 0…{n - 1}, of which 0…{n} may be left out")
+        if below > lowest:
+            component, layer = min(sites, key=lambda site: lowest_block([site], n))
+            raise UsageError(f"below={below} leaves out a block that a writer writes at {component}.{layer}")
+        return below
 
     def _run(
         self, source: np.ndarray, writers: Sequence[Writer], below: int, start: int, logits: str | None,
@@ -210,13 +230,18 @@ class Fork:
         return instrument.tape(found)
 
     def _usable(self, start: int, below: int) -> int:
-        """``start`` where a cached prefix gives this model's own numbers, else 0; tried once per column and depth."""
+        """``start`` where a cached prefix gives this model's own numbers, else 0.
+
+        A branch takes the cache of no block below its first; so what was compared there is proven for it and for all
+        above it, and a branch that starts lower is tried again.
+        """
         if start == 0 or start in self.roads.refusals:
             return 0
-        if start in self._prefixes:
+        if below >= self._proven.get(start, self.subject.n_layers + 1):
             return start
         reason = self._try(start, below)
         if reason is None:
+            self._proven[start] = below
             return start
         self._refuse(start, reason)
         return 0
@@ -224,6 +249,7 @@ class Fork:
     def _refuse(self, start: int, reason: str) -> None:
         self.roads.refusals[start] = reason
         self._prefixes.pop(start, None)
+        self._proven.pop(start, None)
 
     def _try(self, start: int, below: int) -> str | None:
         """Compare a cached tail of the unwritten rows with the clean forward; the reason why it cannot be used."""
@@ -232,20 +258,16 @@ class Fork:
             return "the model's forward takes no past_key_values"
         n = subject.n_layers
         tried = np.repeat(np.arange(len(self.batch.mask))[:_TRIED], 2)  # repeated, since that is how it is used
-        prefix = Batch(
-            self.batch.input_ids[:, :start], self.batch.mask[:, :start], self.batch.row_keys, self.batch.n_prompt
-        )
         try:
-            with evaluating(subject.model), torch.no_grad():
-                cache = getattr(
-                    subject.model(**prefix.model_inputs(subject, cache=True), **self._last_only()),
-                    "past_key_values", None,
-                )  # fmt: skip
-            if not hasattr(cache, "layers"):
-                return "the model returns no cache made of layers"
-            self._prefixes[start] = cache
+            if start not in self._prefixes:
+                cache = self._prefill(start)
+                if not hasattr(cache, "layers"):
+                    return "the model returns no cache made of layers"
+                self._prefixes[start] = cache
             tail = self._run(tried, (), below, start, None, [("resid_post", n - 1)])
         except _CACHE_ERRORS as error:
+            if out_of_memory(error):
+                raise
             return _said(error)
         index = torch.from_numpy(tried)
         real = self.batch.mask[:, start:][index.to(self.batch.mask.device)].to(clean.states[n].device)
@@ -258,6 +280,14 @@ class Fork:
             return f"a cached prefix changes the last states by {worst:.1e} of their spread, more than {limit:.0e}"
         self.roads.deviation = max(self.roads.deviation, worst)
         return None
+
+    def _prefill(self, start: int) -> Any:
+        """The cache of the columns before ``start``, clean, as the model returns it."""
+        batch, subject = self.batch, self.subject
+        prefix = Batch(batch.input_ids[:, :start], batch.mask[:, :start], batch.row_keys, batch.n_prompt)
+        with evaluating(subject.model), torch.no_grad():
+            output = subject.model(**prefix.model_inputs(subject, cache=True), **self._last_only())
+        return getattr(output, "past_key_values", None)
 
     def _prefix(self, start: int, index: Tensor, below: int) -> Any:
         """A cache of the columns before ``start`` for these rows; stubbed blocks keep theirs unexpanded."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, UsageError
+from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._decode import Adjust, can_shrink, decode
 from dynprobe.probes._inputs import Batch, pad_token
 from dynprobe.probes._instrument import Instrument
@@ -38,6 +39,8 @@ _CHOOSING = (
 
 #: Tokens of the trial that decides between the two decoding loops.
 _TRIED_TOKENS = 4
+#: Largest change of a row's scores when another row leaves, in their standard deviations.
+_SAME_SCORES = 0.02
 
 
 @dataclass(frozen=True)
@@ -216,36 +219,59 @@ def _shrinks(subject: Subject, batch: Batch, ends: set[int]) -> bool:
     if not can_shrink(subject):
         subject.facts["decodes_alone"] = False
         return False
-    order = torch.argsort(batch.lengths)
-    tried = [int(order[0]), int(order[-1])] if len(order) > 1 else [0, 0]
-    chosen = torch.tensor(tried, device=batch.input_ids.device)
-    small = Batch(
-        batch.input_ids[chosen], batch.mask[chosen], tuple(batch.row_keys[i] for i in tried),
-        tuple(batch.n_prompt[i] for i in tried),
-    )  # fmt: skip
+    small = _padded_pair(batch)
     sampling = Sampling(max_new_tokens=_TRIED_TOKENS)
     inputs = {"input_ids": small.input_ids, "attention_mask": small.mask.long()}
     try:
         with evaluating(subject.model):
             ours = decode(subject, small, _TRIED_TOKENS, sorted(ends), pad=pad_token(subject))
-            _cut_works(subject, small, ours)
             theirs = _by_library(subject, inputs, small, sampling, ends, None)
+            whole, cut = (_scores_of_second(subject, small, leaves=leaves) for leaves in (False, True))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         subject.facts["decodes_alone"] = False
-        subject.facts["decodes_alone_not"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        subject.facts["decodes_alone_not"] = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
         return False
-    subject.facts["decodes_alone"] = ours == theirs
-    return ours == theirs
+    works = ours == theirs and all(
+        float((a - b).abs().nan_to_num(0.0).max()) <= _SAME_SCORES * float(a[a.isfinite()].std())
+        for a, b in zip(whole, cut, strict=True)
+    )
+    if not works:
+        why = "its texts are not the library's" if ours != theirs else "a row's scores change when another row leaves"
+        subject.facts["decodes_alone_not"] = why
+    subject.facts["decodes_alone"] = works
+    return works
 
 
-def _cut_works(subject: Subject, batch: Batch, whole: list[list[int]]) -> None:
-    """Decode with the second row ending at once; what is left of the batch must go on as before."""
-    end = whole[1][0]
-    if end in whole[0]:
-        return
-    cut = decode(subject, batch, _TRIED_TOKENS, [end], pad=pad_token(subject))
-    if cut[0] != whole[0]:
-        raise ValueError("a row's text changes when another row leaves the batch")
+def _padded_pair(batch: Batch) -> Batch:
+    """The longest row of a batch and a shorter one, which is padded; a row of its own made shorter where all are equal."""
+    order = torch.argsort(batch.lengths)
+    tried = [int(order[-1]), int(order[0])]
+    chosen = torch.tensor(tried, device=batch.input_ids.device)
+    mask = batch.mask[chosen].clone()
+    if bool(mask.all()) and mask.shape[1] > 1:
+        mask[1, 0] = False
+    return Batch(
+        batch.input_ids[chosen], mask, tuple(batch.row_keys[i] for i in tried),
+        tuple(int(n) for n in mask.sum(1)),
+    )  # fmt: skip
+
+
+def _scores_of_second(subject: Subject, batch: Batch, *, leaves: bool) -> list[Tensor]:
+    """Scores of the second of two rows at every step; the first one ends at once, and leaves, if so asked."""
+    seen: list[Tensor] = []
+    end = 0
+
+    def adjust(scores: Tensor, rows: np.ndarray) -> Tensor:
+        scores[:, end] = -torch.inf
+        if leaves and not seen:
+            scores[0, end] = torch.inf
+        seen.append(scores[-1].clone())
+        return scores
+
+    decode(subject, batch, _TRIED_TOKENS, [end], adjust, pad=pad_token(subject))
+    return seen
 
 
 def _by_library(

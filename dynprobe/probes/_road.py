@@ -65,8 +65,15 @@ class RoadTrial:
 
 
 def limit_for(dtype: torch.dtype, floor: float = 0.0) -> float:
-    """Largest deviation, in standard deviations of the logits, that a forward in the same batch shape may show."""
-    return max(10 * floor, {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05))
+    """Largest deviation, in standard deviations of the logits, that rounding explains in one and the same batch shape.
+
+    Args:
+        dtype: The model's.
+        floor: Deviation of the whole forward from itself when it is repeated (kernels that add in any order). A model
+            that hardly repeats itself does not widen the limit without end: nothing could be shown on it.
+    """
+    base = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
+    return min(max(10 * floor, base), 4 * base)
 
 
 def _resumed(subject: Subject, batch: Batch, at: int, start: Tensor) -> Tensor:

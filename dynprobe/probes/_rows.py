@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynprobe.errors import UsageError
 from dynprobe.probes._clock import Step
 from dynprobe.probes._instrument import Site
 from dynprobe.probes._passport import Passport
@@ -27,11 +28,19 @@ class RowsWriter:
     Args:
         parts: Writers with the rows they write to, ``[n]`` each; a row may stand in several parts or in none.
         n_rows: Rows of the batch.
+
+    Raises:
+        UsageError: If a part names a row twice, or one that is not there.
     """
 
     def __init__(self, parts: Sequence[tuple[PerturbWriter, np.ndarray]], n_rows: int) -> None:
         self.parts = [(writer, np.asarray(rows, dtype=np.int64)) for writer, rows in parts]
         self.n_rows = n_rows
+        for writer, rows in self.parts:
+            if len(np.unique(rows)) < len(rows) or (len(rows) and not 0 <= rows.min() <= rows.max() < n_rows):
+                raise UsageError(
+                    f"{writer.perturb} is to write to rows {rows.tolist()} of {n_rows}; name each row once, 0…{n_rows - 1}"
+                )
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(site for writer, _ in self.parts for site in writer.sites))
         self._step: Step | None = None
         self._steps: list[tuple[np.ndarray, Step]] = []
@@ -44,7 +53,7 @@ class RowsWriter:
         for (writer, _), (place, own) in zip(self.parts, self._steps, strict=True):
             if site not in writer.sites or not len(place):
                 continue
-            if len(place) == len(state):
+            if np.array_equal(place, np.arange(len(state))):  # all rows, in their own order
                 after = writer.write(after, site, own)
                 continue
             index = torch.from_numpy(place).to(state.device)

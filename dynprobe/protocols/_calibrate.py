@@ -28,6 +28,8 @@ from dynprobe.runs import hash_prompts
 __all__ = ["calibrate", "calibrated"]
 
 _COMPONENTS = 16
+#: A state of more than this many times the median norm of its depth is an attention sink.
+_SINK = 10.0
 #: What the signals of a calibration need; the rest of the default list would only cost time.
 _SIGNALS = ("kappa.phase/1", "delta.angle/1", "resid.norm/1", "limen.ct/1", "limen.ct2/1")
 
@@ -63,7 +65,8 @@ def calibrate(
     """Measure what a model does when left alone, or read it from the cache.
 
     Per depth: mean, SD, MAD of every coordinate over tokens, top principal components, κ profile; over all tokens the
-    quantiles of every streaming signal. Position 0 takes no part.
+    quantiles of every streaming signal. Position 0 takes no part, and in the coordinates' statistics no state of more
+    than ten times the median norm of its depth (an attention sink elsewhere); ``header["n_sinks"]`` counts them.
 
     Args:
         model: Name of a model, or a subject.
@@ -173,10 +176,24 @@ def _measure(
     header = {
         **header, "model": subject.name, "n_prompts": len(prompts), "n_tokens": n_tokens,
         "n_layers": subject.n_layers, "dim": subject.dim,
+        "n_sinks": [_without_sinks(torch.cat(pieces))[1] for pieces in states],
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "metrics": {name: metrics.columns()[name].metric_id for name in signals if name in metrics.columns()},
     }  # fmt: skip
     return Calibration(tensors, quantiles(signals), header)
+
+
+def _without_sinks(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The states that are typical of a depth, and how many sinks were left out.
+
+    Position 0 is not the only attention sink: a token such as the second one of a short word can carry a hundred times
+    the norm of all others, in one coordinate. One of them among a thousand tokens multiplies that coordinate's SD, and
+    with it every strength in units of it, by ten.
+    """
+    x = x[torch.isfinite(x).all(-1)]
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    keep = norm <= _SINK * norm.median() if len(x) else norm.bool()
+    return x[keep], int((~keep).sum())
 
 
 def _site_tensors(states: Sequence[Sequence[torch.Tensor]], cov_depths: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -187,8 +204,7 @@ def _site_tensors(states: Sequence[Sequence[torch.Tensor]], cov_depths: Sequence
     variances: list[torch.Tensor] = []
     extra: dict[str, torch.Tensor] = {}
     for depth, pieces in enumerate(states):
-        x = torch.cat(list(pieces))
-        x = x[torch.isfinite(x).all(-1)]
+        x = _without_sinks(torch.cat(list(pieces)))[0]
         if len(x) < 2:  # a broken block: there is nothing to estimate here, and a guess would be used as a unit
             for held in (means, stds, mads):
                 held.append(torch.full((x.shape[-1],), torch.nan))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from dynprobe.errors import DynprobeError, InterruptedRunError, UsageError
+from dynprobe.errors import InterruptedRunError, UsageError
 from dynprobe.probes import Calibration, Check, Subject
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._calibrate import calibrated
@@ -154,10 +154,19 @@ def _record(
                 "prompt_id": [p.prompt_id for p in prompts], "text": [p.text for p in prompts],
                 "token_ids": [list(r) for r in rows], "category": [p.category for p in prompts],
                 "source": [p.source for p in prompts],
+                **_token_texts(ready.subject, rows),
             }
         ),
     )  # fmt: skip
     writer.write_table("conditions", experiment.conditions())
+
+
+def _token_texts(subject: Subject, rows: Sequence[Sequence[int]]) -> dict[str, list[list[str]]]:
+    """Every token as text, so that a picture over tokens needs no tokenizer; nothing where there is none."""
+    if subject.tokenizer is None:
+        return {}
+    decode = subject.tokenizer.decode
+    return {"token_texts": [[decode([token], clean_up_tokenization_spaces=False) for token in row] for row in rows]}
 
 
 def _units(writer: RunWriter, subject: Subject, experiment: Experiment, say: Listener, heard: bool) -> None:
@@ -186,10 +195,19 @@ def _units(writer: RunWriter, subject: Subject, experiment: Experiment, say: Lis
         writer.event("batch", number=number, rows=rows, seconds=round(time.perf_counter() - begun, 3))
         say(Progress("batch", len(writer.finished), len(units), n_rows, n_tokens, time.perf_counter() - started))
     final = experiment.summarise(open_run(writer.folder), writer)
-    try:
-        open_run(writer.folder).plot.write()
-    except DynprobeError as why:  # a run is its tables; a picture can be drawn from them at any time
-        writer.event("no-figure", why=str(why))
+    _pictures(writer)
     writer.finish({**final, "seconds": round(time.perf_counter() - started, 2)})
     seconds = time.perf_counter() - started
     say(Progress("done", len(units), len(units), n_rows, n_tokens, seconds, final.get("conditions")))
+
+
+def _pictures(writer: RunWriter) -> None:
+    """Draw what belongs to the run, or record why it was not drawn."""
+    try:
+        files = open_run(writer.folder).plot.write()
+    except Exception as why:  # a run is its tables: nothing that goes wrong in a picture may cost them
+        writer.event("no-figure", why=f"{type(why).__name__}: {why}")
+        writer.update(no_figures=str(why) or type(why).__name__)
+        return
+    if files:
+        writer.update(figures=[f"figures/{file.name}" for file in files])

@@ -39,6 +39,7 @@ def card(folder: Path, manifest: Manifest) -> str:
         "",
         *_block(f"import dynprobe as dp\nrun = dp.open({str(folder)!r})\nrun.samples", "python"),
     ]
+    lines += _figures(manifest)
     lines += ["", "## Tables", "", "| table | rows | what |", "|---|---:|---|"]
     lines += [f"| {name} | {rows[name]:,} | {_md(TABLES[name].description)} |" for name in TABLES if name in rows]
     lines += ["", "## Columns", "", "| table | column | type | unit | metric | what |", "|---|---|---|---|---|---|"]
@@ -47,6 +48,17 @@ def card(folder: Path, manifest: Manifest) -> str:
         lines.append("| " + " | ".join(_md(cell) for cell in cells) + " |")
     lines += ["", "## Configuration", "", *_block(dumps(manifest.config, indent=1), "json"), ""]
     return "\n".join(lines)
+
+
+def _figures(manifest: Manifest) -> list[str]:
+    """The pictures that were drawn, or how to draw them."""
+    known = manifest.model_extra or {}
+    if files := known.get("figures"):
+        shown = [f"![{Path(file).stem}]({file})" for file in files if str(file).endswith(".png")]
+        return ["", "## Figures", "", *shown]
+    if why := known.get("no_figures"):
+        return ["", "## Figures", "", f"None were drawn: {_md(why)}. `run.plot.write()` draws them at any time."]
+    return []
 
 
 def as_text(name: str, path: Path, manifest: Manifest, status: str) -> str:

@@ -8,7 +8,7 @@ prompts saw the same strengths; in a search, where every seed has strengths of i
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,12 @@ __all__ = [
     "LEVELS",
     "Quantity",
     "alpha_label",
-    "chosen",
     "caption",
+    "chosen",
+    "in_order",
     "is_sweep",
     "is_threshold",
+    "on_a_grid",
     "per_position",
     "prompts_text",
     "quantity",
@@ -51,8 +53,8 @@ _UNITS = {
 
 _LABELS = {
     "kl_clean_pert": ("KL(clean ‖ perturbed)", "nats"), "flip_rate": ("top-1 tokens changed", "share"),
-    "kappa_phase_d": ("Δκ phase, paired", "half-turns"), "nll_d": ("ΔNLL, paired", "nats"),
-    "entropy_d": ("Δ entropy, paired", "nats"), "diverge_angle": ("angle to the clean state", "half-turns"),
+    "kappa_phase_d": ("paired Δκ phase", "half-turns"), "nll_d": ("paired ΔNLL", "nats"),
+    "entropy_d": ("paired Δ entropy", "nats"), "diverge_angle": ("angle to the clean state", "half-turns"),
     "accuracy_loss": ("accuracy loss", "share"), "repetition": ("repetition", "share"),
 }  # fmt: skip
 _LOG = ("kl_clean_pert", "response_rel")
@@ -66,17 +68,24 @@ class Quantity:
     Attributes:
         column: Its column, or for criteria that have none, its name.
         criterion: Criterion of a threshold run; None in a sweep.
-        label: Label of its axis, with unit.
-        unit: Its unit.
-        log: Whether it is drawn on a logarithmic axis.
-        signed: Whether 0 is its middle.
-        share: Whether it lies in [0, 1].
+        words: What it is.
+        unit: Its unit; empty where it has none.
     """
 
     column: str
     criterion: str | None
-    label: str
+    words: str
     unit: str
+
+    @property
+    def label(self) -> str:
+        """Label of its axis."""
+        return f"{self.words}, {self.unit}" if self.unit else self.words
+
+    def with_unit(self, value: float) -> str:
+        """A value with its unit."""
+        unit = self.unit.removesuffix("s") if value == 1 and self.unit.endswith("s") else self.unit
+        return f"{value:.3g} {unit}".strip() if unit != "share" else f"{value:.3g}"
 
     @property
     def log(self) -> bool:
@@ -96,7 +105,7 @@ class Quantity:
 
 def is_threshold(run: Run) -> bool:
     """Return whether the run searched thresholds."""
-    return "trials" in run.manifest.rows()
+    return "criterion" in run.manifest.config and "alphas" in run.manifest.config
 
 
 def is_sweep(run: Run) -> bool:
@@ -136,6 +145,7 @@ def quantity(run: Run, column: str | None) -> Quantity:
             f"{run.path} is neither a sweep nor a threshold run, so it has no response against α. Make one: "
             "dynprobe sweep --model … or dynprobe threshold --model …"
         )
+    _has(run, "samples")
     column = column if column is not None else "kl_clean_pert"
     facts = run.columns()
     held = facts[(facts["table"] == "samples") & facts["dtype"].str.startswith(("float", "double"))]["column"]
@@ -147,10 +157,10 @@ def quantity(run: Run, column: str | None) -> Quantity:
 def _named(run: Run, column: str, criterion: str | None) -> Quantity:
     if column in _LABELS:
         words, unit = _LABELS[column]
-        return Quantity(column, criterion, f"{words} ({unit})", unit)
+        return Quantity(column, criterion, words, unit)
     facts = run.columns().query("table == 'samples' and column == @column")
     unit = str(facts["unit"].iloc[0] or "") if len(facts) else ""
-    return Quantity(column, criterion, f"{column} ({unit})" if unit else column, unit)
+    return Quantity(column, criterion, column, "" if unit == "1" else unit)
 
 
 def write_name(scale: Any, kind: Any) -> str:
@@ -230,6 +240,9 @@ def _of_samples(run: Run, what: Quantity) -> pd.DataFrame:
     rows["layer"], rows["alpha"] = rows["layer"].astype(int), rows["alpha"].abs()
     keys = ["write", "series", "layer", "alpha", "prompt_id"]
     found = rows.groupby(keys, sort=True)["value"].mean().reset_index()
+    # Nothing is written under one scale as under another: a layer has one sham for all.
+    written, sham = found[found["series"] != "sham"], found[found["series"] == "sham"]
+    found = pd.concat([written, *(sham.assign(write=write) for write in written["write"].unique())], ignore_index=True)
     return found.assign(curve=found["prompt_id"])
 
 
@@ -239,6 +252,7 @@ def _of_trials(run: Run, what: Quantity) -> pd.DataFrame:
             f"{run.path} has one threshold per position, so no response of a whole text; draw run.plot.fragility(), or "
             "run dynprobe threshold without --each-position"
         )
+    _has(run, "trials")
     rows = run.table("trials")
     rows = rows[rows["criterion"].astype(str) == what.criterion]
     found = pd.DataFrame(
@@ -253,6 +267,11 @@ def _of_trials(run: Run, what: Quantity) -> pd.DataFrame:
         found = found.groupby(["write", "series", "layer", "alpha", "prompt_id"])["value"].mean().reset_index()
         return found.assign(curve=found["prompt_id"])
     return found.assign(curve=found["prompt_id"] + ", seed " + found["seed"].astype(str)).drop(columns="seed")
+
+
+def _has(run: Run, table: str) -> None:
+    if table not in run.manifest.rows():
+        raise RunFolderError(f"{run.path} is {run.status} and has no {table} yet; continue it with the same command")
 
 
 def on_a_grid(run: Run) -> bool:
@@ -275,6 +294,13 @@ def chosen(rows: pd.DataFrame, run: Run, scale: str | None) -> pd.DataFrame:
     return kept
 
 
+def in_order(run: Run, writes: Iterable[str]) -> list[str]:
+    """Return the writes once each, in the order in which their scales were asked for."""
+    asked = [str(scale) for scale in run.manifest.config.get("scale") or ()]
+    place = {scale: number for number, scale in enumerate(asked)}
+    return sorted(set(writes), key=lambda write: (place.get(write.split(",")[0], len(place)), write))
+
+
 def prompts_text(n: int) -> str:
     """Return a number of prompts in words."""
     return f"{n} prompt{'s' if n != 1 else ''}"
@@ -288,5 +314,7 @@ def caption(run: Run, heading: str, facts: Sequence[str], width: int = 110) -> s
     seeds = config.get("seeds") or [0]
     if len(seeds) > 1:
         said.append(f"{len(seeds)} seeds")
-    lines = textwrap.wrap(f"{Path(run.manifest.model_name).name}: {heading}", width)
+    name = run.manifest.model_name
+    name = Path(name).name if name.startswith(("/", ".")) else name
+    lines = textwrap.wrap(f"{name}: {heading}", width)
     return "\n".join([*lines, *textwrap.wrap("; ".join(s for s in said if s), width)])

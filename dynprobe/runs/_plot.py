@@ -6,21 +6,27 @@ file. Pictures that belong to what a run did are written into its ``figures/`` w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.runs._canvas import save_figure
 from dynprobe.runs._figures import depth_figure
+from dynprobe.runs._grid_data import is_sweep, is_threshold, on_a_grid, per_position
 from dynprobe.runs._plot_response import bode_figure, impulse_figure
+from dynprobe.runs._plot_sweep import heatmap_figure, response_figure
+from dynprobe.runs._plot_threshold import fragility_figure, thresholds_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dynprobe.runs._run import Run
 
-__all__ = ["Plots"]
+__all__ = ["PICTURES", "Plots"]
 
+#: Names of the pictures.
+PICTURES = ("depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility")
 _FORMATS = (".png", ".svg")
 
 
@@ -73,8 +79,99 @@ class Plots:
         """
         return _kept(impulse_figure(self._run, prompt, condition), save)
 
+    def response(
+        self,
+        column: str | None = None,
+        *,
+        layer: int | Sequence[int] | None = None,
+        scale: str | None = None,
+        save: str | Path | None = None,
+    ) -> Figure:
+        """Response against α of a sweep or a threshold run, one panel per scale and layer.
+
+        Every prompt is a thin line; the mean over prompts has a 95 % bootstrap band; controls are drawn where the run
+        has them. A search shows its trials, the level of the criterion, α50 with its interval, where each prompt
+        crossed, and an arrow for each prompt that did not.
+
+        Args:
+            column: What answers: ``kl_clean_pert``, ``flip_rate``, ``kappa_phase_d`` …; None takes the KL, or the
+                first criterion of a threshold run.
+            layer: Layer or layers; None takes all, or six of them, evenly chosen.
+            scale: Noise scale; None takes all.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run has no response to draw.
+            UsageError: There is no such column, layer or scale, matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(response_figure(self._run, column, layer, scale), save)
+
+    def heatmap(
+        self, column: str | None = None, *, scale: str | None = None, save: str | Path | None = None
+    ) -> Figure:
+        """Mean response over layer × α, and the line at which it first reaches the criterion, one panel per scale.
+
+        Args:
+            column: What answers; None takes the KL, or the first criterion of a threshold run.
+            scale: Noise scale; None takes all.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run has no strengths that all layers and prompts share.
+            UsageError: There is no such column or scale, matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(heatmap_figure(self._run, column, scale), save)
+
+    def thresholds(self, *, scale: str | None = None, save: str | Path | None = None) -> Figure:
+        """α50 with its interval against the layer, one line per scale; arrows lead out of the tested range.
+
+        Args:
+            scale: Noise scale; None takes all.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run has no thresholds of whole texts.
+            UsageError: There is no such scale, matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(thresholds_figure(self._run, scale), save)
+
+    def fragility(
+        self, prompt: str | None = None, *, scale: str | None = None, save: str | Path | None = None
+    ) -> Figure:
+        """Map of thresholds over token × layer of one prompt; cells outside the tested range are hatched.
+
+        Args:
+            prompt: Name of the prompt; None takes the first.
+            scale: Noise scale; None takes all.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run has no thresholds per position.
+            UsageError: There is no such prompt or scale, matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(fragility_figure(self._run, prompt, scale), save)
+
+    def draw(self, name: str | None = None, *, save: str | Path | None = None) -> Figure:
+        """Draw a picture by its name; None takes the one that fits what the run did.
+
+        Args:
+            name: One of ``depth``, ``bode``, ``impulse``, ``response``, ``heatmap``, ``thresholds``, ``fragility``.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run holds nothing to draw.
+            UsageError: There is no such picture, matplotlib is missing, or the file cannot be written.
+        """
+        if name is None:
+            name = next(iter(self.own()), "depth")
+        if name not in PICTURES:
+            raise UsageError(f"there is no picture {name!r}; known: {', '.join(PICTURES)}.{did_you_mean(name, PICTURES)}")
+        return _kept(getattr(self, name)(), save)
+
     def own(self) -> dict[str, Callable[[], Figure]]:
-        """The pictures that belong to what this run did, by name."""
+        """The pictures that belong to what this run did, by name, the one that fits best first."""
+        if is_threshold(self._run) or is_sweep(self._run):
+            return {name: getattr(self, name) for name in _of_a_grid(self._run)}
         specs = [str(spec) for spec in self._run.manifest.config.get("perturb") or ()]
         found: dict[str, Callable[[], Figure]] = {}
         if any("kind=sine" in spec for spec in specs):
@@ -98,8 +195,18 @@ class Plots:
         return files
 
     def __repr__(self) -> str:
-        names = [n for n in vars(type(self)) if not n.startswith("_") and n not in ("own", "write")]
+        names = [n for n in vars(type(self)) if not n.startswith("_") and n not in ("draw", "own", "write")]
         return f"run.plot: {', '.join(f'{n}()' for n in names)}; each takes save='file.png'"
+
+
+def _of_a_grid(run: Run) -> list[str]:
+    """Names of the pictures of a sweep or threshold run: a line or a map along the layers needs two of them."""
+    if is_threshold(run) and per_position(run):
+        return ["fragility"]
+    several = run.conditions["layer"].nunique() > 1
+    if is_threshold(run):
+        return [*(["thresholds"] if several else []), "response", *(["heatmap"] if several and on_a_grid(run) else [])]
+    return ["response", *(["heatmap"] if several else [])]
 
 
 def _kept(figure: Figure, save: str | Path | None) -> Figure:

@@ -3,7 +3,7 @@
 The Bode plot takes the lock-in of a ``kind=sine`` run. Gains are averaged over prompts in dB and phases on the circle;
 phases are unwrapped along the depth for the eye only. A point is hollow where the response does not stand out of the
 neighbouring frequencies (Fisher's combination of the prompts' p-values, 5 %): its gain is an upper limit and its phase
-is noise. The gain over all directions has no such test and therefore no points.
+is noise. Over all directions, where no law of the noise is known, it is hollow below twice the neighbours' power.
 
 The map takes the relative response of a ``kind=impulse`` run, as the median over prompts, aligned at the written
 position. What is exactly 0 (before the write, in depth and in time) is grey and not the lowest colour.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["bode_figure", "impulse_figure"]
 
 _LIMIT = 0.05
+_TWICE = 2.0
 _DECADES = 6
 _BEFORE = 3
 
@@ -45,7 +46,7 @@ def bode_figure(run: Run, condition: str = "perturbed.forced") -> Figure:
     """
     if "lockin_gain" not in set(run.columns().query("table == 'profiles'")["column"]):
         raise RunFolderError(f"{run.path} has no lock-in read-out; run with --perturb 'alpha=…,kind=sine,period=8'.")
-    columns = ["lockin_gain", "lockin_phase", "lockin_total", "lockin_p"]
+    columns = ["lockin_gain", "lockin_phase", "lockin_total", "lockin_p", "lockin_snr_total"]
     rows = _of_condition(run, "profiles", ["sample_id", "depth", *columns], condition)
     rows = rows[rows["lockin_total"] > 0]  # below the written depth the response is exactly 0, and has no dB
     if not len(rows):
@@ -59,10 +60,12 @@ def bode_figure(run: Run, condition: str = "perturbed.forced") -> Figure:
     phase = _table(rows.assign(phase=np.exp(1j * rows["lockin_phase"].to_numpy(np.float64))), "phase")
     depth, n = gain.columns.to_numpy(), len(gain)
     seen = _combined(_table(rows, "lockin_p").to_numpy()) < _LIMIT
+    above = _table(rows, "lockin_snr_total").to_numpy(np.float64)  # missing where the neighbours are exactly silent
+    loud = np.nanmedian(np.where(np.isnan(above), np.inf, above), axis=0) >= _TWICE
     figure = canvas(7.2, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for values, colour, label, marks in (
-        (total, GREY, "all directions", None), (gain, BLUE, "along the drive", seen),
+        (total, GREY, "all directions", loud), (gain, BLUE, "along the drive", seen),
     ):  # fmt: skip
         y = values.to_numpy(np.float64)
         _curve(upper, depth, np.nanmean(y, axis=0), bootstrap(y, np.nanmean), colour, marks, label)
@@ -81,19 +84,17 @@ def bode_figure(run: Run, condition: str = "perturbed.forced") -> Figure:
     for panel in (upper, lower):
         tidy(panel)
         panel.margins(x=0.03)
-    hollow = "" if seen.all() else f"; hollow: not above its neighbours (p ≥ {_LIMIT:g})"
+    hollow = "" if seen.all() and loud.all() else "; hollow: not above its neighbours in frequency"
     _title(figure, run, f"{_prompts(n)}, mean and 95 % interval{hollow}")
     return figure
 
 
 def _curve(
     panel: Any, x: np.ndarray, y: np.ndarray, band: tuple[np.ndarray, np.ndarray], colour: str,
-    seen: np.ndarray | None, label: str,
+    seen: np.ndarray, label: str,
 ) -> None:  # fmt: skip
     panel.plot(x, y, color=colour, linewidth=1.4, label=label)
     panel.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
-    if seen is None:
-        return
     for chosen, face in ((seen, colour), (~seen, "white")):
         panel.scatter(x[chosen], y[chosen], s=22, facecolor=face, edgecolor=colour, linewidth=1.2, zorder=3)
 

@@ -28,6 +28,7 @@ from dynprobe.runs._grid_data import (
     alpha_label,
     caption,
     chosen,
+    in_order,
     is_threshold,
     on_a_grid,
     prompts_text,
@@ -75,7 +76,7 @@ def response_figure(
     layers = sorted(set(rows["layer"]))
     wanted = _layers(run, layers, layer)
     rows = rows[rows["layer"].isin(wanted)]
-    writes = list(dict.fromkeys(rows["write"]))
+    writes = in_order(run, rows["write"])
     figure, panels = wrapped_panels([len(wanted)] * len(writes), 3, 2.3)
     level = _level(run, what)
     y_ends = _y_ends(rows, what, level)
@@ -98,7 +99,7 @@ def response_figure(
     n = rows["prompt_id"].nunique()
     some = f"{len(wanted)} of {len(layers)} layers" if layer is None and len(wanted) < len(layers) else ""
     facts = ["scale " + ", ".join(writes), prompts_text(n), some]
-    title(figure, caption(run, f"{what.label} against α", facts, 56 if len(wanted) == 1 else 110))
+    title(figure, caption(run, f"{what.words} against α", facts, 56 if len(wanted) == 1 else 110))
     return figure
 
 
@@ -148,7 +149,7 @@ def _panel(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, level: floa
     if what.signed:
         panel.axhline(0, color=GREY, linewidth=0.5)
     if math.isfinite(level):
-        panel.axhline(level, color="black", linewidth=0.8, linestyle="--", label=f"criterion: {level:g} {what.unit}")
+        panel.axhline(level, color="black", linewidth=0.8, linestyle="--", label=f"criterion: {what.with_unit(level)}")
     if what.criterion is not None and not own.empty:
         _fit(panel, own, run, what, alphas)
 
@@ -212,7 +213,7 @@ def _fit(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, alphas: np.nd
                 label=f"{100 * float(fit['confidence']):g} % interval of α50",
             )  # fmt: skip
         if math.isfinite(fit["alpha50"]):
-            panel.axvline(fit["alpha50"], color=RED, linewidth=1.3, gid="alpha50", label="α50 (median over prompts)"
+            panel.axvline(fit["alpha50"], color=RED, linewidth=1.0, gid="alpha50", label="α50 (median over prompts)"
                           if str(fit["estimator"]).startswith("threshold.prompt") else "α50 (mean response)")
         note(panel, 0.02, 0.98, _in_words(fit, alphas), va="top", color=RED)
     if what.criterion == "task":
@@ -227,7 +228,13 @@ def _in_words(fit: Any, alphas: np.ndarray) -> str:
         return f"α50 > {tested.max():.3g}"
     if str(fit["status"]) == "left-censored":
         return f"α50 < {tested.min():.3g}"
-    return f"α50 = {fit['alpha50']:.3g}" if math.isfinite(fit["alpha50"]) else f"α50: {fit['status']}"
+    if not math.isfinite(fit["alpha50"]):
+        return f"α50: {fit['status']}"
+    if math.isnan(fit["low"]) or math.isnan(fit["high"]):
+        return f"α50 = {fit['alpha50']:.3g}"
+    low = f"{fit['low']:.3g}" if math.isfinite(fit["low"]) else f"< {tested.min():.3g}"
+    high = f"{fit['high']:.3g}" if math.isfinite(fit["high"]) else f"> {tested.max():.3g}"
+    return f"α50 = {fit['alpha50']:.3g} [{low}, {high}]"
 
 
 def _marks(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity) -> None:
@@ -254,7 +261,7 @@ def _marks(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity) -> None:
         )  # fmt: skip
     if at:
         panel.plot(
-            at, [level] * len(at), linestyle="none", marker="|", markersize=7, markeredgewidth=0.9, color="black",
+            at, [level] * len(at), linestyle="none", marker="|", markersize=6, markeredgewidth=0.8, color="black",
             gid="crossings", label="first crossing of a prompt",
         )  # fmt: skip
 
@@ -279,9 +286,9 @@ def heatmap_figure(run: Run, column: str | None = None, scale: str | None = None
         )
     rows = chosen(responses(run, what), run, scale)
     rows = rows[rows["series"] == "perturbed"]
-    writes = list(dict.fromkeys(rows["write"]))
+    writes = in_order(run, rows["write"])
     n_layers = rows["layer"].nunique()
-    figure, panels = wrapped_panels([len(writes)], 2, min(max(1.6, 0.16 * n_layers + 0.6), 5.5))
+    figure, panels = wrapped_panels([len(writes)], 2, min(max(2.0, 0.16 * n_layers + 0.6), 5.5))
     means = {
         write: rows[rows["write"] == write].pivot_table(index="layer", columns="alpha", values="value", dropna=False)
         for write in writes
@@ -296,11 +303,11 @@ def heatmap_figure(run: Run, column: str | None = None, scale: str | None = None
         if number % 2 == 0:
             panel.set_ylabel("layer written (block)", fontsize=SMALL)
     bar = figure.colorbar(mesh, ax=panels[0], pad=0.02, aspect=30)
-    bar.set_label(f"{what.label}, mean", fontsize=SMALL)
+    bar.set_label(f"mean {what.label}", fontsize=SMALL - 1)
     bar.ax.tick_params(labelsize=SMALL - 1)
-    line = f"line: the mean first reaches {level:g} {what.unit}" if math.isfinite(level) else ""
+    line = f"line: the mean first reaches {what.with_unit(level)}" if math.isfinite(level) else ""
     facts = ["scale " + ", ".join(writes), prompts_text(rows["prompt_id"].nunique()), line]
-    title(figure, caption(run, f"{what.label} by layer and α", facts, 56 if len(writes) == 1 else 90))
+    title(figure, caption(run, f"{what.words} by layer and α", facts, 56 if len(writes) == 1 else 90))
     return figure
 
 

@@ -70,6 +70,7 @@ COLUMNS: dict[str, Column] = {
     "replicate": Column("int32", "Number of the repetition of a sample under another random draw.", "count"),
     "text": Column("text", "The prompt, or the text that was generated."),
     "token_ids": Column("ids", "Token ids of the prompt, without padding.", "token id"),
+    "token_texts": Column("json", "Text of each token by itself; a token that is part of a character has none of its own."),
     "category": Column("label", "Category of the prompt."),
     "source": Column("label", "Where the prompt comes from."),
     "arm": Column("label", "Role of the condition: clean, sham, perturbed, recovered, random-control and so on."),

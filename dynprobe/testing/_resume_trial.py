@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) ->
             noise = torch.randn(clean.shape, generator=draw) * clean[real].std() * 0.1
             states = torch.cat([clean, clean + noise])
             wanted = _truth(subject, tape, at, states)
-            again, calls = _inner_calls(subject, at, lambda at=at, tape=tape, s=states: resume(tape, at, s))
+            again, calls = _inner_calls(subject, at, partial(resume, tape, at, states))
             ran += calls
             assert again.logits is not None
             difference = (again.logits.double() - wanted.double())[real.repeat(2, 1)].abs()

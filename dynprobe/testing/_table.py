@@ -94,7 +94,8 @@ def resume_table(verdicts: Sequence[ResumeVerdict]) -> str:
     """Return the verdicts as a Markdown page.
 
     Example:
-        >>> print(resume_table([ResumeVerdict("gpt2", "GPT2LMHeadModel", "fast", 4, "transformer.h.*", 0.0)]).splitlines()[-1])
+        >>> verdict = ResumeVerdict("gpt2", "GPT2LMHeadModel", "fast", 4, "transformer.h.*", 0.0)
+        >>> print(resume_table([verdict]).splitlines()[-1])
         | gpt2 | GPT2LMHeadModel | fast | 4 × transformer.h.* | 0 | |
     """
     import transformers

@@ -11,9 +11,10 @@ from dynprobe.probes import discover
 from dynprobe.probes._road import RoadTrial
 from dynprobe.testing import ResumeVerdict, causal_types, resume_table, tiny_causal_lm, try_architectures, try_resume
 
-#: Plain, learned positions, tuples of tensors, post-norm, experts, MLA, windows, state spaces, hybrids, hyper-connections.
+#: Learned positions, plain, tuples, post-norm, experts, MLA, windows, state spaces, hybrids, several streams.
 FAST = (
-    "gpt2", "llama", "bloom", "bert", "mixtral", "deepseek_v3", "gemma2", "mamba", "rwkv", "jamba", "deepseek_v4", "zamba2",
+    "gpt2", "llama", "bloom", "bert", "mixtral", "deepseek_v3", "gemma2", "mamba", "rwkv", "jamba", "zamba2",
+    "deepseek_v4",
 )  # fmt: skip
 #: What they hand upwards beside the state: a router's memory, chosen indices, keys and values, block outputs, a twin.
 FALLBACK = ("zaya", "glm_moe_dsa", "gemma4_text", "inkling2_text", "reformer")
@@ -70,7 +71,7 @@ def test_looped_models_are_refused_and_others_left_out_with_a_reason() -> None:
     assert (drafting.verdict, drafting.reason) == (
         "left out", "it drafts for another model and reads that model's keys and values"
     )  # fmt: skip
-    with pytest.raises(ModelError, match=r"'gpt3' is no causal model type of transformers.*gpt2"):
+    with pytest.raises(ModelError, match=r"'gpt3' is no causal model type of transformers.*Did you mean"):
         tiny_causal_lm("gpt3")
 
 
@@ -78,7 +79,7 @@ def test_models_are_small_seeded_random_and_in_evaluation_mode() -> None:
     one, same, other = tiny_causal_lm("llama"), tiny_causal_lm("llama"), tiny_causal_lm("llama", seed=1)
     pairs = list(zip(one.parameters(), same.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
-    assert all(p.dtype == torch.float32 and float(p.std()) > 0.01 for p in one.parameters())
+    assert all(p.dtype == torch.float32 and float(p.detach().std()) > 0.01 for p in one.parameters())
     assert not one.training
     assert sum(p.numel() for p in one.parameters()) < 100_000
     state = torch.random.get_rng_state()

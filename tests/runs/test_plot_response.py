@@ -87,11 +87,15 @@ def test_points_are_hollow_where_nothing_stands_out(driven, monkeypatch):
             tuple(np.round(c.get_facecolor()[0], 3)): len(c.get_offsets()) for c in scatters if len(c.get_offsets())
         }
 
-    assert set(faces(driven.plot.bode())) == {tuple(np.round(to_rgba(module.BLUE), 3))}
+    colours = {tuple(np.round(to_rgba(c), 3)) for c in (module.BLUE, module.GREY)}
+    assert set(faces(driven.plot.bode())) == colours
     monkeypatch.setattr(module, "_combined", lambda p: np.array([0.0, 0.5, 0.0]))
     figure = driven.plot.bode()
     assert faces(figure)[to_rgba("white")] == 1
     assert "hollow" in figure.get_suptitle()
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_TWICE", 1e9)  # nothing is that loud over all directions but what was written
+    assert faces(driven.plot.bode())[to_rgba("white")] >= 2
 
 
 def test_p_values_combine_after_fisher():

@@ -153,7 +153,7 @@ def test_batch_whose_commit_could_not_be_synced_is_there(tmp_path, make, monkeyp
 
 def test_table_replaced_and_cut_before_the_manifest(tmp_path, make, monkeypatch):
     writer = make["begin"](tmp_path)
-    writer.write_table("fits", {"threshold_kl": [0.5]})
+    writer.write_table("fits", {"fit_id": ["a"], "threshold_kl": [0.5]})
     real = os.replace
 
     def cut(source, target):
@@ -163,7 +163,7 @@ def test_table_replaced_and_cut_before_the_manifest(tmp_path, make, monkeypatch)
 
     monkeypatch.setattr(os, "replace", cut)
     with pytest.raises(PowerCutError):
-        writer.write_table("fits", {"threshold_kl": [0.5, 0.6]})
+        writer.write_table("fits", {"fit_id": ["a", "b"], "threshold_kl": [0.5, 0.6]})
     assert open_run(writer.folder).verify() == 0
     assert open_run(writer.folder).table("fits").empty
 

@@ -139,11 +139,11 @@ def test_files_of_the_user_are_left_alone(tmp_path, make):
 
 def test_table_written_again_with_other_content(tmp_path, make):
     writer = make["begin"](tmp_path)
-    writer.write_table("fits", {"threshold_kl": [0.5]})
+    writer.write_table("fits", {"fit_id": ["a"], "threshold_kl": [0.5]})
     inode = (writer.folder / "fits.parquet").stat().st_ino
-    writer.write_table("fits", {"threshold_kl": [0.5]})
+    writer.write_table("fits", {"fit_id": ["a"], "threshold_kl": [0.5]})
     assert (writer.folder / "fits.parquet").stat().st_ino == inode
-    writer.write_table("fits", {"threshold_kl": [0.5, 0.6]})
+    writer.write_table("fits", {"fit_id": ["a", "b"], "threshold_kl": [0.5, 0.6]})
     run = open_run(writer.folder)
     assert run.verify() == 1
     assert run.table("fits")["threshold_kl"].tolist() == [0.5, 0.6]

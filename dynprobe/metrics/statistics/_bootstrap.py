@@ -48,9 +48,9 @@ def expanded_level(confidence: float, n: int) -> float:
         >>> round(expanded_level(0.95, 12), 4), round(expanded_level(0.95, 100000), 4)
         (0.0108, 0.025)
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtr, stdtrit
 
-    return float(norm.cdf(np.sqrt(n / (n - 1)) * t.ppf((1 - confidence) / 2, n - 1)))
+    return float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)))
 
 
 def interval(low: Array, high: Array, confidence: float, n: int, *, expand: bool = True) -> tuple[float, float]:

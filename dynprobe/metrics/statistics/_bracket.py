@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics.statistics._crossing import Array, Crossing, first_crossing
-from dynprobe.metrics.statistics._placement import divide, doubt, place, root
+from dynprobe.metrics.statistics._placement import Guess, divide, guess, place
 
 __all__ = ["BracketSearch", "Trial"]
 
@@ -49,7 +49,8 @@ class _Row:
     known: dict[float, float]
     rounds: dict[float, int]
     round: int = 0
-    guesses: tuple[float, ...] = ()
+    guess: Guess | None = None
+    answers: tuple[float, ...] = ()
     width: float = float("inf")
     certified: bool = False
     done: bool = False
@@ -118,7 +119,7 @@ class BracketSearch:
         self._per_round, self._most = tuple(per_round), int(max_evaluations)
         grid = np.exp(np.linspace(np.log(alpha_min), np.log(alpha_max), per_round[0]))
         grid[0], grid[-1] = alpha_min, alpha_max
-        start = [] if level < factor * floor else grid.tolist()
+        start = [] if abs(level) < factor * floor else grid.tolist()
         self._rows = [_Row(list(start), {}, dict.fromkeys(start, 0), done=not start) for _ in range(n_prompts)]
 
     @classmethod
@@ -221,7 +222,7 @@ class BracketSearch:
         c = first_crossing(
             list(row.known), list(row.known.values()), self._level, floor=self._floor, factor=self._factor
         )
-        if self._level < self._factor * self._floor:
+        if abs(self._level) < self._factor * self._floor:
             return replace(c, status="not-resolved", reason=f"level<{self._factor:g}×floor")
         if c.status == "resolved" and c.half_width > self._width and not row.certified:
             return replace(c, reason=f"tolerance not reached: bracket ±{100 * np.expm1(c.half_width):.2g} %")
@@ -260,16 +261,14 @@ class BracketSearch:
 
     def _certify(self, row: _Row, c: Crossing) -> None:
         """Interpolation is certified when two successive answers agree inside a narrow bracket."""
-        before = row.guesses
-        row.guesses = ()
-        if c.status == "resolved":
-            x, z, i = self._axes(row, c)
+        before, row.answers, row.guess = row.answers, (), None
+        if c.status == "resolved" and self._level > 0:
+            row.guess = guess(*self._axes(row, c))
             now = float(np.log(c.value))
-            agree = min((abs(now - g) for g in before), default=np.inf) <= self._width / 2
+            agree = min((abs(now - x) for x in before), default=np.inf) <= self._width / 2
             narrow = c.half_width <= CERTAIN * self._width
-            apart = doubt(x, z, i)
-            row.certified = bool(narrow and apart <= self._width / (2 if agree else ALONE))
-            row.guesses = (now, root(x, z, i)[0])
+            row.certified = bool(narrow and row.guess.doubt <= self._width / (2 if agree else ALONE))
+            row.answers = (now, row.guess.at)
 
     def _axes(self, row: _Row, c: Crossing) -> tuple[Array, Array, int]:
         pairs = sorted((a, y) for a, y in row.known.items() if np.isfinite(y))
@@ -280,14 +279,13 @@ class BracketSearch:
         return x, z, int(np.searchsorted(x, np.log(c.high)) - 1)
 
     def _place(self, row: _Row, c: Crossing, low: float, high: float, k: int) -> list[float]:
-        if c.status != "resolved" or self._level <= 0:
+        bisected = 1 / (self._per_round[min(row.round - 1, len(self._per_round) - 1)] + 1)
+        slow = row.round > 1 and c.half_width > bisected * row.width
+        if row.guess is None or (slow and row.guess.doubt > UNSURE * self._width):
             points = divide(np.log(low), np.log(high), k)
         else:
-            x, z, i = self._axes(row, c)
-            bisected = 1 / (self._per_round[min(row.round - 1, len(self._per_round) - 1)] + 1)
-            slow = row.round > 1 and c.half_width > bisected * row.width
-            even = slow and doubt(x, z, i) > UNSURE * self._width
-            points = place(x, z, i, k, self._width, even=even)
+            x, _, i = self._axes(row, c)
+            points = place(x, i, row.guess, k, self._width)
         row.width = c.half_width
         strengths = [float(np.exp(p)) for p in points]
         return [a for a in dict.fromkeys(strengths) if low < a < high and a not in row.known]

@@ -117,7 +117,7 @@ def first_crossing(alphas: Any, responses: Any, level: float, *, floor: float = 
             then as wide as the finite ones around it.
         level: Level to reach, in the unit of the response.
         floor: Numerical noise floor of the response, in its unit.
-        factor: A level below ``factor × floor`` is not resolved.
+        factor: A level smaller in size than ``factor × floor`` is not resolved.
 
     Returns:
         The crossing, or the reason why there is none.
@@ -148,7 +148,7 @@ def first_crossing(alphas: Any, responses: Any, level: float, *, floor: float = 
     n = int(np.count_nonzero(turns))
     falls = bool((turns < 0).any() or (np.maximum.accumulate(r) - r > _slack(r, floor * factor)).any())
     tail = (n, not falls, len(a), n_dropped)
-    if level < factor * floor:
+    if abs(level) < factor * floor:
         return Crossing(nan, nan, nan, "not-resolved", f"level<{factor:g}×floor", *tail)
     if above[0]:
         return Crossing(nan, -np.inf, float(a[0]), "left-censored", f"α*<{a[0]:.4g}", *tail)

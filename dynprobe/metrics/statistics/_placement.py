@@ -14,15 +14,33 @@ measured bracket.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import numpy as np
+from scipy.optimize import brentq
 
 from dynprobe.metrics.statistics._crossing import Array
 
-__all__ = ["divide", "doubt", "place", "root"]
+__all__ = ["Guess", "divide", "guess", "place"]
 
 PRIOR_SLOPE = 2.0
 SPREAD = 0.5
 LEAST = 0.04
+
+
+class Guess(NamedTuple):
+    """Where the crossing is thought to be.
+
+    Args:
+        at: ln α of the crossing.
+        apart: Largest distance of the other guesses from it; infinite when there is nothing to guess from.
+        doubt: Disagreement of the guesses that go through the nearer end of the bracket.
+    """
+
+    at: float
+    apart: float
+    doubt: float
 
 
 def divide(low: float, high: float, k: int) -> Array:
@@ -30,87 +48,64 @@ def divide(low: float, high: float, k: int) -> Array:
     return np.linspace(low, high, k + 2)[1:-1]
 
 
-def root(x: Array, z: Array, i: int) -> tuple[float, float]:
-    """Guess where z crosses 0 between x[i] and x[i + 1], and how far the guesses disagree.
+def guess(x: Array, z: Array, i: int) -> Guess:
+    """Guess where z crosses 0 between x[i] and x[i + 1].
 
     Args:
         x: ln α, ascending.
         z: ln(response/level); NaN where the response has no logarithm.
         i: z[i] < 0 ≤ z[i + 1], or z[i] is NaN.
-
-    Returns:
-        Guess and disagreement in ln α; the disagreement is infinite when there is nothing to guess from.
     """
     a, b = float(x[i]), float(x[i + 1])
     below, above = float(z[i]), float(z[i + 1])
     if np.isnan(below):
-        guess = b - above / PRIOR_SLOPE
-        return (guess, (b - a) / 4) if a < guess < b else ((a + b) / 2, np.inf)
+        back = b - above / PRIOR_SLOPE
+        return Guess(back, (b - a) / 4, np.inf) if a < back < b else Guess((a + b) / 2, np.inf, np.inf)
     chord = a - below * (b - a) / (above - below)
-    lines = []
-    left = _slope(x, z, i - 1) if i > 0 else PRIOR_SLOPE
-    if left > 0:
-        lines.append(a - below / left)
-    if i + 2 < len(x):
-        right = _slope(x, z, i + 1)
-        if right > 0:
-            lines.append(b - above / right)
-    inside = [float(np.clip(p, a, b)) for p in lines]
-    guess = _cubic_root(x, z, i)
-    return guess, max([abs(guess - chord), *(abs(guess - p) for p in inside)])
-
-
-def doubt(x: Array, z: Array, i: int) -> float:
-    """Disagreement of the answers through the nearer end of the bracket: chord, cubic, and the line beyond it."""
-    below, above = float(z[i]), float(z[i + 1])
-    if np.isnan(below):
-        return np.inf
-    a, b = float(x[i]), float(x[i + 1])
-    chord = a - below * (b - a) / (above - below)
-    guesses = [chord, _cubic_root(x, z, i)]
+    cubic = _cubic_root(x, z, i)
+    left, right = _slope(x, z, i - 1) if i > 0 else PRIOR_SLOPE, _slope(x, z, i + 1) if i + 2 < len(x) else np.nan
+    from_left = a - below / left if left > 0 else b
+    from_right = b - above / right if right > 0 else a
+    others = [chord, *([from_left] if left > 0 else []), *([from_right] if right > 0 else [])]
+    near = [chord, cubic]
     if -below < above:
-        slope = _slope(x, z, i - 1) if i > 0 else PRIOR_SLOPE
-        guesses.append(a - below / slope if slope > 0 else b)
-    elif i + 2 < len(x):
-        slope = _slope(x, z, i + 1)
-        guesses.append(b - above / slope if slope > 0 else a)
-    inside = np.clip(guesses, a, b)
-    return float(inside.max() - inside.min())
+        near.append(from_left)
+    elif not np.isnan(right):
+        near.append(from_right)
+    near = np.clip(near, a, b).tolist()
+    return Guess(cubic, float(np.abs(np.clip(others, a, b) - cubic).max()), max(near) - min(near))
 
 
-def place(x: Array, z: Array, i: int, k: int, tolerance: float, *, even: bool = False) -> Array:
+def place(x: Array, i: int, g: Guess, k: int, tolerance: float) -> Array:
     """Choose k strengths inside the bracket.
 
     Args:
         x: ln α, ascending.
-        z: ln(response/level), NaN where there is none.
         i: Index of the lower end of the bracket.
+        g: Where the crossing is thought to be.
         k: How many.
         tolerance: Wanted half width of the bracket in ln α.
-        even: Divide the bracket evenly instead of guessing.
 
     Returns:
         ln α of the strengths, ascending, strictly inside the bracket.
     """
     a, b = float(x[i]), float(x[i + 1])
-    guess, apart = root(x, z, i)
-    if even or not np.isfinite(apart):
+    if not np.isfinite(g.apart):
         return divide(a, b, k)
-    delta = max(0.9 * tolerance, SPREAD * apart, LEAST * (b - a))
-    margin = 0.02 * (b - a)
-    guess = float(np.clip(guess, a + margin, b - margin))
+    delta, margin = max(0.9 * tolerance, SPREAD * g.apart, LEAST * (b - a)), 0.02 * (b - a)
+    at = float(np.clip(g.at, a + margin, b - margin))
     if k == 1:
-        if (b - a) / 2 <= 2 * tolerance and apart < tolerance:
-            far = b if b - guess > guess - a else a
-            return np.array([guess + np.copysign(min(delta, abs(far - guess) / 2), far - guess)])
-        return np.array([guess])
-    low, high = guess - delta, guess + delta
+        if (b - a) / 2 <= 2 * tolerance and g.apart < tolerance:
+            far = b if b - at > at - a else a
+            return np.array([at + np.copysign(min(delta, abs(far - at) / 2), far - at)])
+        return np.array([at])
+    low, high = at - delta, at + delta
     if low <= a + margin and high >= b - margin:
         return divide(a, b, k)
     if low <= a + margin:
-        return np.sort(np.r_[high, guess if k > 1 and guess > a + margin else (a + high) / 2, divide(high, b, k - 2)])
+        return np.sort(np.r_[high, at if at > a + margin else (a + high) / 2, divide(high, b, k - 2)])
     if high >= b - margin:
-        return np.sort(np.r_[low, guess if guess < b - margin else (low + b) / 2, divide(a, low, k - 2)])
+        return np.sort(np.r_[low, at if at < b - margin else (low + b) / 2, divide(a, low, k - 2)])
     return np.sort(np.r_[low, high, divide(low, high, k - 2)])
 
 
@@ -120,14 +115,31 @@ def _slope(x: Array, z: Array, i: int) -> float:
 
 
 def _cubic_root(x: Array, z: Array, i: int) -> float:
-    from scipy.interpolate import PchipInterpolator
-
+    """Root inside the bracket of the monotone cubic (Fritsch–Carlson slopes, as scipy's PCHIP) through all points."""
     keep = np.isfinite(z)
-    j = int(keep[:i].sum())
-    curve = PchipInterpolator(x[keep], z[keep])
-    c = curve.c[:, j]
-    roots = np.roots(c)
-    a, b = float(x[i]), float(x[i + 1])
-    real = roots[np.abs(roots.imag) < 1e-9 * (1 + np.abs(roots))].real
-    real = real[(real >= -1e-9) & (real <= b - a + 1e-9)]
-    return a + float(np.clip(real.min(), 0.0, b - a)) if len(real) else (a + b) / 2
+    j, xs, zs = int(keep[:i].sum()), x[keep].tolist(), z[keep].tolist()
+    h = [b - a for a, b in pairwise(xs)]
+    s = [(b - a) / w for a, b, w in zip(zs, zs[1:], h, strict=False)]
+    p, q = (_pchip_slope(h, s, k) for k in (j, j + 1))
+    width, low, high = h[j], zs[j], zs[j + 1]
+
+    def cubic(t: float) -> float:
+        u = 1 - t
+        return u * u * ((1 + 2 * t) * low + t * width * p) + t * t * ((3 - 2 * t) * high - u * width * q)
+
+    return xs[j] + width * float(brentq(cubic, 0.0, 1.0, xtol=1e-9)) if low < 0 < high else xs[j + (high <= 0)]
+
+
+def _pchip_slope(h: list[float], s: list[float], k: int) -> float:
+    if len(s) == 1:
+        return s[0]
+    if 0 < k < len(s):
+        if s[k - 1] * s[k] <= 0:
+            return 0.0
+        w, v = 2 * h[k] + h[k - 1], h[k] + 2 * h[k - 1]
+        return (w + v) / (w / s[k - 1] + v / s[k])
+    (a, b), (m, n) = ((h[0], h[1]), (s[0], s[1])) if k == 0 else ((h[-1], h[-2]), (s[-1], s[-2]))
+    end = ((2 * a + b) * m - a * n) / (a + b)
+    if end * m <= 0:
+        return 0.0
+    return 3 * m if m * n <= 0 and abs(end) > 3 * abs(m) else end

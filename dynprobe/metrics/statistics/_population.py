@@ -116,10 +116,21 @@ def prompt_threshold(
     ln α50 = med_p med_s ln α*_{p,s}, replicates s inside prompt p first. Censored values are ranks: they move the
     median, they never enter as numbers.
 
-    Measured coverage of nominal 95 % intervals, continuous responses, 4,000 experiments, spread of ln α* normal with
-    σ = 0.5 and right-skewed (exponential), one replicate:
+    Measured coverage of nominal 95 % intervals (2,000 experiments; spread of ln α* over prompts normal /
+    right-skewed):
 
-    COVERAGE_TABLE
+    ======== =================== ===================
+    prompts  ``order``           ``bootstrap``
+    ======== =================== ===================
+    6        0.950 / 0.949       0.969 / 0.964
+    12       0.941 / 0.951       0.959 / 0.963
+    24       0.952 / 0.945       0.961 / 0.957
+    60       0.949 / 0.953       0.951 / 0.955
+    ======== =================== ===================
+
+    Plain percentiles would cover 0.90 at 8 prompts. With several noisy seeds per prompt, resampling both prompts and
+    seeds counts the seeds' noise twice: ``bootstrap`` then covers 0.97–0.99, ``order`` 0.93–0.95 (the noise shifts
+    the median of a skewed spread).
 
     Args:
         alpha_stars: Crossings, one per prompt, or per prompt a sequence of replicates. Or an array of α*, [prompt] or
@@ -199,12 +210,12 @@ def _fewest(confidence: float) -> int:
 
 
 def _order_interval(low: Array, high: Array, confidence: float) -> tuple[float, float]:
-    from scipy.stats import binom
+    from scipy.special import bdtr
 
     n = len(low)
     if n < _fewest(confidence):
         return NAN, NAN
-    cover = 1 - 2 * binom.cdf(np.arange(n // 2 + 1) - 1, n, 0.5)
+    cover = 1 - 2 * np.r_[0.0, bdtr(np.arange(n // 2, dtype=float), n, 0.5)]
     k = int(np.flatnonzero(cover >= confidence)[-1])
     inner = float(cover[k + 1]) if k < n // 2 else float("nan")
     share = 0.0 if np.isnan(inner) else (cover[k] - confidence) / (cover[k] - inner)

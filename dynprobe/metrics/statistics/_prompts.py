@@ -7,6 +7,7 @@ between the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -112,9 +113,9 @@ def gather(alpha_stars: Any, prompts: Sequence[Any] | None = None, status: Any =
         ends = [_ends(c) for c in members if c.status not in ("missing", "not-resolved")]
         if ends:
             kept[key] = ends
-            low, high = median_bounds(*np.array(ends).T)
-            tally["n_left"] += bool(np.isneginf(low) and not np.isposinf(high)) or bool(np.isneginf(high))
-            tally["n_right"] += bool(np.isposinf(high) and not np.isneginf(low)) or bool(np.isposinf(low))
+            low, high = ends[0] if len(ends) == 1 else median_bounds(*np.array(ends).T)
+            tally["n_left"] += bool(high == -np.inf or (low == -np.inf and high < np.inf))
+            tally["n_right"] += bool(low == np.inf or (high == np.inf and low > -np.inf))
         else:
             drowned = any(c.status == "not-resolved" for c in members)
             tally["n_notresolved" if drowned else "n_missing"] += 1
@@ -123,17 +124,18 @@ def gather(alpha_stars: Any, prompts: Sequence[Any] | None = None, status: Any =
     width = max((len(v) for v in kept.values()), default=1)
     table = np.full((2, len(kept), width), np.nan)
     for i, ends in enumerate(kept.values()):
-        table[:, i, : len(ends)] = np.array(ends).T
+        for j, pair in enumerate(ends):
+            table[:, i, j] = pair
     n_seeds = np.array([len(v) for v in kept.values()], dtype=np.int64)
     return Prompts(tuple(kept), table[0], table[1], n_seeds, tally)
 
 
 def _ends(c: Crossing) -> tuple[float, float]:
     if c.status == "resolved":
-        return float(np.log(c.value)), float(np.log(c.value))
+        return math.log(c.value), math.log(c.value)
     if c.status == "left-censored":
-        return -np.inf, float(np.log(c.high)) if c.high > 0 else -np.inf
-    return float(np.log(c.low)) if c.low > 0 else -np.inf, np.inf
+        return -np.inf, math.log(c.high) if c.high > 0 else -np.inf
+    return math.log(c.low) if c.low > 0 else -np.inf, np.inf
 
 
 def _flat(alpha_stars: Any, status: Any) -> tuple[list[Crossing], list[int], bool]:

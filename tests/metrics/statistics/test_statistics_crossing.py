@@ -1,6 +1,7 @@
 """First crossings: closed forms, censoring, holes, order, scale, and a slow independent version."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def slow(alphas, responses, level, floor=0.0):
     points = sorted((a, r) for a, r in zip(alphas, responses, strict=True) if a > 0 and math.isfinite(r))
     if points[0][1] >= level:
         return -math.inf
-    for (a, r), (b, s) in zip(points, points[1:], strict=False):
+    for (a, r), (b, s) in pairwise(points):
         if r < level <= s:
             straight = r > floor and r > 0 and level > 0
             f = math.log if straight else float
@@ -115,7 +116,9 @@ def test_refusals(args, kwargs, text):
         first_crossing(*args, **kwargs)
 
 
-curve = st.lists(st.tuples(st.integers(1, 10**6), st.floats(-0.5, 3.0)), min_size=1, max_size=12, unique_by=lambda p: p[0])
+curve = st.lists(
+    st.tuples(st.integers(1, 10**6), st.floats(-0.5, 3.0)), min_size=1, max_size=12, unique_by=lambda p: p[0]
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -157,5 +160,7 @@ def test_many_curves_at_once_equal_one_by_one():
     many = crossings(np.log(GRID), r, 1.0)
     for row, x in zip(r, many, strict=True):
         c = first_crossing(GRID, row, 1.0)
-        one = {"left-censored": -np.inf, "right-censored": np.inf}.get(c.status, math.log(c.value) if c.value > 0 else 0)
+        one = {"left-censored": -np.inf, "right-censored": np.inf}.get(
+            c.status, math.log(c.value) if c.value > 0 else 0
+        )
         assert x == pytest.approx(one, rel=1e-12)

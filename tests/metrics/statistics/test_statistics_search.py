@@ -7,7 +7,7 @@ import pytest
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics.statistics import BracketSearch, PosteriorSearch, first_crossing
-from dynprobe.metrics.statistics._placement import doubt, place, root
+from dynprobe.metrics.statistics._placement import Guess, guess, place
 
 LOW, HIGH = 0.01, 10.0
 FAMILIES = ("power", "saturating", "low ceiling", "plateau", "steep", "wandering")
@@ -22,8 +22,14 @@ def curve(rng, family):
         slope, top = rng.uniform(1, 3), rng.uniform(2, 12) if family == "saturating" else rng.uniform(1.05, 2)
         return lambda u: np.log(-top * np.expm1(np.log1p(-1 / top) * np.exp(slope * u)))
     if family in ("plateau", "steep"):
-        height, slope = (rng.uniform(0.02, 0.8), rng.uniform(2, 4)) if family == "plateau" else (rng.uniform(1e-3, 0.3), 2)
-        depth, rise, top = rng.uniform(1, 4), rng.uniform(*((2, 6) if family == "plateau" else (6, 20))), rng.uniform(3, 10)
+        height, slope = (
+            (rng.uniform(0.02, 0.8), rng.uniform(2, 4)) if family == "plateau" else (rng.uniform(1e-3, 0.3), 2)
+        )
+        depth, rise, top = (
+            rng.uniform(1, 4),
+            rng.uniform(*((2, 6) if family == "plateau" else (6, 20))),
+            rng.uniform(3, 10),
+        )
         rest = 1 - height / (1 + np.exp(-slope * depth))
         shift = math.log(rest / (top - rest))
         return lambda u: np.log(
@@ -45,14 +51,16 @@ def experiment(n, seed, rel=0.0, floor=1e-7, families=FAMILIES):
     while not search.done:
         rows, alphas = search.propose()
         clean = np.array([np.exp(curves[i](math.log(a / truth[i]))) for i, a in zip(rows, alphas, strict=True)])
-        search.observe(rows, alphas, clean * (1 + rel * rng.normal(size=len(rows))) + floor * rng.normal(size=len(rows)))
+        search.observe(
+            rows, alphas, clean * (1 + rel * rng.normal(size=len(rows))) + floor * rng.normal(size=len(rows))
+        )
     return search, truth, np.array(kinds)
 
 
 @pytest.mark.parametrize("rel", [0.0, 0.01])
 def test_five_per_cent_over_three_decades_in_eight_evaluations(rel):
     """How often ±5 % is reached, per kind of curve; and whoever misses it says so."""
-    search, truth, kinds = experiment(480, 5, rel)
+    search, truth, kinds = experiment(300, 5, rel)
     found = search.result()
     assert search.n_evaluations.max() <= 8
     error = np.array([abs(math.log(c.value / t)) for c, t in zip(found, truth, strict=True)])
@@ -64,7 +72,9 @@ def test_five_per_cent_over_three_decades_in_eight_evaluations(rel):
     assert min(reached["low ceiling"], reached["plateau"], reached["steep"]) >= 0.9
     assert good.mean() >= 0.97
     assert (unmarked & ~good).mean() <= 0.01
-    assert all(c.low < t <= c.high or rel for c, t in zip(found, truth, strict=True))
+    if not rel:
+        slack = 1 + 1e-6
+        assert all(c.low < t * slack and t < c.high * slack for c, t in zip(found, truth, strict=True))
     assert search.n_evaluations[kinds == "power"].mean() < 6.2
     assert np.median(error) < 0.01
 
@@ -101,7 +111,10 @@ def test_order_and_cuts_change_nothing():
         pieces = BracketSearch.replay(trials, **pieces.settings)
     assert pieces.trials == whole.trials
     assert pieces.result() == whole.result()
-    assert BracketSearch.replay([], **whole.settings).propose()[1].tolist() == BracketSearch(12, LOW, HIGH, 1.0).propose()[1].tolist()
+    assert (
+        BracketSearch.replay([], **whole.settings).propose()[1].tolist()
+        == BracketSearch(12, LOW, HIGH, 1.0).propose()[1].tolist()
+    )
 
 
 def test_the_first_round_covers_the_range_and_repeats_until_answered():
@@ -132,7 +145,7 @@ def test_censored_prompts_cost_three_evaluations():
 
 
 def test_first_crossing_from_below_and_non_monotone():
-    """Above the level at mid range, below it at the top: the crossing below mid range is searched, and the fall is said."""
+    """Above the level at mid range, below it at the top: the lower crossing is searched, and the fall is said."""
     search = BracketSearch(1, LOW, HIGH, 1.0)
     while not search.done:
         rows, a = search.propose()
@@ -195,7 +208,10 @@ def test_unreached_tolerance_is_said():
         (lambda: BracketSearch(1, 0.1, 1.0, 1.0).observe([0], [0.2], [1.0]), "waiting"),
         (lambda: BracketSearch(1, 0.1, 1.0, 1.0).observe([0, 0], [0.1, 0.1], [1.0, 1.0]), "waiting"),
         (lambda: BracketSearch(1, 0.1, 1.0, 1.0).observe([0], [0.1], [1.0, 2.0]), "One row"),
-        (lambda: BracketSearch.replay([(0, 0.2, 1.0)], n_prompts=1, alpha_min=0.1, alpha_max=1.0, level=1.0), "never asked"),
+        (
+            lambda: BracketSearch.replay([(0, 0.2, 1.0)], n_prompts=1, alpha_min=0.1, alpha_max=1.0, level=1.0),
+            "never asked",
+        ),
         (lambda: BracketSearch.replay([(3, 0.1, 1.0)], n_prompts=1, alpha_min=0.1, alpha_max=1.0, level=1.0), "row 3"),
         (lambda: PosteriorSearch(0.0, 1.0), "alpha_min"),
         (lambda: PosteriorSearch(0.1, 1.0, slopes=(-1.0,)), "Slopes"),
@@ -213,15 +229,30 @@ def test_refusals(call, text):
 def test_placement_of_a_straight_line_closes_the_bracket_at_once():
     x = np.array([-4.0, -1.0, 2.0])
     z = 2 * (x - 0.3)
-    guess, apart = root(x, z, 1)
-    assert (guess, apart) == (pytest.approx(0.3), pytest.approx(0.0, abs=1e-9))
-    assert doubt(x, z, 1) == pytest.approx(0.0, abs=1e-9)
-    low, high = place(x, z, 1, 2, 0.05)
+    g = guess(x, z, 1)
+    assert (g.at, g.apart, g.doubt) == (pytest.approx(0.3), pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    low, high = place(x, 1, g, 2, 0.05)
     assert low < 0.3 < high
     assert high - low < 0.3
-    np.testing.assert_allclose(place(x, z, 1, 2, 0.05, even=True), [0.0, 1.0])
-    blind = place(np.array([-4.0, 2.0]), np.array([np.nan, 20.0]), 0, 2, 0.05)
-    np.testing.assert_allclose(blind, [-2.0, 0.0])
+    blind = guess(np.array([-4.0, 2.0]), np.array([np.nan, 20.0]), 0)
+    assert blind == Guess(-1.0, np.inf, np.inf)
+    np.testing.assert_allclose(place(np.array([-4.0, 2.0]), 0, blind, 2, 0.05), [-2.0, 0.0])
+
+
+def test_cubic_is_scipys():
+    from scipy.interpolate import PchipInterpolator
+
+    from dynprobe.metrics.statistics._placement import _cubic_root
+
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 4, 6, 8):
+        for _ in range(30):
+            x, z = np.sort(rng.uniform(-4, 4, n)), rng.normal(size=n)
+            z[0], z[-1] = -1.0, 1.0
+            i = int(np.flatnonzero((z[:-1] < 0) & (z[1:] >= 0))[0])
+            at = _cubic_root(x, z, i)
+            assert x[i] <= at <= x[i + 1]
+            assert PchipInterpolator(x, z)(at) == pytest.approx(0.0, abs=1e-6)
 
 
 def yes_no(search, rng, a50=0.5, beta=4.0, lapse=0.02):
@@ -232,17 +263,17 @@ def yes_no(search, rng, a50=0.5, beta=4.0, lapse=0.02):
 
 
 def test_posterior_covers_and_stops_on_its_own_width():
-    """90 searches: coverage of the 95 % credible interval, and the SD it stops on."""
+    """40 searches: coverage of the 95 % credible interval, and the SD it stops on."""
     inside = 0
-    for seed in range(90):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         truth = np.exp(rng.uniform(np.log(0.05), np.log(2.0)))
-        search = PosteriorSearch(LOW, HIGH, stop_sd=0.1, n_grid=121, n_strengths=41)
+        search = PosteriorSearch(LOW, HIGH, stop_sd=0.15, per_round=6, n_grid=81, n_strengths=31)
         found = yes_no(search, rng, truth, beta=np.exp(rng.uniform(0.5, 2)))
         assert found.status == "resolved"
-        assert found.sd <= 0.1 or found.reason == "trials used up"
+        assert found.sd <= 0.15 or found.reason == "trials used up"
         inside += found.low <= truth <= found.high
-    assert 0.88 <= inside / 90 <= 1.0
+    assert 0.88 <= inside / 40 <= 1.0
 
 
 def test_first_placement_minimises_the_expected_entropy():

@@ -135,7 +135,9 @@ def test_broken_stick_finds_the_kink():
     assert fit.p_value < 0.01
     assert broken_stick(np.exp(X[:4]), np.ones((9, 4))).reason == "strengths<5"
     assert broken_stick(np.exp(X), np.exp(X)[None]).reason == "prompts<4"
-    hidden = broken_stick(np.r_[0, np.exp(X)], np.c_[np.zeros(9), prompts(np.random.default_rng(0), 2 * X, 9)], n_boot=9)
+    hidden = broken_stick(
+        np.r_[0, np.exp(X)], np.c_[np.zeros(9), prompts(np.random.default_rng(0), 2 * X, 9)], n_boot=9
+    )
     assert hidden.n_alphas == 11
 
 

@@ -1,0 +1,136 @@
+"""From tokens to memories: the causal half of the CSM-style model.
+
+A short causal convolution mixes a few neighbouring embeddings, and a gated leaky integrator writes them into N memories
+per position, m_t = a_t∘m_{t−1} + (1 − a_t)∘w_t, with half-lives between one and some hundred tokens. After this step no
+information crosses positions any more: the energy that follows is minimised at each position on its own.
+
+Padding may stand on either side or in between. Real tokens are moved together before anything is computed and moved back
+afterwards, so that a row in a padded batch goes through the same arithmetic as the row alone. Padded places get memory
+and context 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynprobe.models._csm_cache import CsmCache
+from dynprobe.models._csm_config import CsmConfig
+from dynprobe.models._csm_scan import linear_scan
+
+__all__ = ["CsmWriter", "rms"]
+
+
+def rms(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
+    """Divide by the root mean square over the last axis, in float32 or better.
+
+    Args:
+        x: States ``[…, dim]``.
+        eps: Added to the mean square.
+        gain: Factor per coordinate ``[dim]``, or None.
+
+    Returns:
+        Same shape and dtype.
+
+    Example:
+        >>> import torch
+        >>> rms(torch.tensor([3.0, 3.0]), 1e-12).tolist()
+        [1.0, 1.0]
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    unit = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return unit if gain is None else unit * gain
+
+
+class CsmWriter(nn.Module):
+    """Embeddings to memories and context.
+
+    Args:
+        config: Sizes and half-lives.
+    """
+
+    def __init__(self, config: CsmConfig) -> None:
+        super().__init__()
+        D, N, d = config.hidden_size, config.num_states, config.state_size
+        self.config = config
+        self.norm_embedding = nn.Parameter(torch.empty(D))
+        self.norm_convolution = nn.Parameter(torch.empty(D))
+        self.convolution = nn.Parameter(torch.empty(D, config.conv_width))
+        self.write = nn.Parameter(torch.empty(N * d, D))
+        self.decay = nn.Parameter(torch.empty(N, D))
+        self.decay_bias = nn.Parameter(torch.empty(N))
+        self.context = nn.Parameter(torch.empty(d, D))
+
+    def half_life_bias(self) -> Tensor:
+        """Bias of the decay gates whose half-lives are spaced evenly in logarithm, ``[slot]``."""
+        c = self.config
+        low, high = math.log2(c.half_life_min), math.log2(c.half_life_max)
+        lives = 2.0 ** torch.linspace(low, high, c.num_states, dtype=torch.float64)
+        keep = 2.0 ** (-1.0 / lives)
+        return torch.logit(keep).to(torch.float32)
+
+    def forward(self, embedded: Tensor, real: Tensor, cache: CsmCache | None = None) -> tuple[Tensor, Tensor]:
+        """Write one stretch of tokens.
+
+        Args:
+            embedded: Token embeddings ``[batch, pos, hidden]``.
+            real: True where a token is no padding ``[batch, pos]``.
+            cache: Decoding state to start from; memory and window are moved on in it.
+
+        Returns:
+            Memory m ``[batch, pos, slot, dim]`` and context c ``[batch, pos, 1, dim]``, both 0 at padding.
+        """
+        order = None
+        if not bool(real.all()):
+            order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
+            embedded = embedded.gather(1, order[..., None].expand_as(embedded))
+            mask = real.gather(1, order)
+        else:
+            mask = real
+        h = self._convolve(embedded, mask, cache)
+        memory = self._integrate(h, mask, cache)
+        context = F.linear(h, self.context)
+        if order is not None:
+            context = context * mask[..., None]
+            memory = memory * mask[..., None, None]
+            back = torch.argsort(order, dim=1)
+            context = context.gather(1, back[..., None].expand_as(context))
+            memory = memory.gather(1, back[..., None, None].expand_as(memory))
+        return memory.to(h.dtype), context[:, :, None, :]
+
+    def _convolve(self, embedded: Tensor, mask: Tensor, cache: CsmCache | None) -> Tensor:
+        c = self.config
+        e = rms(embedded, c.norm_eps, self.norm_embedding) * mask[..., None]
+        past = c.conv_width - 1
+        if cache is not None and cache.window is not None:
+            window = cache.window.to(e.dtype)
+        else:
+            window = e.new_zeros(e.shape[0], past, e.shape[2])
+        longer = torch.cat([window, e], dim=1)
+        if cache is not None:
+            last = mask.sum(1)[:, None] + torch.arange(past, device=e.device)
+            cache.window = longer.gather(1, last[..., None].expand(-1, -1, e.shape[2]))
+        mixed = e.new_zeros(e.shape)
+        for j in range(c.conv_width):
+            mixed = mixed + longer[:, j : j + e.shape[1]] * self.convolution[:, j]
+        return rms(mixed, c.norm_eps, self.norm_convolution)
+
+    def _integrate(self, h: Tensor, mask: Tensor, cache: CsmCache | None) -> Tensor:
+        c = self.config
+        w = F.linear(h, self.write).unflatten(-1, (c.num_states, c.state_size))
+        gate = F.linear(h, self.decay, self.decay_bias)
+        if h.dtype in (torch.float16, torch.bfloat16):
+            w, gate = w.float(), gate.float()
+        here = mask[..., None]
+        keep = torch.where(here, torch.sigmoid(gate), 1.0)[..., None]
+        take = torch.where(here, torch.sigmoid(-gate), 0.0)[..., None] * w
+        if cache is not None and cache.memory is not None:
+            first = take[:, :1] + keep[:, :1] * cache.memory[:, None].to(take.dtype)
+            take = torch.cat([first, take[:, 1:]], dim=1)
+        memory = linear_scan(keep, take)
+        if cache is not None and memory.shape[1]:
+            cache.memory = memory[:, -1]
+        return memory
