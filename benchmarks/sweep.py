@@ -27,6 +27,7 @@ import math
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,19 @@ def directions(subject: Subject, key: str, layer: int, n: int) -> Tensor:
     return unit
 
 
-def sweep(fork: Fork, layers: list[int], alphas: np.ndarray, variant: str) -> list[Tensor]:
-    """Our side of B3: logits ``[alpha, pos, vocab]`` or ``[alpha, vocab]`` of each layer, the latest two kept."""
-    found: list[Tensor] = []
+def sweep(
+    fork: Fork, layers: Iterable[int], alphas: np.ndarray, variant: str, keep: Collection[int] = ()
+) -> dict[int, Tensor]:
+    """Our side of B3: logits ``[alpha, pos, vocab]`` or ``[alpha, vocab]`` of each layer, of which some are kept."""
+    found: dict[int, Tensor] = {}
     at = ",positions=-1" if variant == "position" else ""
     start = fork.batch.mask.shape[1] - 1 if at else 0
     for layer in layers:
         writer = PerturbWriter(fork.subject, Perturb.parse(f"alpha=1,layers={layer}{at}"), magnitude=alphas)
         tape = fork.branch([0] * len(alphas), [writer], start=start, logits="all" if variant == "all" else "last")
         assert tape.logits is not None
-        found = [*found[-1:], tape.logits] if len(layers) > 2 else [*found, tape.logits]
+        if layer in keep:
+            found[layer] = tape.logits
     return found
 
 
@@ -132,21 +136,16 @@ def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
             pair = [number, n_layers - 1 - number]
             few = rounds == pairs and (turn % stride or turn // stride >= ROUNDS[variant])
             names = ["dynprobe", *(n for n in arms if not few or n in COMPLETE.get(variant, ()))]
-            ours_logits: list[Tensor] = []
+            mine: dict[int, Tensor] = {}
             theirs: dict[str, list[list[Tensor]]] = {}
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 gc.collect()
                 if name == "dynprobe":
-                    keep = "all" if variant == "all" else "last"
-                    setup, fork = timed(lambda keep=keep: Fork(subject, batch, logits=keep))
-                    if variant == "position":
-                        layers = [layer for layer in range(n_layers) if layer not in pair] + pair
-                        spent, ours_logits = timed(lambda f=fork, at=layers: sweep(f, at, alphas, "position"))
-                        ours[number] = (setup + spent) / pairs
-                        assert not fork.roads.refusals, fork.roads
-                    else:
-                        spent, ours_logits = timed(lambda f=fork, at=pair, v=variant: sweep(f, at, alphas, v))
-                        ours[number] = setup / pairs + spent
+                    setup, fork = timed(lambda v=variant: Fork(subject, batch, logits="all" if v == "all" else "last"))
+                    at = range(n_layers) if variant == "position" else pair
+                    spent, mine = timed(lambda f=fork, at=at, v=variant, p=pair: sweep(f, at, alphas, v, p))
+                    ours[number] = setup / pairs + spent * len(pair) / len(at)
+                    assert not fork.roads.refusals and not fork.roads.whole, fork.roads
                     setups.append(setup)
                     del fork
                 else:
@@ -157,15 +156,14 @@ def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
                         ]
                     )
             for name, logits in theirs.items():
-                for mine, other in zip(ours_logits, logits, strict=True):
-                    worst[name] = tuple(map(max, worst[name], difference(mine, other)))
-            del ours_logits, theirs
+                for layer, other in zip(pair, logits, strict=True):
+                    worst[name] = tuple(map(max, worst[name], difference(mine[layer], other)))
+            del mine, theirs
         whole = math.nan
         if not quick:
             gc.collect()
-            everything = list(range(n_layers))
-            whole, _ = timed(lambda v=variant, at=everything: sweep(
-                Fork(subject, batch, logits="all" if v == "all" else "last"), at, alphas, v))  # fmt: skip
+            whole, _ = timed(lambda v=variant: sweep(
+                Fork(subject, batch, logits="all" if v == "all" else "last"), range(n_layers), alphas, v))  # fmt: skip
         summed = sum(ours.values()) if len(ours) == pairs else math.nan
         out[variant] = {"dynprobe_whole_s": whole, "dynprobe_sum_of_pairs_s": summed, "clean_pass_s": setups, "arms": {}}
         for name in arms:

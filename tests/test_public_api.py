@@ -28,7 +28,7 @@ def test_the_public_names_are_these():
 
 
 def test_every_room_keeps_its_table_of_contents():
-    for room in ("metrics", "models", "probes", "prompts", "protocols", "runs", "sweep", "testing", "threshold", "cli", "errors"):
+    for room in ("metrics", "models", "probes", "prompts", "protocols", "runs", "testing", "cli", "errors"):
         module = getattr(dp, room)
         assert module.__all__
         assert all(hasattr(module, name) for name in module.__all__)

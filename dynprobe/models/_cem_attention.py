@@ -70,7 +70,7 @@ class InteractionStep(EnergyStep):
     def __init__(self, config: CemConfig, layer: int) -> None:
         super().__init__(config, config.step_size_attention)
         D, K = config.hidden_size, config.num_attention_heads
-        self.layer, self.heads, self.head_dim, self.tau = layer, K, config.head_dim, config.temperature
+        self.layer, self.heads, self.head_dim, self.tau = layer, K, config.head_dim, config.tau_value
         self.q_proj = nn.Linear(D, D, bias=False)
         self.k_proj = nn.Linear(D, D, bias=False)
         self.exact = config.diag_in_update

@@ -193,7 +193,7 @@ class CemConfig(PretrainedConfig):  # type: ignore[misc]
         return int(self.hidden_size // self.num_attention_heads)
 
     @property
-    def temperature(self) -> float:
+    def tau_value(self) -> float:
         """τ as a number."""
         if self.tau == "model":
             return math.sqrt(self.hidden_size)

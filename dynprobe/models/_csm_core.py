@@ -38,8 +38,7 @@ class CsmPreTrainedModel(PreTrainedModel):  # type: ignore[misc, unused-ignore]
         if isinstance(module, nn.Embedding | nn.Linear):
             init.normal_(module.weight, std=D**-0.5)
         elif isinstance(module, CsmWriter):
-            for gain in (module.norm_embedding, module.norm_convolution):
-                init.ones_(gain)
+            init.ones_(module.norm_convolution)
             taps = torch.randn(D, c.conv_width) * 0.2
             taps[:, -1] += 1.0
             init.copy_(module.convolution, taps)

@@ -56,7 +56,6 @@ class CsmWriter(nn.Module):
         super().__init__()
         D, N, d = config.hidden_size, config.num_states, config.state_size
         self.config = config
-        self.norm_embedding = nn.Parameter(torch.empty(D))
         self.norm_convolution = nn.Parameter(torch.empty(D))
         self.convolution = nn.Parameter(torch.empty(D, config.conv_width))
         self.write = nn.Parameter(torch.empty(N * d, D))
@@ -72,28 +71,29 @@ class CsmWriter(nn.Module):
         keep = 2.0 ** (-1.0 / lives)
         return torch.logit(keep).to(torch.float32)
 
-    def forward(self, embedded: Tensor, real: Tensor, cache: CsmCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embedded: Tensor, real: Tensor | None = None, cache: CsmCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Write one stretch of tokens.
 
         Args:
             embedded: Token embeddings ``[batch, pos, hidden]``.
-            real: True where a token is no padding ``[batch, pos]``.
+            real: True where a token is no padding ``[batch, pos]``; None = all are.
             cache: Decoding state to start from; memory and window are moved on in it.
 
         Returns:
             Memory m ``[batch, pos, slot, dim]`` and context c ``[batch, pos, 1, dim]``, both 0 at padding.
         """
-        order = None
-        if not bool(real.all()):
+        if real is None or bool(real.all()):
+            order = mask = None
+        else:
             order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
             embedded = embedded.gather(1, order[..., None].expand_as(embedded))
             mask = real.gather(1, order)
-        else:
-            mask = real
         h = self._convolve(embedded, mask, cache)
         memory = self._integrate(h, mask, cache)
         context = F.linear(h, self.context)
-        if order is not None:
+        if order is not None and mask is not None:
             context = context * mask[..., None]
             memory = memory * mask[..., None, None]
             back = torch.argsort(order, dim=1)
@@ -101,9 +101,11 @@ class CsmWriter(nn.Module):
             memory = memory.gather(1, back[..., None, None].expand_as(memory))
         return memory.to(h.dtype), context[:, :, None, :]
 
-    def _convolve(self, embedded: Tensor, mask: Tensor, cache: CsmCache | None) -> Tensor:
+    def _convolve(self, embedded: Tensor, mask: Tensor | None, cache: CsmCache | None) -> Tensor:
         c = self.config
-        e = rms(embedded, c.norm_eps, self.norm_embedding) * mask[..., None]
+        e = rms(embedded, c.norm_eps)
+        if mask is not None:
+            e = e * mask[..., None]
         past = c.conv_width - 1
         if cache is not None and cache.window is not None:
             window = cache.window.to(e.dtype)
@@ -111,26 +113,34 @@ class CsmWriter(nn.Module):
             window = e.new_zeros(e.shape[0], past, e.shape[2])
         longer = torch.cat([window, e], dim=1)
         if cache is not None:
-            last = mask.sum(1)[:, None] + torch.arange(past, device=e.device)
-            cache.window = longer.gather(1, last[..., None].expand(-1, -1, e.shape[2]))
+            cache.window = _last_real(longer, mask, past)
         mixed = e.new_zeros(e.shape)
         for j in range(c.conv_width):
             mixed = mixed + longer[:, j : j + e.shape[1]] * self.convolution[:, j]
         return rms(mixed, c.norm_eps, self.norm_convolution)
 
-    def _integrate(self, h: Tensor, mask: Tensor, cache: CsmCache | None) -> Tensor:
+    def _integrate(self, h: Tensor, mask: Tensor | None, cache: CsmCache | None) -> Tensor:
         c = self.config
         w = F.linear(h, self.write).unflatten(-1, (c.num_states, c.state_size))
         gate = F.linear(h, self.decay, self.decay_bias)
         if h.dtype in (torch.float16, torch.bfloat16):
             w, gate = w.float(), gate.float()
-        here = mask[..., None]
-        keep = torch.where(here, torch.sigmoid(gate), 1.0)[..., None]
-        take = torch.where(here, torch.sigmoid(-gate), 0.0)[..., None] * w
+        keep, take = torch.sigmoid(gate), torch.sigmoid(-gate)
+        if mask is not None:
+            keep, take = torch.where(mask[..., None], keep, 1.0), torch.where(mask[..., None], take, 0.0)
+        keep, take = keep[..., None], take[..., None] * w
         if cache is not None and cache.memory is not None:
             first = take[:, :1] + keep[:, :1] * cache.memory[:, None].to(take.dtype)
             take = torch.cat([first, take[:, 1:]], dim=1)
         memory = linear_scan(keep, take)
         if cache is not None and memory.shape[1]:
-            cache.memory = memory[:, -1]
+            cache.memory = memory[:, -1].clone()
         return memory
+
+
+def _last_real(longer: Tensor, mask: Tensor | None, past: int) -> Tensor:
+    """The last ``past`` real entries of ``[window, real tokens, padding]``."""
+    if mask is None:
+        return longer[:, longer.shape[1] - past :].clone()
+    last = mask.sum(1)[:, None] + torch.arange(past, device=longer.device)
+    return longer.gather(1, last[..., None].expand(-1, -1, longer.shape[2]))

@@ -7,7 +7,7 @@ row of a table can be read without the table of conditions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from dynprobe.probes._perturb_values import number_text
 from dynprobe.protocols._conditions import OWN_UNIT, directed
 from dynprobe.protocols._config import RunConfig
 
-__all__ = ["Cell", "GridConfig", "cells_table", "grid_of", "parse_strengths"]
+__all__ = ["Cell", "GridConfig", "cells_table", "grid_of", "in_order", "parse_strengths"]
 
 
 def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
@@ -72,6 +72,15 @@ class GridConfig(RunConfig):
     period: float | None = Field(None, description="Period of kind=sine, in tokens.")
     max_new_tokens: int = Field(0, ge=0, description="Tokens to generate; 0 measures the prompts only.")
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that define the numbers of this grid."""
+        # The order of a grid's axes is no part of what it is, and how layers are spelt stands in the writes.
+        settings = super().identity()
+        del settings["layers"]
+        for key in ("alphas", "scale", "kind", "seeds"):
+            settings[key] = sorted(settings[key])
+        return settings
+
     @field_validator("alphas", mode="before")
     @classmethod
     def _strengths(cls, value: Any) -> tuple[float, ...]:
@@ -98,6 +107,16 @@ class GridConfig(RunConfig):
         if isinstance(value, str | int):
             return str(value)
         return "+".join(str(item) for item in value)
+
+    @field_validator("seeds", "scale", "kind")
+    @classmethod
+    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("give at least one")
+        twice = [item for item in value if value.count(item) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} stands there twice; rows of a grid are labelled, so each must be unique")
+        return value
 
     @field_validator("positions", mode="before")
     @classmethod
@@ -127,6 +146,11 @@ class Cell:
     decode_mode: str = "forced"
     matched_to: str | None = None
     params: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+def in_order(perturbs: Iterable[Perturb]) -> list[Perturb]:
+    """The writes of a grid in an order of their own, since the order of a grid's axes is no part of what it is."""
+    return sorted(perturbs, key=lambda p: (str(p.replace(alpha=0.0)), p.alpha))
 
 
 def grid_of(

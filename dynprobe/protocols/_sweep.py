@@ -25,7 +25,7 @@ from dynprobe.probes._perturb_values import number_text
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._controls import energy_matched, scrambled, twin_of
 from dynprobe.protocols._execute import Listener, Progress, calibration_of, execute
-from dynprobe.protocols._grid import Cell, GridConfig, cells_table, grid_of, parse_strengths
+from dynprobe.protocols._grid import Cell, GridConfig, cells_table, grid_of, in_order, parse_strengths
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._responses import response_table
@@ -57,11 +57,7 @@ class SweepConfig(GridConfig):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that define the numbers of this sweep."""
-        # The order of a grid's axes is no part of what it is.
-        return {
-            **super().identity(), "protocol": "sweep", "alphas": sorted(self.alphas), "seeds": sorted(self.seeds),
-            "scale": sorted(self.scale), "kind": sorted(self.kind), "controls": sorted(self.controls),
-        }  # fmt: skip
+        return {**super().identity(), "protocol": "sweep", "controls": sorted(self.controls)}
 
 
 def sweep(
@@ -119,7 +115,9 @@ def _writes(subject: Subject, config: SweepConfig, given: Sequence[Perturb | str
         raise UsageError("a sweep takes --alphas, --layers, --scale, --kind, --seeds and --positions, not --perturb")
     if config.num_samples != 1 or config.states or config.lens:
         raise UsageError("a sweep takes no --num-samples, --states or --lens; use dynprobe run for one condition")
-    return [perturb for _, _, perturb in grid_of(subject, config)]
+    if "energy" in config.controls and "sine" in config.kind:
+        raise UsageError("the energy of kind=sine swings with the position and is not matched; leave out control energy")
+    return in_order(perturb for _, _, perturb in grid_of(subject, config))
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._criteria import NULL_ALPHA, NULL_SEEDS, Criterion, criterion_named, null_level
 from dynprobe.protocols._execute import Listener, Progress, execute
 from dynprobe.protocols._fits import fits_table
-from dynprobe.protocols._grid import Cell, cells_table, grid_of
+from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._threshold_config import BOTH_SCALES, ThresholdConfig
@@ -99,7 +99,7 @@ def _writes(subject: Subject, config: ThresholdConfig, given: Sequence[Perturb |
     for perturb in found:
         if perturb.kind in ("sine", "impulse"):
             raise UsageError(f"kind={perturb.kind} is a probe signal; dynprobe run reads its response")
-    return found
+    return in_order(found)
 
 
 def _refuse(ready: Prepared) -> None:

@@ -44,7 +44,7 @@ class ThresholdConfig(GridConfig):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that define the numbers of this search."""
-        return {**super().identity(), "protocol": "threshold", "alphas": sorted(self.alphas)}
+        return {**super().identity(), "protocol": "threshold", "criterion": sorted(self.criterion)}
 
     def strengths(self, criterion: Criterion) -> tuple[float, float]:
         """Range of the search."""

@@ -38,7 +38,7 @@ from dynprobe.probes._chunks import halving
 from dynprobe.probes._tape import States, Tape
 from dynprobe.protocols._arms import Passage, Text, aligned, measured
 from dynprobe.protocols._branch import Branch, Request, rows_of
-from dynprobe.protocols._conditions import yardstick
+from dynprobe.protocols._conditions import written_depths, yardstick
 from dynprobe.protocols._strength import donor_states
 
 __all__ = ["Branch", "Request", "Trunk", "roads_of"]
@@ -97,6 +97,7 @@ class Trunk:
                 texts, tape, self.mask, self.positions, self._measure(tape, self.mask, self.positions, texts), outputs
             )
         self._donors: dict[Site, list[Tensor]] = {}
+        self._clean_updates: dict[Site, list[Tensor]] = {}
 
     def _measure(self, tape: Tape, mask: Tensor, positions: np.ndarray, texts: Sequence[Text]) -> Measurement:
         return measured(tape, mask, positions, texts, self.span, self.theta, self.which)
@@ -107,30 +108,37 @@ class Trunk:
         Raises:
             SelfTestError: If a row with α = 0 differs from the clean state it started from.
         """
-        groups: dict[int, list[Request]] = {}
+        groups: dict[tuple[int, int], list[Request]] = {}
         for request in requests:
-            groups.setdefault(self._below(request.perturb), []).append(request)
-        for below in sorted(groups):
-            yield from halving(
-                groups[below], self._group_size(below), partial(self._branch, below=below), self.halved.append
-            )
+            groups.setdefault(self._entry(request.perturb), []).append(request)
+        for below, inject in sorted(groups):
+            work = partial(self._branch, below=below, inject=inject)
+            yield from halving(groups[below, inject], self._group_size(below), work, self.halved.append)
 
     def relative(self, text: int, perturb: Perturb, size: float) -> float:
         """Strength under ``relnorm`` that writes states of one text by ‖u‖/√d = ``size`` on average."""
-        site = PerturbWriter(self.subject, perturb).sites[0]
-        depth = site[1] + (site[0] != "resid_pre")
-        wanted = (
-            perturb.where.mask(
-                self.positions[text : text + 1], np.array([len(self.texts[text].prompt)]), positions="1:"
-            )[0]
-            & self.mask[text].numpy()
-        )
-        state = self.fork.clean.states[depth][text].float()
-        norm = torch.linalg.vector_norm(state[torch.from_numpy(wanted).to(state.device)], dim=-1)
-        return size * state.shape[-1] ** 0.5 / float(norm.mean())
+        component, layer = PerturbWriter(self.subject, perturb).sites[0]
+        real = self.mask[text].numpy()
+        if component in ("resid_pre", "resid_post"):
+            state = self.fork.clean.states[layer + (component == "resid_post")][text][self.mask[text]]
+        else:
+            state = self._updates((component, layer))[text]
+        n_prompt = np.array([len(self.texts[text].prompt)])
+        wanted = perturb.where.mask(self.positions[text : text + 1], n_prompt, positions="1:")[0][real]
+        norm = torch.linalg.vector_norm(state.float()[torch.from_numpy(wanted).to(state.device)], dim=-1)
+        return size * state.shape[-1] ** 0.5 / float(norm[norm > 0].mean())
 
-    def _below(self, perturb: Perturb) -> int:
-        return lowest_block(PerturbWriter(self.subject, perturb.replace(alpha=0.0)).sites, self.subject.n_layers)
+    def _updates(self, site: Site) -> list[Tensor]:
+        """Clean attention or MLP outputs of each text, ``[tokens, dim]``; they are no states, so the fork has none."""
+        if site not in self._clean_updates:
+            self._clean_updates |= donor_states(self.subject, [site], [t.fed for t in self.texts])
+        return self._clean_updates[site]
+
+    def _entry(self, perturb: Perturb) -> tuple[int, int]:
+        """Blocks that need not run, and the depth of the first changed state."""
+        bare = perturb.replace(alpha=0.0)
+        below = lowest_block(PerturbWriter(self.subject, bare).sites, self.subject.n_layers)
+        return below, min(written_depths(self.subject, bare))
 
     def _group_size(self, below: int) -> int:
         depths = self.subject.n_layers + 1 if self.which else 1
@@ -161,16 +169,18 @@ class Trunk:
             parts.append((writer, np.array(rows)))
         return RowsWriter(parts, len(requests))
 
-    def _branch(self, requests: Sequence[Request], below: int) -> Branch:
+    def _branch(self, requests: Sequence[Request], below: int, inject: int) -> Branch:
         subject, fork = self.subject, self.fork
         source = np.array([r.text for r in requests], dtype=np.int64)
         writer = self.writer(requests, source)
         n_prompt = [len(self.texts[i].prompt) for i in source]
         width = self.mask.shape[1]
-        first = np.maximum(writer.first_position(n_prompt, width), 1)
+        written = writer.first_position(n_prompt, width)
+        first = np.maximum(written, 1)  # a write at position 0 is run, and what it does there is no effect on a text
         mask, positions = self.mask.numpy()[source], self.positions[source]
         affected = mask & (positions >= first[:, None])
-        start = int(affected.any(0).argmax()) if affected.any() else 0
+        touched = (mask & (positions >= written[:, None])).any(0)
+        start = int(touched.argmax()) if touched.any() else 0
         if start < _WORTH_SHARING * width:
             start = 0
         resumed = below if subject.resumable else 0
@@ -187,7 +197,7 @@ class Trunk:
         right = self.right(source, tape.logits, start)
         branch = Branch(requests, source, first, affected, outputs, dict(tape.passport), right)
         if self.which:
-            self._measured(branch, tape, start, mask, positions, below)
+            self._measured(branch, tape, start, mask, positions, inject)
         return branch
 
     def _check_sham(self, requests: Sequence[Request], source: np.ndarray, tape: Tape, start: int) -> None:
@@ -200,7 +210,7 @@ class Trunk:
         index = torch.from_numpy(source[shams]).to(tape.states[depth].device)
         resumed = self.subject.resumable and depth > 0
         clean = self.fork.clean.states[depth].index_select(0, index)[:, start:]
-        if resumed and start == 0 and not identical(tape.states[depth][shams][real], clean[real]):
+        if resumed and not identical(tape.states[depth][shams][real], clean[real]):
             raise SelfTestError(
                 "a row written with alpha=0 differs from the clean state it started from; no number of this batch "
                 "could be trusted"
@@ -223,19 +233,23 @@ class Trunk:
         return found
 
     def right(self, source: np.ndarray, logits: Tensor, start: int = 0) -> np.ndarray:
-        """1 where all tokens of a row's continuation are top-1 in the logits of columns ``start …``, else 0."""
+        """1 where all tokens of a row's continuation are top-1, else 0; ``logits`` begin at column ``start``, clean before."""
         found = np.full(len(source), np.nan)
         for row, text in enumerate(source):
+            if not self.texts[text].new:
+                continue
             emits = self.positions[text] >= len(self.texts[text].prompt) - 1
             columns = torch.from_numpy(np.flatnonzero(emits & (self._targets[text].numpy() >= 0)))
-            columns = columns[columns >= start]
-            if self.texts[text].new and len(columns):
-                best = logits[row].index_select(0, (columns - start).to(logits.device)).argmax(-1).cpu()
-                found[row] = float(bool((best == self._targets[text][columns]).all()))
+            before, after = columns[columns < start], columns[columns >= start] - start
+            best = torch.cat([
+                self.logits[text].index_select(0, before.to(logits.device)).argmax(-1).cpu(),
+                logits[row].index_select(0, after.to(logits.device)).argmax(-1).cpu(),
+            ])  # fmt: skip
+            found[row] = float(bool((best == self._targets[text][columns]).all()))
         return found
 
     def _measured(
-        self, branch: Branch, tape: Tape, start: int, mask: np.ndarray, positions: np.ndarray, below: int
+        self, branch: Branch, tape: Tape, start: int, mask: np.ndarray, positions: np.ndarray, inject: int
     ) -> None:
         assert self.clean is not None
         assert tape.logits is not None
@@ -260,7 +274,7 @@ class Trunk:
         measurement = self._measure(joined, torch.from_numpy(mask), positions, clean.texts)
         branch.clean = clean
         branch.passage = Passage(clean.texts, joined, torch.from_numpy(mask), positions, measurement, outputs)
-        branch.paired = metrics.paired(clean.measured, measurement, inject=min(below, self.subject.n_layers))
+        branch.paired = metrics.paired(clean.measured, measurement, inject=inject)
         branch.divergence = metrics.diverge(list(clean.tape.states), list(joined.states), branch.passage.mask)
 
 
