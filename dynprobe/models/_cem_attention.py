@@ -142,8 +142,7 @@ class InteractionStep(EnergyStep):
         weights = self._weights_if_needed(u, field)
         s = self._mixed(u, field, weights) @ self.q_proj.weight.view(self.heads, self.head_dim, -1)
         if weights is not None and self.diagonal is not None and self.exact:
-            assert field.inputs is not None
-            s = s + self.diagonal[:, None] * (weights @ field.inputs[:, None])
+            s = s + self.diagonal[:, None] * self._mean_inputs(weights, field)
         if through is None:
             return s.sum(1)
         if self.preconditioner is None:
@@ -192,8 +191,9 @@ class InteractionStep(EnergyStep):
         if self.preconditioner is None and self.diagonal.shape[0] == 1:
             return self.diagonal[0] * (weights.sum(1) @ n)
         if self.preconditioner is None:
-            return (self.diagonal[:, None] * (weights @ n[:, None])).sum(1)
-        move = ((self.diagonal * self.preconditioner.diagonal())[:, None] * (weights @ n[:, None])).sum(1)
+            return torch.einsum("bksd,kd->bsd", self._mean_inputs(weights, field), self.diagonal)
+        scale = self.diagonal * self.preconditioner.diagonal()
+        move = torch.einsum("bksd,kd->bsd", self._mean_inputs(weights, field), scale)
         factors = self.preconditioner.factors()
         if factors is None:
             return move
@@ -201,6 +201,11 @@ class InteractionStep(EnergyStep):
         # The low-rank part is brought down to R numbers per key before it is averaged, never up to D.
         scaled = n[:, None] * self.diagonal[:, None]
         return move + ((weights @ (scaled @ U)) @ V.mT + (weights @ (scaled @ V)) @ U.mT).sum(1)
+
+    def _mean_inputs(self, weights: Tensor, field: InteractionField) -> Tensor:
+        """Σ_j α_ij^k n_j, [batch, K, S, D], as one product per row of the batch."""
+        assert field.inputs is not None
+        return (weights.flatten(1, 2) @ field.inputs).unflatten(1, weights.shape[1:3])
 
     def _output(self) -> Tensor | None:
         if self.preconditioner is None:

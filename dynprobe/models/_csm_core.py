@@ -71,7 +71,7 @@ class CsmOutput(ModelOutput):  # type: ignore[misc, unused-ignore]
 
     Attributes:
         last_hidden_state: What the embedding matrix turns into logits ``[batch, pos, hidden]``.
-        state: Final state s^K ``[batch, pos, slot, dim]``.
+        final_state: Final state s^K ``[batch, pos, slot, dim]``.
         past_key_values: Decoding state after the last token.
         hidden_states: s⁰ … s^K where asked for.
         energies: E of each of them ``[iteration, batch, pos]`` where asked for.
@@ -81,7 +81,7 @@ class CsmOutput(ModelOutput):  # type: ignore[misc, unused-ignore]
     """
 
     last_hidden_state: Tensor | None = None
-    state: Tensor | None = None
+    final_state: Tensor | None = None
     past_key_values: CsmCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     energies: Tensor | None = None
@@ -155,7 +155,7 @@ class CsmModel(CsmPreTrainedModel):
             cache.advance(shape[1], torch.ones(shape, dtype=torch.bool, device=embedded.device) if real is None else real)
         return CsmOutput(
             last_hidden_state=self.reader(found.state),
-            state=found.state,
+            final_state=found.state,
             past_key_values=cache if keep else None,
             hidden_states=tuple(found.states) or None,
             energies=torch.stack(found.energies) if found.energies else None,

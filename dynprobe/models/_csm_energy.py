@@ -31,20 +31,14 @@ __all__ = ["CsmLandscape", "CsmRefinement"]
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class _Rows:
-    """How states [batch, pos, slot, dim] are laid out for one product with V: slots apart, or all rows alike."""
+def _slots_first(x: Tensor) -> Tensor:
+    """[batch, pos, slot, n] → contiguous [slot, rows, n]; no copy where the memory lies like that already."""
+    return x.flatten(0, 1).transpose(0, 1).contiguous()
 
-    def __init__(self, config: CsmConfig) -> None:
-        self.shared = config.memory == "shared"
 
-    def split(self, x: Tensor) -> Tensor:
-        """[batch, pos, slot, n] → [slot, rows, n], or [1, rows·slot, n] with one memory for all."""
-        rows = x.flatten(0, 1)
-        return rows.flatten(0, 1)[None] if self.shared else rows.transpose(0, 1)
-
-    def join(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse."""
-        return x.reshape(shape) if self.shared else x.transpose(0, 1).reshape(shape)
+def _slots_last(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse, as a view; ``like`` gives batch and pos."""
+    return x.transpose(0, 1).unflatten(0, like.shape[:2])
 
 
 class CsmLandscape(nn.Module):
@@ -62,7 +56,6 @@ class CsmLandscape(nn.Module):
         self.drive_bias = nn.Parameter(torch.empty(N, d))
         self.gates = nn.Parameter(torch.empty(1 if config.memory == "shared" else N, M, d))
         self.gate_bias = nn.Parameter(torch.empty(N, M))
-        self.rows = _Rows(config)
 
     def forward(self, memory: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return the drive and the gates of every position.
@@ -74,11 +67,16 @@ class CsmLandscape(nn.Module):
         Returns:
             b ``[batch, pos, slot, dim]`` and γ ``[batch, pos, slot, memory]``.
         """
-        unit = rms(memory, self.eps)
-        drive = self.drive_gain * unit + context + self.drive_bias
-        open_ = torch.matmul(self.rows.split(unit + context), self.gates.mT)
-        gates = self.rows.join(open_, torch.Size((*memory.shape[:-1], open_.shape[-1])))
-        return drive, gates + self.gate_bias
+        unit = _slots_first(rms(memory, self.eps))
+        cue = unit + _slots_first(context)
+        drive = self.drive_gain[:, None] * unit + _slots_first(context) + self.drive_bias[:, None]
+        open_ = torch.matmul(_as_rows(cue, self.gates), self.gates.mT).view(*cue.shape[:2], -1)
+        return _slots_last(drive, memory), _slots_last(open_ + self.gate_bias[:, None], memory)
+
+
+def _as_rows(x: Tensor, memory: Tensor) -> Tensor:
+    """[slot, rows, n] for one product with the memory of each slot; [1, slot·rows, n] where all share one."""
+    return x if len(memory) == len(x) else x.reshape(1, -1, x.shape[-1])
 
 
 class CsmRefinement(nn.Module):
@@ -96,7 +94,6 @@ class CsmRefinement(nn.Module):
         self.coupling = nn.Parameter(torch.empty(N, N))
         self.coupling_gain = nn.Parameter(torch.empty(d))
         self.step = nn.Parameter(torch.empty(()))
-        self.rows = _Rows(config)
 
     @property
     def alpha(self) -> Tensor:
@@ -124,14 +121,15 @@ class CsmRefinement(nn.Module):
         Returns:
             Force of the shape of ``unit``.
         """
-        seen = torch.matmul(self.rows.split(unit), self.memory.mT)
-        recalled = torch.matmul(self.rows.split(gates) * F.silu(seen), self.memory)
-        return drive + self.kappa * self.rows.join(recalled, unit.shape) + self._coupled(unit)
+        x, gate = _slots_first(unit), _slots_first(gates)
+        seen = torch.matmul(_as_rows(x, self.memory), self.memory.mT)
+        recalled = torch.matmul(_as_rows(gate, self.memory) * F.silu(seen), self.kappa * self.memory).view_as(x)
+        return _slots_last(_slots_first(drive) + recalled + self._coupled(x, self.coupling_gain), unit)
 
-    def _coupled(self, unit: Tensor) -> Tensor:
-        # One product with the slots last; a batch of tiny 16×16 products is an order of magnitude slower.
-        mixed = (unit.transpose(-1, -2) @ self.symmetric_coupling.to(unit.dtype)).transpose(-1, -2)
-        return self.coupling_gain * mixed
+    def _coupled(self, x: Tensor, gain: Tensor) -> Tensor:
+        """q ∘ (Jŝ) of [slot, rows, dim], one product for all rows."""
+        mixed = (self.symmetric_coupling.to(x.dtype) @ x.flatten(1)).view_as(x)
+        return gain.to(x.dtype) * mixed
 
     def forward(self, state: Tensor, drive: Tensor, gates: Tensor, frozen: Tensor | None = None) -> Tensor:
         """Make one update.
@@ -146,7 +144,7 @@ class CsmRefinement(nn.Module):
             The next state.
         """
         alpha = self.alpha.to(state.dtype)
-        moved = (1.0 - alpha) * state + alpha * self.force(self.unit(state), drive, gates)
+        moved = torch.lerp(state, self.force(self.unit(state), drive, gates), alpha)
         return moved if frozen is None else torch.where(frozen[..., None, None], state, moved)
 
     def energy(self, state: Tensor, drive: Tensor, gates: Tensor) -> Tensor:
@@ -161,10 +159,10 @@ class CsmRefinement(nn.Module):
             Energy ``[batch, pos]``.
         """
         kind = torch.float32 if state.dtype in _HALF else state.dtype
-        unit = rms(state.to(kind), self.eps)
-        seen = torch.matmul(self.rows.split(unit), self.memory.to(kind).mT)
-        stored = self.rows.split(gates.to(kind)) * silu_integral(seen)
-        recalled = self.rows.join(stored, torch.Size((*unit.shape[:-1], seen.shape[-1]))).sum((-1, -2))
-        pairs = (unit.transpose(-1, -2) @ self.symmetric_coupling.to(kind)).transpose(-1, -2)
-        coupled = (unit * self.coupling_gain.to(kind) * pairs).sum((-1, -2))
-        return -(unit * drive.to(kind)).sum((-1, -2)) - self.kappa * recalled - 0.5 * coupled
+        x, gate = _slots_first(rms(state.to(kind), self.eps)), _slots_first(gates.to(kind))
+        seen = torch.matmul(_as_rows(x, self.memory), self.memory.to(kind).mT).view_as(gate)
+        parts = (
+            (x * (_slots_first(drive.to(kind)) + 0.5 * self._coupled(x, self.coupling_gain))).sum((0, 2)),
+            self.kappa * (gate * silu_integral(seen)).sum((0, 2)),
+        )
+        return -(parts[0] + parts[1]).view(state.shape[:2])

@@ -41,7 +41,7 @@ class CsmCausalLMOutput(ModelOutput):  # type: ignore[misc, unused-ignore]
         energies: E of each of them ``[iteration, batch, pos]`` where asked for.
         deltas: Δ of each update ``[iteration, batch, pos]`` where asked for; NaN once a position has halted.
         halted_at: Updates made when the position halted, −1 where it did not ``[batch, pos]``.
-        state: Final state s^K ``[batch, pos, slot, dim]``.
+        final_state: Final state s^K ``[batch, pos, slot, dim]``.
         iterations: K, the number of iterations that were run.
     """
 
@@ -52,7 +52,7 @@ class CsmCausalLMOutput(ModelOutput):  # type: ignore[misc, unused-ignore]
     energies: Tensor | None = None
     deltas: Tensor | None = None
     halted_at: Tensor | None = None
-    state: Tensor | None = None
+    final_state: Tensor | None = None
     iterations: int | None = None
 
 
@@ -158,7 +158,7 @@ class CsmForCausalLM(CsmPreTrainedModel, GenerationMixin):  # type: ignore[misc,
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), kept[:, 1:].flatten(), ignore_index=-100)
         answer = CsmCausalLMOutput(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
-            energies=out.energies, deltas=out.deltas, halted_at=out.halted_at, state=out.state,
+            energies=out.energies, deltas=out.deltas, halted_at=out.halted_at, final_state=out.final_state,
             iterations=out.iterations,
         )  # fmt: skip
         if return_dict is None:

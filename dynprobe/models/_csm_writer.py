@@ -41,7 +41,7 @@ def rms(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
         [1.0, 1.0]
     """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    unit = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    unit = F.rms_norm(wide, wide.shape[-1:], None, eps).to(x.dtype)
     return unit if gain is None else unit * gain
 
 

@@ -21,6 +21,7 @@ from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument, Site, sites_to_read
+from dynprobe.probes._last import last_only
 from dynprobe.probes._noise import row_key_from_tokens
 from dynprobe.probes._resume import logits_of, select_last
 from dynprobe.probes._subject import Subject, blocks_by_pattern, discover, evaluating
@@ -133,8 +134,8 @@ def capture(
     writers = make_writers(subject, perturb, calibration=calibration)
     instrument = Instrument(subject, read, writers, grad=grad, **batch.rows)
     inputs = batch.model_inputs(subject)
-    if logits == "last" and bool(batch.mask[:, -1].all()) and subject.accepts("logits_to_keep"):
-        inputs["logits_to_keep"] = 1
+    if logits == "last" and bool(batch.mask[:, -1].all()):
+        inputs |= last_only(subject)
     found: Tensor | None = None
     with evaluating(subject.model), instrument, nullcontext() if grad else torch.no_grad():
         if logits is None:

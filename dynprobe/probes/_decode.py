@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument
+from dynprobe.probes._last import last_only
 from dynprobe.probes._outputs import logits_of
 from dynprobe.probes._subject import Subject
 
@@ -64,9 +65,9 @@ def decode(
     ended = np.zeros(len(alive), dtype=bool)
     inputs = batch.model_inputs(subject, cache=True)
     mask = inputs["attention_mask"]
-    last_only = {"logits_to_keep": 1} if subject.accepts("logits_to_keep") else {}
+    wish = last_only(subject)
     for step in range(n_new):
-        output = subject.model(**inputs, **last_only)
+        output = subject.model(**inputs, **wish)
         scores = logits_of(output)[:, -1].to(torch.float32, copy=True)
         tokens = (adjust(scores, alive) if adjust is not None else scores).argmax(-1)
         before = ended[alive]

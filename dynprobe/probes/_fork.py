@@ -26,6 +26,7 @@ from dynprobe.errors import UsageError
 from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument, Site, Writer, sites_to_read
+from dynprobe.probes._last import last_only
 from dynprobe.probes._resume import logits_of, select_last
 from dynprobe.probes._stub import stubbed
 from dynprobe.probes._subject import Subject, evaluating
@@ -92,8 +93,7 @@ class Fork:
         >>> import numpy as np
         >>> from dynprobe.probes import PerturbWriter, Perturb, make_batch
         >>> from dynprobe.testing import tiny_llama
-        >>> from dynprobe.probes import discover
-        >>> subject = discover(tiny_llama())
+        >>> subject = tiny_llama()
         >>> fork = Fork(subject, make_batch(subject, [[5, 6, 7, 8]]))
         >>> alphas = np.array([0.0, 0.1, 0.2, 0.4])
         >>> writer = PerturbWriter(subject, Perturb(alpha=1, layers=1), magnitude=alphas)
@@ -113,7 +113,7 @@ class Fork:
         inputs = batch.model_inputs(subject)
         short = logits == "last" and self._ends_together
         if logits is None or short:
-            inputs |= self._last_only()
+            inputs |= last_only(self.subject)
         with evaluating(subject.model), torch.no_grad(), instrument:
             output = subject.model(**inputs)
         instrument.check_fired()
@@ -128,9 +128,6 @@ class Fork:
     def _ends_together(self) -> bool:
         """Whether the last column is real in every row."""
         return bool(self.batch.mask[:, -1].all())
-
-    def _last_only(self) -> dict[str, int]:
-        return {"logits_to_keep": 1} if self.subject.accepts("logits_to_keep") else {}
 
     def branch(
         self,
@@ -214,7 +211,7 @@ class Fork:
             inputs["past_key_values"] = self._prefix(start, index, below)
         short = logits == "last" and self._ends_together
         if logits is None or short:
-            inputs |= self._last_only()
+            inputs |= last_only(self.subject)
         entry: Tensor | None = None
         if below:
             entry = clean.states[below].index_select(0, index)[:, start:].to(subject.state_dtype)
@@ -286,7 +283,7 @@ class Fork:
         batch, subject = self.batch, self.subject
         prefix = Batch(batch.input_ids[:, :start], batch.mask[:, :start], batch.row_keys, batch.n_prompt)
         with evaluating(subject.model), torch.no_grad():
-            output = subject.model(**prefix.model_inputs(subject, cache=True), **self._last_only())
+            output = subject.model(**prefix.model_inputs(subject, cache=True), **last_only(self.subject))
         return getattr(output, "past_key_values", None)
 
     def _prefix(self, start: int, index: Tensor, below: int) -> Any:

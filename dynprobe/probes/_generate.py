@@ -245,7 +245,7 @@ def _shrinks(subject: Subject, batch: Batch, ends: set[int]) -> bool:
 
 
 def _padded_pair(batch: Batch) -> Batch:
-    """The longest row of a batch and a shorter one, which is padded; a row of its own made shorter where all are equal."""
+    """The longest row of a batch and a shorter one, which is padded; one is made shorter where all are equal."""
     order = torch.argsort(batch.lengths)
     tried = [int(order[-1]), int(order[0])]
     chosen = torch.tensor(tried, device=batch.input_ids.device)

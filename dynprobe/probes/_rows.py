@@ -39,7 +39,8 @@ class RowsWriter:
         for writer, rows in self.parts:
             if len(np.unique(rows)) < len(rows) or (len(rows) and not 0 <= rows.min() <= rows.max() < n_rows):
                 raise UsageError(
-                    f"{writer.perturb} is to write to rows {rows.tolist()} of {n_rows}; name each row once, 0…{n_rows - 1}"
+                    f"{writer.perturb} is to write to rows {rows.tolist()} of {n_rows}; name each row once, "
+                    f"0…{n_rows - 1}"
                 )
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(site for writer, _ in self.parts for site in writer.sites))
         self._step: Step | None = None

@@ -7,6 +7,7 @@ place matters. (The sham write and the flipped sign are cells of the grid itself
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,8 @@ def twin_of(subject: Subject, seed: int = TWIN_SEED) -> Subject:
     finally:
         torch.random.set_rng_state(state)
     twin = twin.to(device=subject.device, dtype=subject.dtype).eval()
+    if hasattr(subject.model, "generation_config"):  # its texts end at the same tokens
+        twin.generation_config = copy.deepcopy(subject.model.generation_config)
     made = discover(twin, tokenizer=subject.tokenizer, name=f"{subject.name} (random twin, seed {seed})")
     made.resumable = subject.resumable
     return made

@@ -133,7 +133,10 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
     yield _logistic(curve, criterion, boot)
     if grid is not None and criterion != "task":
         alphas, responses = grid
-        yield from _on_a_grid(alphas, np.nanmean(responses, axis=1), curve.level, curve.floor)
+        some = np.isfinite(responses).any(1)
+        mean_over_seeds = np.full(some.shape, np.nan)
+        mean_over_seeds[some] = np.nanmean(np.moveaxis(responses, 1, -1)[some], axis=-1)
+        yield from _on_a_grid(alphas, mean_over_seeds, curve.level, curve.floor)
 
 
 def _threshold_row(t: Any) -> dict[str, Any]:
@@ -178,7 +181,10 @@ def _posterior(curve: Curve, criterion: str, config: Any) -> dict[str, Any]:
 
 def _on_a_grid(alphas: np.ndarray, responses: np.ndarray, level: float, floor: float) -> Iterator[dict[str, Any]]:
     """Estimates that need the same strengths for all prompts; ``responses`` is ``[prompt, alpha]``."""
+    responses = responses[np.isfinite(responses).all(1)]  # a text without affected positions has no response
     n = len(responses)
+    if not n:
+        return
     reached = (responses >= level).mean(0)
     iso = isotonic_threshold(alphas, reached, np.full(len(alphas), n))
     yield {

@@ -13,7 +13,7 @@ __all__ = ["RESPONSES", "response_table"]
 
 #: What is averaged, in order.
 RESPONSES = ("kl_clean_pert", "flip_rate", "nll_d", "kappa_phase_d", "diverge_angle", "repetition")
-_KEYS = ("variant", "decode_mode", "arm", "scale", "kind", "layer", "alpha")
+_KEYS = ("variant", "decode_mode", "arm", "scale", "kind", "layer", "matched", "alpha")
 _RESAMPLES = 2000
 
 
@@ -24,10 +24,12 @@ def response_table(run: Run) -> pd.DataFrame:
         run: A sweep.
 
     Returns:
-        One row per variant, arm, scale, kind, layer and α: for each response its mean, a 95 % percentile bootstrap
-        interval over prompts (``_low``, ``_high``) and ``n`` prompts. NaN where no prompt has a value.
+        One row per variant, arm, scale, kind, layer and α (and, where an energy is repeated, per write that is
+        ``matched``): for each response its mean, a 95 % percentile bootstrap interval over prompts (``_low``,
+        ``_high``) and ``n`` prompts. NaN where no prompt has a value.
     """
     conditions = run.table("conditions").drop(columns=["seed"], errors="ignore")
+    conditions["matched"] = [_write_of(name) for name in conditions["matched_to"]]
     samples = run.samples
     samples = samples[samples["status"] != "not-written"]
     joined = samples[["prompt_id", "condition_id", *(c for c in RESPONSES if c in samples)]].merge(
@@ -36,20 +38,16 @@ def response_table(run: Run) -> pd.DataFrame:
     joined = joined[joined["arm"] != "clean"]
     for key in ("scale", "kind", "variant", "arm", "decode_mode"):
         joined[key] = joined[key].astype(object).where(joined[key].notna(), "")
-    joined["alpha"] = (
-        joined["alpha"].astype(float).fillna(-1.0).where(joined["arm"] != "energy-matched", _matched(joined))
-    )
+    joined["alpha"] = joined["alpha"].astype(float).where(joined["arm"] != "energy-matched", _matched(joined))
     held = [c for c in RESPONSES if c in joined]
     per_prompt = joined.groupby([*_KEYS, "prompt_id"], observed=True, dropna=False)[held].mean().reset_index()
-    rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for values_of_key, group in per_prompt.groupby(list(_KEYS), observed=True, dropna=False, sort=True):
         row: dict[str, Any] = dict(zip(_KEYS, values_of_key, strict=True))
         values = group[held].to_numpy(np.float64)
-        draws = rng.integers(0, len(values), (_RESAMPLES, len(values)))
         row["n"] = len(values)
         for column, name in enumerate(held):
-            row |= _interval(name, values[:, column], draws)
+            row |= _interval(name, values[:, column])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -66,13 +64,18 @@ def _matched(joined: pd.DataFrame) -> pd.Series:
     )
 
 
-def _interval(name: str, values: np.ndarray, draws: np.ndarray) -> dict[str, float]:
+def _write_of(name: Any) -> str:
+    """The write and layer whose energy a control repeats, of whatever seed and strength; empty for other arms."""
+    return str(name).rsplit("|", 2)[0] if isinstance(name, str) else ""
+
+
+def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     finite = np.isfinite(values)
     if not finite.any():
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
     kept = values[finite]
     if len(kept) < 3:
         return {name: float(kept.mean()), f"{name}_low": np.nan, f"{name}_high": np.nan}
-    index = draws[:, : len(kept)] % len(kept)
+    index = np.random.default_rng(0).integers(0, len(kept), (_RESAMPLES, len(kept)))
     low, high = np.quantile(kept[index].mean(1), [0.025, 0.975])
     return {name: float(kept.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -7,6 +7,7 @@ in one table; what is stored of a row is the same as under :func:`dynprobe.run`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -116,7 +117,9 @@ def _writes(subject: Subject, config: SweepConfig, given: Sequence[Perturb | str
     if config.num_samples != 1 or config.states or config.lens:
         raise UsageError("a sweep takes no --num-samples, --states or --lens; use dynprobe run for one condition")
     if "energy" in config.controls and "sine" in config.kind:
-        raise UsageError("the energy of kind=sine swings with the position and is not matched; leave out control energy")
+        raise UsageError(
+            "the energy of kind=sine swings with the position and is not matched; leave out control energy"
+        )
     return in_order(perturb for _, _, perturb in grid_of(subject, config))
 
 
@@ -130,7 +133,7 @@ class _Sweep:
 
     def __post_init__(self) -> None:
         self.config: SweepConfig = self.ready.config  # type: ignore[assignment]
-        self._held: tuple[Any, Trunk] | None = None
+        self._held: tuple[Any, list[tuple[Trunk, list[Any]]]] | None = None
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -202,49 +205,58 @@ class _Sweep:
 
     def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
         """Run all cells of a layer on a group of prompts."""
-        trunk, prompts = self._trunk(unit["variant"], unit["prompts"])
-        everything, span = self.config.tables == "all", self.config.measured_span
-        found: list[dict[str, pd.DataFrame]] = []
-        if unit["clean"]:
-            name = "clean" if unit["variant"] == "model" else f"{unit['variant']}:clean"
-            found.append(clean_tables(trunk, name, prompts, span, everything))
-        cells = self._cells(unit["variant"], unit["layer"])
-        made = self._branches(trunk, cells, prompts)
-        found += made
-        if unit["variant"] == "model":
-            written = pd.concat([tables["samples"] for tables in made], ignore_index=True)
-            found += self._branches(trunk, self._matched(unit["layer"]), prompts, written)
+        trunks = self._trunks(unit["variant"], unit["prompts"])
+        found = [tables for trunk, prompts in trunks for tables in self._forced(unit, trunk, prompts)]
         if early is not None:
             early(pd.concat([tables["samples"] for tables in found], ignore_index=True))
         if self.config.max_new_tokens:
             free = self._cells(unit["variant"], unit["layer"], "free")
-            found += free_tables(trunk, free, prompts, self.config, everything)
+            for trunk, prompts in trunks:
+                found += free_tables(trunk, free, prompts, self.config, self.config.tables == "all")
         names = dict.fromkeys(name for tables in found for name in tables)
         tables = {n: pd.concat([t[n] for t in found if n in t], ignore_index=True) for n in names}
-        facts = {"roads": roads_of(trunk), **({"halved": list(trunk.halved)} if trunk.halved else {})}
+        halved = [size for trunk, _ in trunks for size in trunk.halved]
+        facts = {"roads": [roads_of(trunk) for trunk, _ in trunks], **({"halved": halved} if halved else {})}
         return Produced(tables, facts=facts)
+
+    def _forced(self, unit: Any, trunk: Trunk, prompts: Sequence[Any]) -> list[dict[str, pd.DataFrame]]:
+        """Teacher-forced rows of a unit: clean, all cells, and the cells that repeat their energy."""
+        found: list[dict[str, pd.DataFrame]] = []
+        if unit["clean"]:
+            name = "clean" if unit["variant"] == "model" else f"{unit['variant']}:clean"
+            found.append(clean_tables(trunk, name, prompts, self.config.measured_span, self.config.tables == "all"))
+        made = self._branches(trunk, self._cells(unit["variant"], unit["layer"]), prompts)
+        if unit["variant"] != "model":
+            return found + made
+        written = pd.concat([tables["samples"] for tables in made], ignore_index=True)
+        return found + made + self._branches(trunk, self._matched(unit["layer"]), prompts, written)
 
     def _branches(
         self, trunk: Trunk, cells: Sequence[Cell], prompts: Sequence[Any], written: pd.DataFrame | None = None
     ) -> list[dict[str, pd.DataFrame]]:
         requests = []
+        sizes = {} if written is None else written.set_index(["condition_id", "prompt_id"])["alpha_abs"].to_dict()
         for cell in cells:
-            for row in range(len(prompts)):
+            for row, prompt in enumerate(prompts):
                 perturb = cell.perturb
                 assert perturb is not None
-                if written is not None:  # the size that was written elsewhere gives this row's strength
-                    size = written.query("condition_id == @cell.matched_to and prompt_id == @prompts[@row].prompt_id")
-                    perturb = perturb.replace(alpha=trunk.relative(row, perturb, float(size["alpha_abs"].iloc[0])))
+                if cell.matched_to is not None:  # the size that was written elsewhere gives this row's strength
+                    size = float(sizes[cell.matched_to, prompt.prompt_id])
+                    alpha = trunk.relative(row, perturb, size) if size > 0 else 0.0
+                    perturb = perturb.replace(alpha=alpha if math.isfinite(alpha) else 0.0)
                 requests.append(Request(row, perturb, cell))
         everything, span = self.config.tables == "all", self.config.measured_span
         return [branch_tables(branch, prompts, span, everything) for branch in trunk.branches(requests)]
 
-    def _trunk(self, variant: str, chosen: Sequence[int]) -> tuple[Trunk, list[Any]]:
-        """The trunk of a group of prompts, kept for the units that follow."""
+    def _trunks(self, variant: str, chosen: Sequence[int]) -> list[tuple[Trunk, list[Any]]]:
+        """The trunk of a group of prompts, kept for the units that follow.
+
+        Where only rows of one length may share a forward, texts of a group that ended apart have a trunk each length.
+        """
         ready, key = self.ready, (variant, tuple(chosen))
         prompts = [ready.prompts[i] for i in chosen]
         if self._held is not None and self._held[0] == key:
-            return self._held[1], prompts
+            return self._held[1]
         self._held = None
         rows = [list(ready.rows[i]) for i in chosen]
         subject, calibration = ready.subject, self.calibration
@@ -254,15 +266,25 @@ class _Sweep:
             subject, calibration = self._twin
         texts = write_texts(subject, prompts, rows, self.config)
         known = calibration is not None and "limen_ct" in calibration.signals
-        trunk = Trunk(
-            subject, texts, calibration, partners=[list(ready.rows[(i + 1) % len(ready.rows)]) for i in chosen],
-            which=metrics.CORE, span=self.config.measured_span,
-            theta=calibration.quantile("limen_ct", 0.9) if known and calibration is not None else None,
-            side=_side(self.config, ready.perturbs),
-            most_rows=self.config.batch_size if isinstance(self.config.batch_size, int) else None,
-        )  # fmt: skip
-        self._held = (key, trunk)
-        return trunk, prompts
+        together: dict[int, list[int]] = {}
+        for at, text in enumerate(texts):
+            together.setdefault(len(text.fed) if self.exact else 0, []).append(at)
+        trunks = [
+            (
+                Trunk(
+                    subject, [texts[at] for at in group], calibration,
+                    partners=[list(ready.rows[(chosen[at] + 1) % len(ready.rows)]) for at in group],
+                    which=(*metrics.CORE, *self.config.metrics), span=self.config.measured_span,
+                    theta=calibration.quantile("limen_ct", 0.9) if known and calibration is not None else None,
+                    side=_side(self.config, ready.perturbs),
+                    most_rows=self.config.batch_size if isinstance(self.config.batch_size, int) else None,
+                ),
+                [prompts[at] for at in group],
+            )
+            for group in together.values()
+        ]  # fmt: skip
+        self._held = (key, trunks)
+        return trunks
 
     @cached_property
     def _twin(self) -> tuple[Subject, Calibration | None]:

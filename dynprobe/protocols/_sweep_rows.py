@@ -74,11 +74,20 @@ def branch_tables(branch: Branch, prompts: Sequence[Any], span: str, everything:
     )  # fmt: skip
     samples = tables["samples"]
     samples["alpha"] = [float(request.perturb.alpha) for request in branch.requests]
+    _say_what_was_written(samples)
+    unmatched = [
+        cell.matched_to is not None and r.perturb.alpha == 0 for cell, r in zip(cells, branch.requests, strict=True)
+    ]
+    samples.loc[np.array(unmatched) & (samples["status"] == "ok"), "status"] = "not-written"
+    return _chosen(tables, everything)
+
+
+def _say_what_was_written(samples: pd.DataFrame) -> None:
+    """Mark rows of which none or not all states could be written, as a run does."""
     asked, alone = samples["n_asked"].to_numpy(), samples["n_left_alone"].to_numpy()
     fine = samples["status"] == "ok"
     samples.loc[fine & (alone == asked), "status"] = "not-written"
     samples.loc[fine & (alone > 0) & (alone < asked), "status"] = "partly-written"
-    return _chosen(tables, everything)
 
 
 def free_tables(
@@ -99,6 +108,7 @@ def free_tables(
         labels = _labels(trunk, passage.texts, [r.label.condition_id for r in rows], [prompts[i] for i in source])
         tables = passage_tables(passage, labels, span=trunk.span, perturbed=True)
         tables["samples"]["alpha"] = [float(r.perturb.alpha) for r in rows]
+        _say_what_was_written(tables["samples"])
         return _chosen(tables, everything)
 
     return list(halving(requests, trunk.most_rows or _FREE_ROWS, write, trunk.halved.append))

@@ -108,6 +108,17 @@ def _refuse(ready: Prepared) -> None:
         raise UsageError(
             "a threshold takes no --num-samples, --states, --lens or --max-new-tokens: it is teacher-forced"
         )
+    if config.metrics:
+        raise UsageError("a threshold reads its criterion and stores no other metric; dynprobe sweep takes --metrics")
+    if min(config.alphas, default=1.0) < 0:
+        raise UsageError(
+            f"a threshold lies on a scale of strengths, and {min(config.alphas):g} is negative; the flipped sign is "
+            "another direction: dynprobe sweep --controls sign"
+        )
+    if config.alphas and len({a for a in config.alphas if a > 0}) < 2:
+        raise UsageError(
+            "a threshold is read off between strengths; give at least two of them, e.g. --alphas 0.01:10:32"
+        )
     if config.estimand == "mean" and not config.alphas:
         raise UsageError("the mean response needs the same strengths for all prompts; add --alphas 0.01:10:32")
     if config.level is not None and len(config.criterion) > 1:

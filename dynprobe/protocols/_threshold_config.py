@@ -40,7 +40,10 @@ class ThresholdConfig(GridConfig):
     @classmethod
     def _criteria(cls, value: Any) -> tuple[str, ...]:
         names = tuple(value.replace("+", ",").split(",")) if isinstance(value, str) else tuple(value)
-        return tuple(criterion_named(name.strip()).name for name in names)
+        chosen = tuple(criterion_named(name.strip()).name for name in names)
+        if len(set(chosen)) < len(chosen) or not chosen:
+            raise ValueError("name each criterion once: kl, flip, kappa or task")
+        return chosen
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that define the numbers of this search."""

@@ -75,19 +75,19 @@ class Trials:
     def evaluate(self, rows: Sequence[int], alphas: Sequence[float], number: int) -> np.ndarray:
         """Return the responses of rows under strengths, ``[rows]``, and note them as one round."""
         requests = [
-            Request(self.rows[row].text, self.rows[row].perturb.replace(alpha=float(a)), (row, float(a)))
-            for row, a in zip(rows, alphas, strict=True)
+            Request(self.rows[row].text, self.rows[row].perturb.replace(alpha=float(a)), (place, row, float(a)))
+            for place, (row, a) in enumerate(zip(rows, alphas, strict=True))
         ]
-        found: dict[Any, float] = {}
+        found = np.full(len(requests), np.nan)
         for branch in self.trunk.branches(requests):
             responses = self.criterion.response(branch, self.trunk)
             for i, request in enumerate(branch.requests):
-                found[request.label] = float(responses[i])
+                found[request.label[0]] = responses[i]
                 self.table.append(self._noted(branch, i, float(responses[i]), number))
-        return np.array([found[row, float(a)] for row, a in zip(rows, alphas, strict=True)])
+        return found
 
     def _noted(self, branch: Branch, i: int, response: float, number: int) -> dict[str, Any]:
-        row, alpha = branch.requests[i].label
+        _, row, alpha = branch.requests[i].label
         tried = self.rows[row]
         sizes = {name: float(values[i]) for name, values in branch.passport.items() if name.startswith("alpha_")}
         return {

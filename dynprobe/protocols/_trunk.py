@@ -233,7 +233,10 @@ class Trunk:
         return found
 
     def right(self, source: np.ndarray, logits: Tensor, start: int = 0) -> np.ndarray:
-        """1 where all tokens of a row's continuation are top-1, else 0; ``logits`` begin at column ``start``, clean before."""
+        """1 where all tokens of a row's continuation are top-1, else 0; NaN without one.
+
+        ``logits`` are those of the columns from ``start`` on; the ones before are clean.
+        """
         found = np.full(len(source), np.nan)
         for row, text in enumerate(source):
             if not self.texts[text].new:

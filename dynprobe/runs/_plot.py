@@ -27,7 +27,8 @@ __all__ = ["PICTURES", "Plots"]
 
 #: Names of the pictures.
 PICTURES = ("depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility")
-_FORMATS = (".png", ".svg")
+#: In this order: a figure that was drawn once is laid out from where it was, and its SVG is another file.
+_FORMATS = (".svg", ".png")
 
 
 class Plots:
