@@ -146,9 +146,7 @@ def fetch_command(name: str, force: bool, wheel: Path | None) -> None:
     print(folder)  # noqa: T201
 
 
-def show_command(
-    run: Path | None, columns: bool, figure: Path | None, as_json: bool, plot: str | None = None
-) -> None:
+def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: bool, plot: str | None = None) -> None:
     """``dynprobe show RUN``."""
     from dynprobe.runs import open_run
 

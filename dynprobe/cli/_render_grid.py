@@ -24,11 +24,9 @@ def sweep(found: Run) -> None:
     """Print the responses of a sweep: one line per layer and strength."""
     console = new_console()
     table = pd.DataFrame(found.summary["responses"])
-    for (variant, mode, arm), rows in table.groupby(["variant", "decode_mode", "arm"], sort=False):
-        if mode == "free" or arm not in ("perturbed", "sham"):
-            continue
+    for variant, rows in table[(table["decode_mode"] == "forced") & (table["arm"] == "perturbed")].groupby("variant"):
         shown = Table(
-            title=f"{found.manifest.model_name} · {arm}" + ("" if variant == "model" else f" · {variant}"),
+            title=found.manifest.model_name + ("" if variant == "model" else f" · {variant}"),
             caption="means over prompts with 95 % bootstrap intervals; α in units of its scale",
         )
         for heading in ("scale", "layer", "α", "KL/nats", "flips", "Δκ (paired)", "ΔNLL/nats", "prompts"):
@@ -36,13 +34,16 @@ def sweep(found: Run) -> None:
         chosen = rows if len(rows) <= _MOST_LINES else rows.iloc[:: math.ceil(len(rows) / _MOST_LINES)]
         for _, row in chosen.iterrows():
             shown.add_row(
-                str(row["scale"] or row["kind"]), f"{row['layer']:g}", f"{row['alpha']:g}",
-                _ranged(row, "kl_clean_pert", 4), f"{row['flip_rate']:.3f}", _ranged(row, "kappa_phase_d", 5),
-                _ranged(row, "nll_d", 4), str(int(row["n"])),
+                str(row["scale"] or row["kind"]), f"{row['layer']:g}", f"{row['alpha']:.4g}",
+                _ranged(row, "kl_clean_pert"), f"{row['flip_rate']:.3f}", _ranged(row, "kappa_phase_d"),
+                _ranged(row, "nll_d"), str(int(row["n"])),
             )  # fmt: skip
         console.print(shown)
         if len(chosen) < len(rows):
             console.print(f"{len(chosen)} of {len(rows)} lines; all of them: summary.json, run.table('samples')")
+    sham = table[table["arm"] == "sham"]["kl_clean_pert"].max()
+    if np.isfinite(sham):
+        console.print(f"sham rows (α = 0): largest mean KL {sham:.1e} nats", highlight=False)
     others = sorted(
         {f"{r['variant']}:{r['arm']}" for _, r in table.iterrows() if r["arm"] not in ("perturbed", "sham")}
     )
@@ -51,13 +52,12 @@ def sweep(found: Run) -> None:
     console.print(f"run: {found.path}")
 
 
-def _ranged(row: Any, name: str, digits: int) -> str:
-    value, low, high = row.get(name, math.nan), row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def _ranged(row: Any, name: str) -> str:
+    value, low, high = (row.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None or not np.isfinite(value):
         return "–"
-    text = f"{value:.{digits}f}"
     known = low is not None and high is not None and np.isfinite(low) and np.isfinite(high)
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]" if known else text
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]" if known else f"{value:.3g}"
 
 
 def threshold(found: Run) -> None:

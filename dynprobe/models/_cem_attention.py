@@ -135,9 +135,7 @@ class InteractionStep(EnergyStep):
             return update
         return update + self._diagonal_move(weights, field)
 
-    def force(
-        self, u: Tensor, field: InteractionField, through: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def force(self, u: Tensor, field: InteractionField, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return Σ_k s_k, or Σ_k P_k through(s_k); forms K vectors of width D per token."""
         weights = self._weights_if_needed(u, field)
         s = self._mixed(u, field, weights) @ self.q_proj.weight.view(self.heads, self.head_dim, -1)

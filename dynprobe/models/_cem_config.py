@@ -43,7 +43,7 @@ _POSITIVE = (
 )  # fmt: skip
 
 
-class CemConfig(PretrainedConfig):  # type: ignore[misc]
+class CemConfig(PretrainedConfig):
     """Sizes and switches of a :class:`CemForCausalLM`.
 
     Args:
@@ -60,7 +60,7 @@ class CemConfig(PretrainedConfig):  # type: ignore[misc]
         steps_mlp: Trained recursion T_ξ of the element-wise energy.
         step_size_attention: η_ε.
         step_size_mlp: η_ξ.
-        diagonal: The diagonal of A_k = diag(d) + W_Qᵀ W_K: ``none``, ``shared`` by the heads, ``per_head``. Starts at 0.
+        diagonal: The diagonal of A_k = diag(d) + W_Qᵀ W_K: ``none``, ``shared`` by the heads or ``per_head``; starts 0.
         diag_in_update: Whether the update holds d ∘ Σ_j α_ij n_j too (the exact gradient); False is Algorithm 1.
         preconditioner: ``none``, ``diag`` or ``diag_low_rank``: P = diag(softplus(√D p)) + U Vᵀ + V Uᵀ.
         rank_attention: R of the attention preconditioners (one per head).

@@ -92,9 +92,7 @@ class ElementwiseStep(EnergyStep):
             return self.force(u, field, lambda s: s)
         return self._activation(u, field) @ field.output
 
-    def force(
-        self, u: Tensor, field: ElementwiseField, through: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def force(self, u: Tensor, field: ElementwiseField, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return s, or P through(s)."""
         s = self._activation(u, field) @ self.up_proj.weight
         if through is None:

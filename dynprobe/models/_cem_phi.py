@@ -38,7 +38,7 @@ def silu_integral(x: Tensor) -> Tensor:
         >>> round(float(silu_integral(torch.tensor(1.0, dtype=torch.float64))), 14)
         0.32944265049756
     """
-    return _SiluIntegral.apply(x)  # type: ignore[no-untyped-call]
+    return _SiluIntegral.apply(x)
 
 
 class _SiluIntegral(torch.autograd.Function):

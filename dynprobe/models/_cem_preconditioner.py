@@ -30,9 +30,7 @@ class Preconditioner(nn.Module):
         start: ``paper`` (P = softplus(1) I at initialisation) or ``identity``.
     """
 
-    def __init__(
-        self, dim: int, rank: int, heads: int | None = None, psd: str = "free", start: str = "paper"
-    ) -> None:
+    def __init__(self, dim: int, rank: int, heads: int | None = None, psd: str = "free", start: str = "paper") -> None:
         super().__init__()
         lead = () if heads is None else (heads,)
         self.dim, self.rank, self.psd, self.start = dim, rank, psd, start

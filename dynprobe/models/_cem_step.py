@@ -109,7 +109,7 @@ class EnergyStep(nn.Module):
         """
         u = self.argument(x)
         if self.update == "gradient":
-            return x + self.eta * self.move(u, field)
+            return torch.add(x, self.move(u, field), alpha=self.eta)
         if self.update == "chain":
             norm = self.recursion_norm()
             return x + self.eta * self.force(u, field, lambda s: norm.pull_back(_like(x, s), s))

@@ -152,7 +152,9 @@ class CsmModel(CsmPreTrainedModel):
             found = refine(self.refine, start, drive, gates, real=real, **wanted)
         if cache is not None:
             shape = embedded.shape[:2]
-            cache.advance(shape[1], torch.ones(shape, dtype=torch.bool, device=embedded.device) if real is None else real)
+            cache.advance(
+                shape[1], torch.ones(shape, dtype=torch.bool, device=embedded.device) if real is None else real
+            )
         return CsmOutput(
             last_hidden_state=self.reader(found.state),
             final_state=found.state,

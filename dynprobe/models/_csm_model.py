@@ -26,7 +26,7 @@ from dynprobe.models._csm_config import CsmConfig
 from dynprobe.models._csm_core import CsmModel, CsmPreTrainedModel
 from dynprobe.models._csm_loop import DeltaHalt, OnIteration
 
-__all__ = ["CsmCausalLMOutput", "CsmForCausalLM"]
+__all__ = ["CsmCache", "CsmCausalLMOutput", "CsmConfig", "CsmForCausalLM", "DeltaHalt"]
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from importlib.metadata import version
 from typing import Any
 
@@ -40,6 +42,8 @@ def model_class(transformers: Any, folder: ModelFolder, source: ModelSource) -> 
     auto_map = folder.config.get("auto_map") or {}
     if source.trust_remote_code and auto_map:
         return transformers.AutoModelForCausalLM if "AutoModelForCausalLM" in auto_map else transformers.AutoModel
+    if model_type.startswith(_OWN_TYPES) and model_type not in CONFIG_MAPPING:
+        register_own_type(model_type)
     if model_type not in CONFIG_MAPPING:
         if auto_map:
             raise ModelError(
@@ -59,3 +63,10 @@ def model_class(transformers: Any, folder: ModelFolder, source: ModelSource) -> 
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type.startswith(_OWN_TYPES):
         return transformers.AutoModelForCausalLM
     return transformers.AutoModel
+
+
+def register_own_type(model_type: str) -> None:
+    """Import the module of this package that defines a model type, if there is one; importing it registers it."""
+    name = f"dynprobe.models._{model_type.removeprefix(_OWN_TYPES)}_model"
+    if importlib.util.find_spec(name) is not None:
+        importlib.import_module(name)

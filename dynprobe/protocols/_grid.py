@@ -46,15 +46,15 @@ def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
                 values = [float(item) for item in given.replace("+", ",").split(",") if item.strip()]
         except ValueError:
             raise UsageError(
-                f"alphas={given!r}; write strengths as 0.1,0.3,1 or as low:high:number (0.01:3:16, equal steps of the "
+                "write strengths as 0.1,0.3,1 or as low:high:number (0.01:3:16 is 16 of them, in equal steps of the "
                 "logarithm)"
             ) from None
     else:
         values = [float(a) for a in np.atleast_1d(np.asarray(given, dtype=np.float64))]
     if not values or not all(math.isfinite(a) for a in values):
-        raise UsageError(f"alphas={given!r}; give at least one finite strength, e.g. 0.01:3:16")
+        raise UsageError(f"{given!r}: give at least one finite strength, e.g. 0.01:3:16")
     if len(set(values)) < len(values):
-        raise UsageError(f"alphas={given!r}; a strength stands there twice")
+        raise UsageError(f"{given!r}: a strength stands there twice")
     return tuple(values)
 
 

@@ -246,7 +246,7 @@ class _Sweep:
                     perturb = perturb.replace(alpha=alpha if math.isfinite(alpha) else 0.0)
                 requests.append(Request(row, perturb, cell))
         everything, span = self.config.tables == "all", self.config.measured_span
-        return [branch_tables(branch, prompts, span, everything) for branch in trunk.branches(requests)]
+        return [branch_tables(trunk, branch, prompts, span, everything) for branch in trunk.branches(requests)]
 
     def _trunks(self, variant: str, chosen: Sequence[int]) -> list[tuple[Trunk, list[Any]]]:
         """The trunk of a group of prompts, kept for the units that follow.

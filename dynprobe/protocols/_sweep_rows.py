@@ -59,15 +59,14 @@ def clean_tables(
     return _chosen(passage_tables(trunk.clean, labels, span=span), everything)
 
 
-def branch_tables(branch: Branch, prompts: Sequence[Any], span: str, everything: bool) -> dict[str, pd.DataFrame]:
+def branch_tables(
+    trunk: Trunk, branch: Branch, prompts: Sequence[Any], span: str, everything: bool
+) -> dict[str, pd.DataFrame]:
     """Return the rows of a branch, each under the condition of its request."""
     assert branch.passage is not None
     cells: list[Cell] = [request.label for request in branch.requests]
     own = [prompts[i] for i in branch.source]
-    labels = Labels(
-        [cell.condition_id for cell in cells], [p.prompt_id for p in own], [p.category for p in own], 0,
-        [None] * len(own),
-    )  # fmt: skip
+    labels = _labels(trunk, branch.passage.texts, [cell.condition_id for cell in cells], own)
     tables = passage_tables(
         branch.passage, labels, span=span, perturbed=True, clean=branch.clean, paired=branch.paired,
         paired_outputs=branch.outputs, divergence=branch.divergence, affected_from=branch.affected_from,

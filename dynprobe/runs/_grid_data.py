@@ -57,6 +57,7 @@ _LABELS = {
     "entropy_d": ("paired Δ entropy", "nats"), "diverge_angle": ("angle to the clean state", "half-turns"),
     "accuracy_loss": ("accuracy loss", "share"), "repetition": ("repetition", "share"),
 }  # fmt: skip
+_WHOLE = 40
 _LOG = ("kl_clean_pert", "response_rel")
 _SHARES = ("flip_rate", "repetition")
 
@@ -317,4 +318,6 @@ def caption(run: Run, heading: str, facts: Sequence[str], width: int = 110) -> s
     name = run.manifest.model_name
     name = Path(name).name if name.startswith(("/", ".")) else name
     lines = textwrap.wrap(f"{name}: {heading}", width)
-    return "\n".join([*lines, *textwrap.wrap("; ".join(s for s in said if s), width)])
+    # A fact is not torn apart at the end of a line.
+    whole = "; ".join(s.replace(" ", "\xa0") if len(s) < _WHOLE else s for s in said if s)
+    return "\n".join([*lines, *textwrap.wrap(whole, width)]).replace("\xa0", " ")

@@ -107,9 +107,7 @@ class Plots:
         """
         return _kept(response_figure(self._run, column, layer, scale), save)
 
-    def heatmap(
-        self, column: str | None = None, *, scale: str | None = None, save: str | Path | None = None
-    ) -> Figure:
+    def heatmap(self, column: str | None = None, *, scale: str | None = None, save: str | Path | None = None) -> Figure:
         """Mean response over layer × α, and the line at which it first reaches the criterion, one panel per scale.
 
         Args:
@@ -166,7 +164,9 @@ class Plots:
         if name is None:
             name = next(iter(self.own()), "depth")
         if name not in PICTURES:
-            raise UsageError(f"there is no picture {name!r}; known: {', '.join(PICTURES)}.{did_you_mean(name, PICTURES)}")
+            raise UsageError(
+                f"there is no picture {name!r}; known: {', '.join(PICTURES)}.{did_you_mean(name, PICTURES)}"
+            )
         return _kept(getattr(self, name)(), save)
 
     def own(self) -> dict[str, Callable[[], Figure]]:

@@ -47,10 +47,11 @@ __all__ = ["heatmap_figure", "response_figure"]
 
 _MOST_LAYERS = 6
 _DECADES = 8
+_ON_ANY_COLOUR = ((2.8, "black"), (1.2, "white"))
 #: Okabe–Ito colours, and strokes that differ as well.
 _CONTROLS = {
     "sign-flip": ("#CC79A7", "--", "sign flipped"),
-    "energy-matched": ("#009E73", "-.", "same energy, half the depth away"),
+    "energy-matched": ("#009E73", "-.", "same energy, other depth"),
     "twin": ("#E69F00", (0, (5, 1, 1, 1, 1, 1)), "random weights"),
     "scrambled": ("#000000", (0, (1, 1)), "scrambled tokens"),
 }
@@ -98,7 +99,8 @@ def response_figure(
     legend(figure, everything, 2 if len(wanted) == 1 else 3)
     n = rows["prompt_id"].nunique()
     some = f"{len(wanted)} of {len(layers)} layers" if layer is None and len(wanted) < len(layers) else ""
-    facts = ["scale " + ", ".join(writes), prompts_text(n), some]
+    controls = "controls: means" if set(rows["series"]) & set(_CONTROLS) else ""
+    facts = ["scale " + ", ".join(writes), prompts_text(n), some, controls]
     title(figure, caption(run, f"{what.words} against α", facts, 56 if len(wanted) == 1 else 110))
     return figure
 
@@ -144,7 +146,7 @@ def _panel(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, level: floa
     for name, (colour, stroke, label) in _CONTROLS.items():
         control = rows[rows["series"] == name].groupby("alpha")["value"].mean()
         if control.notna().any():
-            panel.plot(control.index, control, color=colour, linestyle=stroke, linewidth=1.2, label=f"{label} (mean)")
+            panel.plot(control.index, control, color=colour, linestyle=stroke, linewidth=1.2, label=label)
     _sham(panel, rows[rows["series"] == "sham"]["value"].to_numpy(), what)
     if what.signed:
         panel.axhline(0, color=GREY, linewidth=0.5)
@@ -160,7 +162,13 @@ def _curves(panel: Any, rows: pd.DataFrame) -> None:
     alpha, values = table.columns.to_numpy(np.float64), table.to_numpy(np.float64)
     for number, curve in enumerate(values):
         panel.plot(
-            alpha, curve, color=BLUE, alpha=0.3, linewidth=0.6, gid="prompt", label="each prompt" if not number else None
+            alpha,
+            curve,
+            color=BLUE,
+            alpha=0.3,
+            linewidth=0.6,
+            gid="prompt",
+            label="each prompt" if not number else None,
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a strength without any response has no mean
@@ -213,8 +221,15 @@ def _fit(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, alphas: np.nd
                 label=f"{100 * float(fit['confidence']):g} % interval of α50",
             )  # fmt: skip
         if math.isfinite(fit["alpha50"]):
-            panel.axvline(fit["alpha50"], color=RED, linewidth=1.0, gid="alpha50", label="α50 (median over prompts)"
-                          if str(fit["estimator"]).startswith("threshold.prompt") else "α50 (mean response)")
+            panel.axvline(
+                fit["alpha50"],
+                color=RED,
+                linewidth=1.0,
+                gid="alpha50",
+                label="α50 (median over prompts)"
+                if str(fit["estimator"]).startswith("threshold.prompt")
+                else "α50 (mean response)",
+            )
         note(panel, 0.02, 0.98, _in_words(fit, alphas), va="top", color=RED)
     if what.criterion == "task":
         return
@@ -305,6 +320,9 @@ def heatmap_figure(run: Run, column: str | None = None, scale: str | None = None
     bar = figure.colorbar(mesh, ax=panels[0], pad=0.02, aspect=30)
     bar.set_label(f"mean {what.label}", fontsize=SMALL - 1)
     bar.ax.tick_params(labelsize=SMALL - 1)
+    if math.isfinite(level) and norm.vmin < level < norm.vmax:
+        for width, colour in _ON_ANY_COLOUR:
+            bar.ax.axhline(level, color=colour, linewidth=width)
     line = f"line: the mean first reaches {what.with_unit(level)}" if math.isfinite(level) else ""
     facts = ["scale " + ", ".join(writes), prompts_text(rows["prompt_id"].nunique()), line]
     title(figure, caption(run, f"{what.words} by layer and α", facts, 56 if len(writes) == 1 else 90))
@@ -353,5 +371,5 @@ def _line(panel: Any, alpha: np.ndarray, values: np.ndarray, level: float) -> No
     if not np.isfinite(at).any():
         return
     x, y = np.repeat(at, 2), np.repeat(np.arange(len(at)), 2) + np.tile([-0.5, 0.5], len(at))
-    for width, colour in ((2.8, "black"), (1.2, "white")):  # seen on every colour
+    for width, colour in _ON_ANY_COLOUR:
         panel.plot(x, y, color=colour, linewidth=width, solid_capstyle="butt", gid="level")

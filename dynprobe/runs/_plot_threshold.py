@@ -29,6 +29,7 @@ from dynprobe.runs._grid_data import (
 )
 from dynprobe.runs._plot_axes import (
     COLUMN,
+    PAGE,
     SMALL,
     TICK,
     dress,
@@ -91,7 +92,9 @@ def thresholds_figure(run: Run, scale: str | None = None) -> Figure:
     rows[0][0].set_ylabel("α50, in units of its scale", fontsize=SMALL)
     legend(figure, rows[0], 1 if len(criteria) == 1 else 2)
     confidence = 100 * float(fits["confidence"].iloc[0])
-    estimate = "median over prompts" if str(fits["estimator"].iloc[0]).startswith("threshold.prompt") else "mean response"
+    estimate = (
+        "median over prompts" if str(fits["estimator"].iloc[0]).startswith("threshold.prompt") else "mean response"
+    )
     n = int(fits["n"].max())
     facts = [prompts_text(n), f"{estimate}, {confidence:g} % interval over prompts"]
     title(figure, caption(run, "thresholds by layer", facts, 56 if len(criteria) == 1 else 90))
@@ -190,9 +193,10 @@ def fragility_figure(run: Run, prompt: str | None = None, scale: str | None = No
     what = quantity(run, None)
     fits = fits[fits["criterion"].astype(str) == what.criterion]
     writes = in_order(run, fits["write"])
+    figure = canvas(PAGE, COLUMN)
     tokens, text = labels_of(run, prompt)
     layers = np.sort(fits["layer"].unique())
-    figure = canvas(
+    figure.set_size_inches(
         float(np.clip(1.6 + 0.16 * len(tokens), COLUMN, 14.0)),
         len(writes) * (float(np.clip(0.19 * len(layers), 0.8, 5.5)) + 0.9) + 0.9,
     )
@@ -204,10 +208,11 @@ def fragility_figure(run: Run, prompt: str | None = None, scale: str | None = No
         _token_ticks(panel, tokens)
         panel.set_ylabel("layer written\n(block)", fontsize=SMALL)
     panels[-1].set_xlabel("token written, alone", fontsize=SMALL)
-    legend(figure, list(panels), 3 if figure.get_figwidth() > 6 else 1)
+    legend(figure, list(panels), 3 if figure.get_figwidth() > 6 else 2 if figure.get_figwidth() > 5 else 1)
     which = f"prompt {prompt}" + (f" (of {len(order)})" if len(order) > 1 else "")
     level = float(fits["level"].iloc[0])
-    reached = f"threshold: {what.words} ≥ {what.with_unit(level)}"
+    over = ", mean from the token on" if what.criterion in ("kl", "flip") else ""
+    reached = f"threshold: {what.words} ≥ {what.with_unit(level)}{over}"
     width = int(figure.get_figwidth() * 16)
     heading = caption(run, "threshold of every token and layer", ["scale " + ", ".join(writes), which, reached], width)
     title(figure, heading + ("\n" + "\n".join(textwrap.wrap(f"“{text}”", width)[:2]) if text else ""))
@@ -239,9 +244,7 @@ def _cells(figure: Any, panel: Any, fits: pd.DataFrame, layers: np.ndarray, n_to
         hit = status == name
         label = label.format(fits[end].iloc[0])
         for number, (row, column) in enumerate(zip(rows[hit], columns[hit], strict=True)):
-            panel.add_patch(
-                _box(column, row, hatch, facecolor="white", gid=name, label=label if not number else None)
-            )
+            panel.add_patch(_box(column, row, hatch, facecolor="white", gid=name, label=label if not number else None))
     known = set(zip(rows[np.isfinite(fits["alpha50"])], columns[np.isfinite(fits["alpha50"])], strict=True))
     hatched = {(r, c) for r, c, s in zip(rows, columns, status, strict=True) if s in _HATCHES}
     if len(known | hatched) < grid.size:

@@ -19,8 +19,8 @@ from dynprobe.testing import tiny_llama
 ROWS = [[(7 * i + 5 * j + 1) % 96 for i in range(n)] for j, n in enumerate((6, 5, 7, 4))]
 ALPHAS = [0.1, 1.0, 10.0, 100.0]
 LABEL = {
-    "sign-flip": "sign flipped (mean)", "energy-matched": "same energy, half the depth away (mean)",
-    "twin": "random weights (mean)", "scrambled": "scrambled tokens (mean)",
+    "sign-flip": "sign flipped", "energy-matched": "same energy, other depth", "twin": "random weights",
+    "scrambled": "scrambled tokens",
 }  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def made(out, fits, trials, prompts=None, **config):
 
 def curve(prompt, values, alphas=(0.1, 1.0, 10.0), scale="relnorm", layer=1, **more):
     return [
-        {"prompt_id": prompt, "scale": scale, "layer": layer, "alpha": a, "response": v, "level": 1.0, "floor": 0.0} | more
+        {"prompt_id": prompt, "scale": scale, "layer": layer, "alpha": a, "response": v, "level": 1.0, "floor": 0.0}
+        | more
         for a, v in zip(alphas, values, strict=True)
     ]
 
@@ -166,7 +167,9 @@ def test_controls_are_drawn_where_they_belong(swept):
         "sign-flip": table.query("variant == 'model' and arm == 'sign-flip'"),
     }
     for name, rows in of.items():
-        own = rows.query("scale == 'relnorm' and layer == 1").assign(size=lambda t: t["alpha"].abs()).sort_values("size")
+        own = (
+            rows.query("scale == 'relnorm' and layer == 1").assign(size=lambda t: t["alpha"].abs()).sort_values("size")
+        )
         (line,) = labelled(panel, LABEL[name])
         np.testing.assert_allclose(line.get_ydata(), own["kl_clean_pert"], rtol=1e-6)
     # The energy of layer 1 is written at layer 2 of 3, and drawn where it comes from, at the strength it comes from.
@@ -293,9 +296,7 @@ def test_fragility_is_a_map_of_the_fits(placed):
 
 def test_fragility_names_tokens_and_hatches_what_is_censored(tmp_path):
     texts = ["<s>", " cost", "$5", "\n"]
-    prompts = [
-        {"prompt_id": "p", "text": "cost $5 or $6", "token_ids": [0, 1, 2, 3], "token_texts": json.dumps(texts)}
-    ]
+    prompts = [{"prompt_id": "p", "text": "cost $5 or $6", "token_ids": [0, 1, 2, 3], "token_texts": json.dumps(texts)}]
     trials = [t for pos in (1, 2, 3) for t in curve("p", [0.1, 2.0, 3.0], pos=pos)]
     fits = [
         fit(0.5, math.nan, math.nan, prompt_id="p", pos=1),
