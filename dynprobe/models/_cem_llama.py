@@ -87,15 +87,17 @@ class LlamaAttentionStep(nn.Module):
         field.values.append(v)
         layers = getattr(cache, "layers", ())
         held = layers[self.layer] if self.layer < len(layers) else None
-        if held is None or not held.get_seq_length():
-            return k, v
+        past = 0 if held is None else int(held.get_seq_length())
         heads = slice(turn * self.heads, (turn + 1) * self.heads)
-        if held.keys.shape[1] < heads.stop or held.keys.shape[2] + k.shape[2] != field.frame.n_key:
+        kept = heads.stop if held is None or not past else int(held.keys.shape[1])
+        if past + k.shape[2] != field.frame.n_key or kept < heads.stop:
             raise UsageError(
-                f"the cache of layer {self.layer} holds {held.keys.shape[1] // self.heads} applications and "
-                f"{held.keys.shape[2]} positions, and application {turn + 1} of {field.frame.n_key} positions was "
-                "asked for. Make the cache with the same steps_attention, as a DynamicCache."
+                f"the cache of layer {self.layer} holds {past} positions, and application {turn + 1} of "
+                f"{field.frame.n_key} positions was asked for. Make the cache with the same steps_attention, as a "
+                "DynamicCache."
             )
+        if held is None or not past:
+            return k, v
         return torch.cat([held.keys[:, heads], k], 2), torch.cat([held.values[:, heads], v], 2)
 
     def _split(self, t: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dynprobe.errors import UsageError
 from dynprobe.models._cem_config import CemConfig
 from dynprobe.models._cem_core import CemModel, CemPreTrainedModel
 from dynprobe.models._cem_trace import CemDynamics, CemTrace
@@ -103,6 +104,11 @@ class CemForCausalLM(CemPreTrainedModel, GenerationMixin):
         Returns:
             Logits [batch, S, vocabulary] and what was asked for.
         """
+        if kwargs.pop("output_attentions", None):
+            raise UsageError(
+                "CEM does not hand out its attention weights, which differ from step to step. Ask for dynamics="
+                "CemDynamics(...) or output_energies=True."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,10 +1,10 @@
 """The sizes and switches of the CSM-style reference model.
 
-A Convergent State Machine has been announced with sizes, 16 state vectors, no attention and an energy that is minimised
-for as many iterations as the caller asks; its energy, update rule, tokenizer and weights are not public. The model in
-this package is therefore *CSM-style*: the simplest one for which everything that was said about the architecture is true
-by construction. Numbers measured on it are not numbers of the announced models, and the presets named after their sizes
-share nothing with them but the count of parameters.
+A Convergent State Machine has been announced with sizes, 16 state vectors, no attention and an energy that is
+minimised for as many iterations as the caller asks; its energy, update rule, tokenizer and weights are not public. The
+model in this package is therefore *CSM-style*: the simplest one for which everything that was said about the
+architecture is true by construction. Numbers measured on it are not numbers of the announced models, and the presets
+named after their sizes share nothing with them but the count of parameters.
 
 A configuration says how wide things are and which of the few variants is meant. How many iterations to run is *not*
 part of the architecture: ``num_iterations`` is only what a call uses when it does not say.

@@ -132,7 +132,7 @@ class CsmModel(CsmPreTrainedModel):
         cache = past_key_values if past_key_values is not None else (CsmCache() if keep else None)
         if cache is not None and not isinstance(cache, CsmCache):
             raise UsageError(f"past_key_values of a CSM-style model is a CsmCache, found {type(cache).__name__}.")
-        wanted = {
+        wanted: dict[str, Any] = {
             "iterations": self._depth(num_iterations),
             "halt": self._halt(halt),
             "grad_iterations": grad_iterations,

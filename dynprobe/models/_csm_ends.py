@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynprobe.models._csm_config import CsmConfig
 from dynprobe.models._csm_writer import rms
@@ -77,5 +77,5 @@ class CsmReader(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         """Read ``[batch, pos, slot, dim]`` into ``[batch, pos, hidden]``."""
         flat = rms(state, self.state_eps).flatten(-2)
-        y = rms(F.linear(flat, self.read), self.eps, self.norm)
+        y = rms(functional.linear(flat, self.read), self.eps, self.norm)
         return y * torch.exp(-self.log_temperature).to(y.dtype)

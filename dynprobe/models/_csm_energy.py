@@ -19,8 +19,8 @@ with a call counter reads and writes any iteration and any slot.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynprobe.models._cem_phi import silu_integral
 from dynprobe.models._csm_config import CsmConfig
@@ -123,11 +123,13 @@ class CsmRefinement(nn.Module):
         """
         x, gate = _slots_first(unit), _slots_first(gates)
         seen = torch.matmul(_as_rows(x, self.memory), self.memory.mT)
-        recalled = torch.matmul(_as_rows(gate, self.memory) * F.silu(seen), self.kappa * self.memory).view_as(x)
+        recalled = torch.matmul(_as_rows(gate, self.memory) * functional.silu(seen), self.kappa * self.memory).view_as(
+            x
+        )
         return _slots_last(_slots_first(drive) + recalled + self._coupled(x, self.coupling_gain), unit)
 
     def _coupled(self, x: Tensor, gain: Tensor) -> Tensor:
-        """q ∘ (Jŝ) of [slot, rows, dim], one product for all rows."""
+        """Return q ∘ (Jŝ) of [slot, rows, dim], one product for all rows."""
         mixed = (self.symmetric_coupling.to(x.dtype) @ x.flatten(1)).view_as(x)
         return gain.to(x.dtype) * mixed
 

@@ -1,9 +1,9 @@
 """Running the refinement: how many iterations, when a position stops, and who may look or push.
 
-Depth is an argument of the call. A run of K iterations is a prefix of every longer one, because nothing in an iteration
-knows how many there will be. A position halts when its Δ, the root mean square change of ŝ, has stayed below a tolerance
-for some consecutive updates; from then on it keeps its state, whatever the rest of the batch does, so a row halts at the
-same iteration alone and in a batch.
+Depth is an argument of the call. A run of K iterations is a prefix of every longer one, because nothing in an
+iteration knows how many there will be. A position halts when its Δ, the root mean square change of ŝ, has stayed below
+a tolerance for some consecutive updates; from then on it keeps its state, whatever the rest of the batch does, so a row
+halts at the same iteration alone and in a batch.
 
 ``on_iteration(k, state, stage="core", energy=None)`` is called with s⁰ and after each update. A tensor it returns takes
 the place of the state; returning None leaves it alone.

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.utils import ModelOutput
 
@@ -155,7 +155,9 @@ class CsmForCausalLM(CsmPreTrainedModel, GenerationMixin):  # type: ignore[misc,
         loss = None
         if labels is not None:
             kept = labels if isinstance(keep, int) else labels[:, keep]
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), kept[:, 1:].flatten(), ignore_index=-100)
+            loss = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), kept[:, 1:].flatten(), ignore_index=-100
+            )
         answer = CsmCausalLMOutput(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
             energies=out.energies, deltas=out.deltas, halted_at=out.halted_at, final_state=out.final_state,

@@ -4,9 +4,9 @@ A short causal convolution mixes a few neighbouring embeddings, and a gated leak
 per position, m_t = a_t∘m_{t−1} + (1 − a_t)∘w_t, with half-lives between one and some hundred tokens. After this step no
 information crosses positions any more: the energy that follows is minimised at each position on its own.
 
-Padding may stand on either side or in between. Real tokens are moved together before anything is computed and moved back
-afterwards, so that a row in a padded batch goes through the same arithmetic as the row alone. Padded places get memory
-and context 0.
+Padding may stand on either side or in between. Real tokens are moved together before anything is computed and moved
+back afterwards, so that a row in a padded batch goes through the same arithmetic as the row alone. Padded places get
+memory and context 0.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynprobe.models._csm_cache import CsmCache
 from dynprobe.models._csm_config import CsmConfig
@@ -41,7 +41,7 @@ def rms(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
         [1.0, 1.0]
     """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    unit = F.rms_norm(wide, wide.shape[-1:], None, eps).to(x.dtype)
+    unit = functional.rms_norm(wide, wide.shape[-1:], None, eps).to(x.dtype)
     return unit if gain is None else unit * gain
 
 
@@ -92,7 +92,7 @@ class CsmWriter(nn.Module):
             mask = real.gather(1, order)
         h = self._convolve(embedded, mask, cache)
         memory = self._integrate(h, mask, cache)
-        context = F.linear(h, self.context)
+        context = functional.linear(h, self.context)
         if order is not None and mask is not None:
             context = context * mask[..., None]
             memory = memory * mask[..., None, None]
@@ -121,8 +121,8 @@ class CsmWriter(nn.Module):
 
     def _integrate(self, h: Tensor, mask: Tensor | None, cache: CsmCache | None) -> Tensor:
         c = self.config
-        w = F.linear(h, self.write).unflatten(-1, (c.num_states, c.state_size))
-        gate = F.linear(h, self.decay, self.decay_bias)
+        w = functional.linear(h, self.write).unflatten(-1, (c.num_states, c.state_size))
+        gate = functional.linear(h, self.decay, self.decay_bias)
         if h.dtype in (torch.float16, torch.bfloat16):
             w, gate = w.float(), gate.float()
         keep, take = torch.sigmoid(gate), torch.sigmoid(-gate)

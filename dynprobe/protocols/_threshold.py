@@ -137,6 +137,26 @@ def _refuse(ready: Prepared) -> None:
             )
         if not config.alphas:
             raise UsageError("criterion task reads accuracy over prompts at fixed strengths; add --alphas 0.01:10:16")
+        for index in range(len(ready.prompts)):
+            _answer(ready, index)
+
+
+def _answer(ready: Prepared, index: int) -> tuple[int, ...]:
+    """Tokens of an item's answer, as they follow its prompt."""
+    prompt, row = ready.prompts[index], list(ready.rows[index])
+    assert prompt.answer is not None
+    if prompt.token_ids is not None or ready.config.chat_template != "none":
+        raise UsageError(
+            f"prompt {prompt.prompt_id!r} is not read as plain text, so the tokens of its answer are not known; criterion "
+            "task takes texts without a chat template"
+        )
+    whole = tokenize(ready.subject, [prompt.text + prompt.answer])[0]
+    if whole[: len(row)] != row or len(whole) == len(row):
+        raise UsageError(
+            f"the answer of prompt {prompt.prompt_id!r} does not begin at a token boundary; move the space between "
+            'prompt and answer into the answer (" Paris")'
+        )
+    return tuple(whole[len(row) :])
 
 
 @dataclass(eq=False)
@@ -239,7 +259,12 @@ class _Threshold:
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self._held = None
-        texts = [Text(ready.prompts[i].prompt_id, tuple(ready.rows[i]), self._answer(criterion, i)) for i in chosen]
+        texts = [
+            Text(
+                ready.prompts[i].prompt_id, tuple(ready.rows[i]), _answer(ready, i) if criterion.name == "task" else ()
+            )
+            for i in chosen
+        ]
         trunk = Trunk(
             ready.subject, texts, self.calibration,
             partners=[list(ready.rows[(i + 1) % len(ready.rows)]) for i in chosen], which=criterion.which,
@@ -247,21 +272,6 @@ class _Threshold:
         )  # fmt: skip
         self._held = (key, trunk)
         return trunk
-
-    def _answer(self, criterion: Criterion, index: int) -> tuple[int, ...]:
-        """Tokens of an item's answer, as they follow its prompt."""
-        if criterion.name != "task":
-            return ()
-        prompt, subject = self.ready.prompts[index], self.ready.subject
-        assert prompt.answer is not None
-        whole = tokenize(subject, [prompt.text + prompt.answer])[0]
-        row = list(self.ready.rows[index])
-        if whole[: len(row)] != row or len(whole) == len(row):
-            raise UsageError(
-                f"the answer of prompt {prompt.prompt_id!r} does not begin at a token boundary; move the space between "
-                'prompt and answer into the answer (" Paris")'
-            )
-        return tuple(whole[len(row) :])
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: a search has no means until it is done."""

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.runs._canvas import save_figure
 from dynprobe.runs._figures import depth_figure
-from dynprobe.runs._grid_data import is_sweep, is_threshold, on_a_grid, per_position
+from dynprobe.runs._grid_data import on_a_grid
+from dynprobe.runs._plot_heatmap import heatmap_figure
 from dynprobe.runs._plot_response import bode_figure, impulse_figure
-from dynprobe.runs._plot_sweep import heatmap_figure, response_figure
+from dynprobe.runs._plot_sweep import response_figure
 from dynprobe.runs._plot_threshold import fragility_figure, thresholds_figure
+from dynprobe.runs._quantity import is_sweep, is_threshold, per_position
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,16 @@ from dynprobe.runs._canvas import GREY, canvas, tidy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLUMN", "PAGE", "dress", "ends", "legend", "log_axis", "plain", "spread", "title", "wrapped_panels"]
+__all__ = [
+    "COLUMN", "DECADES", "PAGE", "SMALL", "TICK", "dress", "ends", "legend", "log_axis", "note", "plain", "spread",
+    "title", "wrapped_panels",
+]  # fmt: skip
 
 #: Widths in inches of one column and of a page's text.
 COLUMN, PAGE = 3.5, 7.2
 SMALL, TICK = 8, 7
+#: Decades that a logarithmic axis or colour shows at most.
+DECADES = 8
 
 
 def dress(panel: Any, heading: str = "") -> None:
@@ -39,8 +44,8 @@ def title(figure: Any, text: str) -> None:
 
 
 def log_axis(panel: Any, axis: str, low: float, high: float) -> None:
-    """Make an axis logarithmic from low to high, with ticks at 1, 2, 5 where decades alone would be too few."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """Make an axis logarithmic from low to high, with ticks between the decades where these alone are too few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     getattr(panel, f"set_{axis}scale")("log")
     getattr(panel, f"set_{axis}lim")(low, high)
@@ -49,7 +54,7 @@ def log_axis(panel: Any, axis: str, low: float, high: float) -> None:
         return
     subs = (1.0, 2.0, 5.0) if decades < 1.6 else (1.0, 3.0) if decades < 2.8 else (1.0,)
     at = getattr(panel, f"{axis}axis")
-    at.set_major_locator(LogLocator(subs=subs, numticks=20))
+    at.set_major_locator(LogLocator(subs=subs, numticks=20) if decades > 0.7 else MaxNLocator(5))
     at.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if decades < 2.8:
         at.set_minor_locator(NullLocator())

@@ -1,12 +1,9 @@
-"""Pictures of a response against the strength of a perturbation: curves, and a map over layers.
+"""Pictures of a response against the strength of a perturbation.
 
-Curves: every prompt is a thin line, their mean a thick one with its 95 % bootstrap interval over prompts. In a search
-no two prompts saw the same strengths; there is no mean to draw then, and each trial is a point. The threshold of the
-run's own fit stands there as a line with its interval, never one that was read off the picture. Prompts that are
-censored point out of the tested range.
-
-The map: mean response at layer × strength, and the line at which the mean first reaches the criterion, row by row.
-Between layers that were not tested nothing is interpolated.
+Every prompt is a thin line, their mean a thick one with its 95 % bootstrap interval over prompts. In a search no two
+prompts saw the same strengths; there is no mean to draw then, and each trial is a point. The threshold of the run's own
+fit stands there as a line with its interval, never one that was read off the picture. Prompts that are censored point
+out of the tested range.
 """
 
 from __future__ import annotations
@@ -19,35 +16,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dynprobe.errors import RunFolderError, UsageError
+from dynprobe.errors import UsageError
 from dynprobe.metrics.statistics import first_crossing
 from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap
-from dynprobe.runs._grid_data import (
-    LEVELS,
-    Quantity,
-    alpha_label,
-    caption,
-    chosen,
-    in_order,
-    is_threshold,
-    on_a_grid,
-    prompts_text,
-    quantity,
-    responses,
-    write_name,
+from dynprobe.runs._grid_data import chosen, in_order, on_a_grid, responses
+from dynprobe.runs._plot_axes import (
+    DECADES,
+    SMALL,
+    dress,
+    ends,
+    legend,
+    log_axis,
+    note,
+    plain,
+    spread,
+    title,
+    wrapped_panels,
 )
-from dynprobe.runs._plot_axes import SMALL, dress, ends, legend, log_axis, note, plain, spread, title, wrapped_panels
+from dynprobe.runs._quantity import Quantity, alpha_label, caption, level_of, prompts_text, quantity, write_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dynprobe.runs._run import Run
 
-__all__ = ["heatmap_figure", "response_figure"]
+__all__ = ["response_figure"]
 
 _MOST_LAYERS = 6
-_DECADES = 8
-_ON_ANY_COLOUR = ((2.8, "black"), (1.2, "white"))
 #: Okabe–Ito colours, and strokes that differ as well.
 _CONTROLS = {
     "sign-flip": ("#CC79A7", "--", "sign flipped"),
@@ -79,7 +74,7 @@ def response_figure(
     rows = rows[rows["layer"].isin(wanted)]
     writes = in_order(run, rows["write"])
     figure, panels = wrapped_panels([len(wanted)] * len(writes), 3, 2.3)
-    level = _level(run, what)
+    level = level_of(run, what)
     y_ends = _y_ends(rows, what, level)
     for write, row in zip(writes, panels, strict=True):
         own = rows[rows["write"] == write]
@@ -120,21 +115,12 @@ def _short(label: str, n: int) -> str:
     return label if n < 3 or len(label) < 30 else label.replace(" (", "\n(")
 
 
-def _level(run: Run, what: Quantity) -> float:
-    """Level of the criterion, where it is one for all layers; NaN where it is not."""
-    if not is_threshold(run):
-        return LEVELS.get(what.column, math.nan)
-    trials = run.table("trials", columns=["criterion", "level"])
-    found = trials[trials["criterion"].astype(str) == what.criterion]["level"].unique()
-    return float(found[0]) if len(found) == 1 else math.nan
-
-
 def _y_ends(rows: pd.DataFrame, what: Quantity, level: float) -> tuple[float, float]:
     if what.share:
         return -0.03, 1.03
     values = rows[rows["series"] != "sham"]["value"].to_numpy()
     low, high = ends(np.append(values, level), what.log)
-    return (max(low, high / 10**_DECADES), high) if what.log else (low, high)
+    return (max(low, high / 10**DECADES), high) if what.log else (low, high)
 
 
 def _panel(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, level: float, alphas: np.ndarray) -> None:
@@ -279,97 +265,3 @@ def _marks(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity) -> None:
             at, [level] * len(at), linestyle="none", marker="|", markersize=6, markeredgewidth=0.8, color="black",
             gid="crossings", label="first crossing of a prompt",
         )  # fmt: skip
-
-
-def heatmap_figure(run: Run, column: str | None = None, scale: str | None = None) -> Figure:
-    """Return the mean response over layer × α, one panel per scale, and the line at which it reaches the criterion.
-
-    Args:
-        run: A sweep, or a threshold run with fixed strengths.
-        column: What answers; None takes the KL, or the first criterion.
-        scale: Noise scale; None takes all.
-
-    Raises:
-        RunFolderError: The run has no strengths that all layers and prompts share.
-        UsageError: There is no such column or scale, or matplotlib is missing.
-    """
-    what = quantity(run, column)
-    if what.criterion is not None and not on_a_grid(run):
-        raise RunFolderError(
-            f"{run.path} searched other strengths for every prompt, so there is no map over strengths. Run dynprobe sweep "
-            "--layers all, or dynprobe threshold --alphas 0.01:10:32"
-        )
-    rows = chosen(responses(run, what), run, scale)
-    rows = rows[rows["series"] == "perturbed"]
-    writes = in_order(run, rows["write"])
-    n_layers = rows["layer"].nunique()
-    figure, panels = wrapped_panels([len(writes)], 2, min(max(2.0, 0.16 * n_layers + 0.6), 5.5))
-    means = {
-        write: rows[rows["write"] == write].pivot_table(index="layer", columns="alpha", values="value", dropna=False)
-        for write in writes
-    }
-    norm, colours = _colours(np.concatenate([m.to_numpy().ravel() for m in means.values()]), what)
-    level = _level(run, what)
-    mesh = None
-    for number, (write, panel) in enumerate(zip(writes, panels[0], strict=True)):
-        dress(panel, write if len(writes) > 1 else "")
-        mesh = _map(panel, means[write], norm, colours, level, what)
-        plain(panel.set_xlabel(alpha_label(write), fontsize=SMALL))
-        if number % 2 == 0:
-            panel.set_ylabel("layer written (block)", fontsize=SMALL)
-    bar = figure.colorbar(mesh, ax=panels[0], pad=0.02, aspect=30)
-    bar.set_label(f"mean {what.label}", fontsize=SMALL - 1)
-    bar.ax.tick_params(labelsize=SMALL - 1)
-    if math.isfinite(level) and norm.vmin < level < norm.vmax:
-        for width, colour in _ON_ANY_COLOUR:
-            bar.ax.axhline(level, color=colour, linewidth=width)
-    line = f"line: the mean first reaches {what.with_unit(level)}" if math.isfinite(level) else ""
-    facts = ["scale " + ", ".join(writes), prompts_text(rows["prompt_id"].nunique()), line]
-    title(figure, caption(run, f"{what.words} by layer and α", facts, 56 if len(writes) == 1 else 90))
-    return figure
-
-
-def _colours(values: np.ndarray, what: Quantity) -> tuple[Any, str]:
-    from matplotlib.colors import LogNorm, Normalize
-
-    finite = values[np.isfinite(values)]
-    if what.log:
-        low, high = ends(finite, log=True, air=0.0)
-        return LogNorm(max(low, high / 10**_DECADES), high * (1 + 1e-9)), "viridis"
-    if what.signed:
-        most = float(np.abs(finite).max()) or 1.0
-        return Normalize(-most, most), "RdBu_r"
-    return (Normalize(0, 1) if what.share else Normalize(float(finite.min()), float(finite.max()))), "viridis"
-
-
-def _map(panel: Any, means: pd.DataFrame, norm: Any, colours: str, level: float, what: Quantity) -> Any:
-    """Draw the cells; a row for every layer that was tested, at equal height."""
-    alpha, values = means.columns.to_numpy(np.float64), means.to_numpy(np.float64)
-    steps = np.diff(np.log(alpha)) if len(alpha) > 1 else np.array([0.2])
-    middle = np.log(alpha[:-1]) + steps / 2 if len(alpha) > 1 else np.array([])
-    edges = np.exp([np.log(alpha[0]) - steps[0] / 2, *middle, np.log(alpha[-1]) + steps[-1] / 2])
-    rows = np.arange(len(means) + 1) - 0.5
-    log_axis(panel, "x", float(edges[0]), float(edges[-1]))
-    panel.set_ylim(rows[0], rows[-1])
-    shown = np.ma.masked_invalid(values)
-    if what.log:
-        shown = np.ma.masked_less_equal(shown, 0)
-    if np.ma.getmaskarray(shown).any():
-        panel.set_facecolor("#d9d9d9")
-        note(panel, 1.0, 1.01, "grey: no value", ha="right")
-    mesh = panel.pcolormesh(edges, rows, shown, norm=norm, cmap=colours, rasterized=True)
-    labels = spread(list(range(len(means))), 16)
-    panel.set_yticks(labels, [str(means.index[i]) for i in labels])
-    if math.isfinite(level):
-        _line(panel, alpha, values, level)
-    return mesh
-
-
-def _line(panel: Any, alpha: np.ndarray, values: np.ndarray, level: float) -> None:
-    """The strength at which each layer's mean first reaches the level, as steps; a gap where it does not."""
-    at = np.array([first_crossing(alpha, row, level).value for row in values])
-    if not np.isfinite(at).any():
-        return
-    x, y = np.repeat(at, 2), np.repeat(np.arange(len(at)), 2) + np.tile([-0.5, 0.5], len(at))
-    for width, colour in _ON_ANY_COLOUR:
-        panel.plot(x, y, color=colour, linewidth=width, solid_capstyle="butt", gid="level")

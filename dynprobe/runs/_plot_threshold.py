@@ -16,17 +16,7 @@ import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
 from dynprobe.runs._canvas import BLUE, GREY, RED, canvas
-from dynprobe.runs._grid_data import (
-    alpha_label,
-    caption,
-    chosen,
-    in_order,
-    is_threshold,
-    per_position,
-    prompts_text,
-    quantity,
-    write_name,
-)
+from dynprobe.runs._grid_data import chosen, in_order
 from dynprobe.runs._plot_axes import (
     COLUMN,
     PAGE,
@@ -36,11 +26,19 @@ from dynprobe.runs._plot_axes import (
     ends,
     legend,
     log_axis,
-    note,
     plain,
     spread,
     title,
     wrapped_panels,
+)
+from dynprobe.runs._quantity import (
+    alpha_label,
+    caption,
+    is_threshold,
+    per_position,
+    prompts_text,
+    quantity,
+    write_name,
 )
 from dynprobe.runs._tokens import labels_of
 
@@ -57,6 +55,7 @@ _HATCHES = {
     "left-censored": ("....", "tested_low", "below the tested range (α50 < {:.3g})"),
 }
 _MOST_TOKENS = 80
+_BEYOND = "beyond the tested range (filled: only the interval)"
 _EMPTY = "#e0e0e0"
 
 
@@ -92,11 +91,12 @@ def thresholds_figure(run: Run, scale: str | None = None) -> Figure:
     rows[0][0].set_ylabel("α50, in units of its scale", fontsize=SMALL)
     legend(figure, rows[0], 1 if len(criteria) == 1 else 2)
     confidence = 100 * float(fits["confidence"].iloc[0])
-    estimate = (
-        "median over prompts" if str(fits["estimator"].iloc[0]).startswith("threshold.prompt") else "mean response"
-    )
+    median = str(fits["estimator"].iloc[0]).startswith("threshold.prompt")
+    estimate = "median over prompts" if median else "crossing of the mean response"
     n = int(fits["n"].max())
-    facts = [prompts_text(n), f"{estimate}, {confidence:g} % interval over prompts"]
+    known = fits[["low", "high"]].notna().any(axis=None)
+    interval = f"{confidence:g} % interval over prompts" if known else "too few prompts for an interval"
+    facts = [prompts_text(n), f"{estimate}, {interval}"]
     title(figure, caption(run, "thresholds by layer", facts, 56 if len(criteria) == 1 else 90))
     return figure
 
@@ -135,6 +135,8 @@ def _forest(panel: Any, fits: pd.DataFrame, writes: list[str]) -> None:
         )  # fmt: skip
         for at, (_, fit) in zip(x, own.iterrows(), strict=True):
             shown += _interval(panel, at, fit, colour)
+    if by := [c for c in panel.collections if str(c.get_gid()).endswith("-censored")]:
+        panel.scatter([], [], marker=by[0].get_paths()[0], s=30, facecolor="white", edgecolor=GREY, label=_BEYOND)
     panel.set_xticks(spread([int(layer) for layer in layers], 12))
     known = np.array([*shown, *fits["alpha50"]], dtype=np.float64)
     if not np.isfinite(known).any():
@@ -162,7 +164,6 @@ def _interval(panel: Any, x: float, fit: Any, colour: str) -> list[float]:
                 gid="right-censored" if mark == "^" else "left-censored",
             )  # fmt: skip
             found.append(at)
-            note(panel, 1.0, 1.0, "arrow: beyond the tested range", ha="right")
     return found
 
 
@@ -180,8 +181,8 @@ def fragility_figure(run: Run, prompt: str | None = None, scale: str | None = No
     """
     if not (is_threshold(run) and per_position(run)):
         raise RunFolderError(
-            f"{run.path} has no thresholds per position. Type dynprobe threshold --model … --each-position --layers all "
-            "--limit 1"
+            f"{run.path} has no thresholds per position. Type dynprobe threshold --model … --each-position "
+            "--layers all --limit 1"
         )
     fits = chosen(_headline(run), run, scale)
     order = [str(p) for p in run.prompts["prompt_id"] if str(p) in set(fits["prompt_id"].astype(str))]

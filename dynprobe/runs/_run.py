@@ -99,7 +99,7 @@ class Run:
 
     @property
     def plot(self) -> Plots:
-        """The pictures of the run: ``run.plot.depth()``, ``run.plot.bode()``, ``run.plot.impulse()``."""
+        """The pictures of the run: ``run.plot.depth()``, ``run.plot.response()``, …; print it for their names."""
         return Plots(self)
 
     @property

@@ -70,7 +70,9 @@ COLUMNS: dict[str, Column] = {
     "replicate": Column("int32", "Number of the repetition of a sample under another random draw.", "count"),
     "text": Column("text", "The prompt, or the text that was generated."),
     "token_ids": Column("ids", "Token ids of the prompt, without padding.", "token id"),
-    "token_texts": Column("json", "Text of each token by itself; a token that is part of a character has none of its own."),
+    "token_texts": Column(
+        "json", "Text of each token by itself; a token that is part of a character has none of its own."
+    ),
     "category": Column("label", "Category of the prompt."),
     "source": Column("label", "Where the prompt comes from."),
     "arm": Column("label", "Role of the condition: clean, sham, perturbed, recovered, random-control and so on."),
@@ -80,7 +82,9 @@ COLUMNS: dict[str, Column] = {
     "kind": Column("label", "Kind of the write: noise, direction, dropout and so on."),
     "where": Column("label", "Sites that are written, in the mini-language."),
     "seed": Column("int64", "Seed of the noise.", "seed"),
-    "variant": Column("label", "The model itself, or the control it is: twin (random weights), scrambled (shuffled tokens)."),
+    "variant": Column(
+        "label", "The model itself, or the control it is: twin (random weights), scrambled (shuffled tokens)."
+    ),
     "matched_to": Column("label", "Condition whose energy is written at another depth."),
     "controller": Column("label", "Recovery mode or other controller, empty where there is none."),
     "params": Column("json", "Parameters of the condition."),

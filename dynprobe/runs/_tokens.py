@@ -31,10 +31,10 @@ def labels_of(run: Run, prompt: str) -> tuple[list[str], str]:
 
 
 def visible(token: str) -> str:
-    """Return a token as a label: white space as signs, long ones cut, signs the font lacks as boxes.
+    r"""Return a token as a label: white space as signs, long ones cut, signs the font lacks as boxes.
 
     Example:
-        >>> visible(" the"), visible("a\\n"), visible("incomprehensibilities")
+        >>> visible(" the"), visible("a\n"), visible("incomprehensibilities")
         ('·the', 'a⏎', 'incomprehensi…')
     """
     shown = "".join(_SIGNS.get(c, c) for c in token)

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
@@ -23,10 +22,14 @@ def test_published_values():
     assert phi(0) == 0.0
 
 
-@pytest.mark.parametrize("x", [-800, -40, -7.3, -2.4, -1, -0.3, -0.0501, -0.0499, -1e-3, 1e-4, 0.0499, 0.0501, 0.6, 3, 12, 90, 800])
+@pytest.mark.parametrize(
+    "x", [-800, -40, -7.3, -2.4, -1, -0.3, -0.0501, -0.0499, -1e-3, 1e-4, 0.0499, 0.0501, 0.6, 3, 12, 90, 800]
+)
 def test_against_quadrature(x):
-    expected, _ = quad(lambda t: t / (1 + math.exp(-t)) if t > -700 else 0.0, 0, x, epsabs=1e-14, epsrel=1e-14, limit=500, points=None)
-    assert phi(x) == pytest.approx(expected, abs=3e-13, rel=1e-14)
+    expected, _ = quad(
+        lambda t: t / (1 + math.exp(-t)) if t > -700 else 0.0, 0, x, epsabs=1e-13, epsrel=1e-12, limit=500
+    )
+    assert phi(x) == pytest.approx(expected, abs=3e-13, rel=1e-12)
 
 
 def test_limits_and_symmetry():
@@ -57,4 +60,6 @@ def test_it_never_falls_below_zero_and_float32_is_good():
     x = torch.linspace(-30, 30, 10_001, dtype=DOUBLE)
     y = silu_integral(x)
     assert (y >= 0).all()
-    assert np.abs(silu_integral(x.float()).double() - y).max() < 3e-5
+    rounded = x.float()
+    exact = silu_integral(rounded.double())
+    assert ((silu_integral(rounded).double() - exact).abs() <= 1e-6 * exact + 1e-7).all()

@@ -12,7 +12,7 @@ from dynprobe.cli import main
 from dynprobe.errors import RunFolderError, UsageError
 from dynprobe.protocols import sweep, threshold
 from dynprobe.protocols._criteria import CRITERIA
-from dynprobe.runs import RunWriter, _grid_data, open_run
+from dynprobe.runs import RunWriter, _quantity, open_run
 from dynprobe.runs._tokens import visible
 from dynprobe.testing import tiny_llama
 
@@ -113,9 +113,9 @@ def words(figure):
 
 
 def test_levels_are_those_of_the_criteria():
-    named = {_grid_data._COLUMN_OF[c.name]: c.level for c in CRITERIA.values()}
-    assert all(named[column] == level for column, level in _grid_data.LEVELS.items())
-    assert set(_grid_data._COLUMN_OF) == set(CRITERIA)
+    named = {_quantity.COLUMN_OF[c.name]: c.level for c in CRITERIA.values()}
+    assert all(named[column] == level for column, level in _quantity.LEVELS.items())
+    assert set(_quantity.COLUMN_OF) == set(CRITERIA)
 
 
 def test_a_finished_run_has_its_pictures(swept, searched, placed):
