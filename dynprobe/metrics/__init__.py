@@ -6,6 +6,7 @@
 - A batch of captured states: :func:`measure` → :class:`Measurement`, :func:`frame`.
 - The output distribution: :func:`output_metrics`, :func:`paired_output`; through a lens :func:`lens_output`,
   :func:`prediction_depth`, :func:`read_translators` → :class:`Translators`.
+- One iterated state, every residual, contraction and iterations to tolerance at once: :func:`convergence`.
 - Two runs on the same tokens: :func:`paired`, :func:`diverge`, :func:`response`, :func:`relaxation`, :func:`lockin`.
 - Thresholds and their intervals: :mod:`dynprobe.metrics.statistics`.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dynprobe.metrics import _catalogue as _catalogue
 from dynprobe.metrics import statistics as statistics
 from dynprobe.metrics._compute import compute
+from dynprobe.metrics._convergence_call import TOLERANCES, convergence
 from dynprobe.metrics._frame import frame
 from dynprobe.metrics._lens import Translators, prediction_depth, read_translators
 from dynprobe.metrics._lists import CORE, DEFAULT
@@ -44,6 +46,7 @@ from dynprobe.metrics._result import Result
 __all__ = [
     "CORE",
     "DEFAULT",
+    "TOLERANCES",
     "Column",
     "Lockin",
     "Measurement",
@@ -54,6 +57,7 @@ __all__ = [
     "column_name",
     "columns",
     "compute",
+    "convergence",
     "diverge",
     "format_id",
     "frame",

@@ -12,6 +12,7 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics._block_influence import angular_distance, block_influence
 from dynprobe.metrics._cka import cka
+from dynprobe.metrics._convergence import contraction, iterations_to_tolerance
 from dynprobe.metrics._curvature import curv_depth, curv_token, turn_defined
 from dynprobe.metrics._debt import collapse_late, debt_cusum, debt_excess
 from dynprobe.metrics._delta import delta_rel_next, delta_rel_prev, delta_rms, resid_norm
@@ -24,6 +25,7 @@ from dynprobe.metrics._limen_ct import CtSeries, around, ct_scores, past
 from dynprobe.metrics._line_shape import line_shape
 from dynprobe.metrics._order import order_parameter
 from dynprobe.metrics._rank import RANKS, rank_scores
+from dynprobe.metrics._residual import acceleration, deq_residual
 from dynprobe.metrics._result import Array, Bools, Scores
 from dynprobe.metrics._rqa import READINGS, Recurrence, recurrences, rqa
 from dynprobe.metrics._rsa import rsa
@@ -214,6 +216,10 @@ SCORERS: dict[str, Scorer] = {
     **{metric: _rank(metric) for metric in RANKS},
     "id.twonn/1": lambda c, p: twonn(*c.of_span, eps=c.w.eps, **p),
     **{metric: _rqa(metric) for metric in READINGS},
+    "deq.residual/1": lambda c, p: deq_residual(c.w, p["eps"]),
+    "converge.accel/1": lambda c, p: acceleration(c.states, c.w, p["norm"], c.dtype),
+    "converge.rho/1": lambda c, p: contraction(c.w),
+    "converge.iterations/1": lambda c, p: iterations_to_tolerance(c.states, c.w, **p, dtype=c.dtype),
     "curv.depth/1": lambda c, p: curv_depth(c.w),
     "curv.token/1": lambda c, p: curv_token(c.w, c.deep_span),
     "limen.ct/1": lambda c, p: c.ct_scores(second=False),

@@ -28,7 +28,7 @@ from torch.nn import functional
 from dynprobe.errors import UsageError
 from dynprobe.models._cem_frame import Frame, alibi_slopes, rotate, rotate_back
 from dynprobe.models._cem_preconditioner import Preconditioner
-from dynprobe.models._cem_step import EnergyStep, wide
+from dynprobe.models._cem_step import EnergyStep, Field, wide
 
 if TYPE_CHECKING:
     from dynprobe.models._cem_config import CemConfig
@@ -37,7 +37,7 @@ __all__ = ["InteractionField", "InteractionStep"]
 
 
 @dataclass
-class InteractionField:
+class InteractionField(Field):
     """What attention's recursion does not change.
 
     Args:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from dynprobe.models._cem_frame import Frame
 from dynprobe.models._cem_phi import silu_integral
 from dynprobe.models._cem_preconditioner import Preconditioner
-from dynprobe.models._cem_step import EnergyStep, wide
+from dynprobe.models._cem_step import EnergyStep, Field, wide
 
 if TYPE_CHECKING:
     from dynprobe.models._cem_config import CemConfig
@@ -34,7 +34,7 @@ SILU_SLOPE_MIN, SILU_SLOPE_MAX = -0.09984, 1.09984
 
 
 @dataclass
-class ElementwiseField:
+class ElementwiseField(Field):
     """What the MLP's recursion does not change.
 
     Args:

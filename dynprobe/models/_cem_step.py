@@ -15,6 +15,7 @@ forward from the block's input. With u = norm(x), s = −∂E/∂u and a precond
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dynprobe.models._cem_config import CemConfig
     from dynprobe.models._cem_frame import Frame
 
-__all__ = ["EnergyStep", "wide"]
+__all__ = ["EnergyStep", "Field", "wide"]
 
 #: Halvings that ``line_search`` tries before it stays where it is.
 MAX_HALVINGS = 30
@@ -35,6 +36,17 @@ MAX_HALVINGS = 30
 def wide(t: Tensor) -> Tensor:
     """Return ``t`` in float32 if it is of half precision: energies are sums whose noise would hide their descent."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+@dataclass(kw_only=True)
+class Field:
+    """What a recursion does not change; subclasses say what that is.
+
+    Args:
+        start: In training, x^(0) and its norm, which is the block's normalised input and need not be computed twice.
+    """
+
+    start: tuple[Tensor, Tensor] | None = None
 
 
 class EnergyStep(nn.Module):
@@ -58,7 +70,12 @@ class EnergyStep(nn.Module):
     def prepare(self, h: Tensor, frame: Frame) -> tuple[Tensor, Any]:
         """Return x^(0) and the field, from the block's input h [batch, S, D]."""
         n = self.norm(h)
-        return (h if self.norm_mode == "prenorm" else n), self.field(n, frame)
+        field = self.field(n, frame)
+        if self.norm_mode == "inplace":
+            return n, field
+        if self.training and self.norm_in_recursion and self.inner_norm is None:
+            field.start = h, n
+        return h, field
 
     def field(self, n: Tensor, frame: Frame) -> Any:
         """Return everything that the recursion does not change, from the normalised input."""
@@ -107,7 +124,8 @@ class EnergyStep(nn.Module):
             x: Iterate [batch, S, D].
             field: What :meth:`prepare` made.
         """
-        u = self.argument(x)
+        start = field.start
+        u = start[1] if start is not None and start[0] is x else self.argument(x)
         if self.update == "gradient":
             return torch.add(x, self.move(u, field), alpha=self.eta)
         if self.update == "chain":

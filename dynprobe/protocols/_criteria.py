@@ -38,6 +38,8 @@ class Criterion:
         unit: Unit of response and level.
         which: Metrics that branches must be measured with.
         range: Strengths that are searched by default.
+        first_round: Strengths of a search's first round. A KL rises with the strength and three will do; Δκ begins
+            with either sign and comes down again at extreme strengths, so its first crossing must be looked for.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Criterion:
     unit: str
     which: tuple[str, ...] = ()
     range: tuple[float, float] = (0.01, 10.0)
+    first_round: int = 3
 
     def response(self, branch: Branch, trunk: Trunk) -> np.ndarray:
         """Response of each row of a branch of a trunk, ``[rows]``; NaN where it has none."""
@@ -64,7 +67,7 @@ CRITERIA: dict[str, Criterion] = {
     for c in (
         Criterion("kl", "crit.kl/1", 1.0, "nats"),
         Criterion("flip", "crit.flip/1", 0.5, "fraction"),
-        Criterion("kappa", "crit.kappa/1", None, "half-turns", ("kappa.phase/1",), (1e-5, 10.0)),
+        Criterion("kappa", "crit.kappa/1", None, "half-turns", ("kappa.phase/1",), (1e-5, 3.0), 9),
         Criterion("task", "crit.task/1", 0.2, "accuracy loss"),
     )
 }

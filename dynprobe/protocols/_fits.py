@@ -32,6 +32,8 @@ from dynprobe.protocols._criteria import criterion_named
 
 __all__ = ["crossings_of", "fits_table"]
 
+#: A level below so many noise floors is not resolved.
+_FACTOR = 10.0
 #: Units in which a threshold is also given, from the sizes that were really written.
 _UNITS = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs")
 
@@ -54,7 +56,7 @@ class Curve:
 
     def grid(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Strengths ``[alpha]`` and responses ``[prompt, seed, alpha]`` where every row has the same strengths."""
-        table = self.trials.pivot_table(
+        table = self.trials.astype({"prompt_id": str}).pivot_table(
             index=["prompt_id", "seed"], columns="alpha", values="response", observed=True, dropna=False
         )
         n_seeds = table.index.get_level_values("seed").nunique()
@@ -73,7 +75,13 @@ def crossings_of(trials: pd.DataFrame, level: float, floor: float) -> tuple[list
         floor: Numerical noise floor of the response.
     """
     found, prompts = [], []
-    for (prompt, _), rows in trials[trials["alpha"] > 0].groupby(["prompt_id", "seed"], observed=True, sort=True):
+    if abs(level) < _FACTOR * floor and not (trials["alpha"] > 0).any():  # a search does not look into the noise
+        names = sorted(trials["prompt_id"].astype(str).unique())
+        lost = Crossing(math.nan, math.nan, math.nan, "not-resolved", f"level<{_FACTOR:g}×floor")
+        return [lost] * len(names), names
+    searched = trials[trials["alpha"] > 0]
+    # By name: categories sort as they came, and then an interval would depend on the order of the prompts.
+    for (prompt, _), rows in searched.groupby([searched["prompt_id"].astype(str), "seed"], observed=True, sort=True):
         found.append(first_crossing(rows["alpha"].to_numpy(), rows["response"].to_numpy(), level, floor=floor))
         prompts.append(str(prompt))
     return found, prompts
@@ -114,9 +122,9 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
         yield _logistic(curve, criterion, boot)
         yield _posterior(curve, criterion, config)
         return
-    crossings, prompts = crossings_of(curve.trials, curve.level, curve.floor)
+    crossings, prompts = crossings_of(pd.concat([curve.trials, curve.sham]), curve.level, curve.floor)
     boot = {"n_boot": 0 if config.each_position else config.n_boot, "confidence": config.confidence}
-    grid = curve.grid()
+    grid = curve.grid() if config.alphas else None
     mean = None
     if grid is not None:
         alphas, responses = grid
@@ -126,6 +134,9 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
             yield mean
     else:
         own = _threshold_row(prompt_threshold(crossings, prompts=prompts, **boot))
+        if config.each_position and len(crossings) == 1:  # one text at one place: its own bracket, no population
+            one = crossings[0]
+            own |= {"reason": one.reason, "low": one.low, "high": one.high, "method": "bracket"}
         first, second = (own, mean) if config.estimand == "prompt" else (mean, own)
         yield from (row for row in (first, second) if row is not None)
     if not math.isfinite(curve.level) or curve.trials.empty or config.each_position:

@@ -147,8 +147,8 @@ def _answer(ready: Prepared, index: int) -> tuple[int, ...]:
     assert prompt.answer is not None
     if prompt.token_ids is not None or ready.config.chat_template != "none":
         raise UsageError(
-            f"prompt {prompt.prompt_id!r} is not read as plain text, so the tokens of its answer are not known; criterion "
-            "task takes texts without a chat template"
+            f"prompt {prompt.prompt_id!r} is not read as plain text, so the tokens of its answer are not known; "
+            "criterion task takes texts without a chat template"
         )
     whole = tokenize(ready.subject, [prompt.text + prompt.answer])[0]
     if whole[: len(row)] != row or len(whole) == len(row):

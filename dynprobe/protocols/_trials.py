@@ -114,9 +114,10 @@ class Trials:
     def search(self, level: float, floor: float, config: ThresholdConfig) -> None:
         """Bracket each row's first crossing, all rows together."""
         low, high = config.strengths(self.criterion)
+        first = self.criterion.first_round
         search = BracketSearch(
-            len(self.rows), low, high, level, tolerance=config.tolerance, max_evaluations=config.max_evaluations,
-            floor=floor,
+            len(self.rows), low, high, level, tolerance=config.tolerance, floor=floor, per_round=(first, 2, 2, 1),
+            max_evaluations=config.max_evaluations + first - 3,
         )  # fmt: skip
         number = 0
         while not search.done:

@@ -405,8 +405,8 @@ def test_every_parameter_learns(layout):
         loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         optimizer.step()
-        first = float(loss) if first is None else first
-    assert float(loss) < first
+        first = float(loss.detach()) if first is None else first
+    assert float(loss.detach()) < first
 
 
 def test_a_cache_of_another_recursion_is_refused():
@@ -438,3 +438,17 @@ def test_logits_to_keep_labels_and_tuples():
     cache = model(ids).past_key_values
     with pytest.raises(UsageError, match="DynamicCache"):
         model(ids[:, :1], attention_mask=torch.ones(2, 5), past_key_values=cache)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_mode_computes_the_same_numbers(layout):
+    model, ids = tiny(**LAYOUTS[layout]), tokens()
+    losses, gradients = [], []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert torch.equal(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)

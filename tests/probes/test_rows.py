@@ -45,9 +45,7 @@ def writer(number: int, **more: Any) -> PerturbWriter:
 
 
 def same_row(one: Any, i: int, other: Any, j: int, batch: Batch, alone: Batch) -> None:
-    torch.testing.assert_close(
-        one[0][i][batch.mask[i]], other[0][j][alone.mask[j]], atol=3e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(one[0][i][batch.mask[i]], other[0][j][alone.mask[j]], atol=3e-5, rtol=1e-4)
     mine, theirs = one[1].passport(), other[1].passport()
     for name in (*UNITS, "n_asked", "n_left_alone"):
         np.testing.assert_allclose(mine[name][i], theirs[name][j], rtol=1e-5, err_msg=name)
@@ -176,7 +174,8 @@ def test_rows_keep_their_writers_when_others_leave_the_batch() -> None:
         own = alone.tape()
         real = tape.mask[row] & (tape.positions[row] < int(fed[row]))
         assert int(real.sum()) == fed[row]
-        torch.testing.assert_close(tape.states[2][row][real], own.states[2][0][own.mask[0]][: fed[row]], atol=3e-5, rtol=1e-4)
+        theirs = own.states[2][0][own.mask[0]][: fed[row]]
+        torch.testing.assert_close(tape.states[2][row][real], theirs, atol=3e-5, rtol=1e-4)
         assert tape.token_ids is not None
         assert tape.token_ids[row][real].tolist() == [*TEXTS[row], *new[row]][: fed[row]]
         for name, value in alone.passport(fed[row : row + 1]).items():

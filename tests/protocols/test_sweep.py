@@ -391,7 +391,7 @@ def test_every_kind_scale_and_place_is_what_a_run_does(
 
 def facts(run: Any) -> list[dict[str, Any]]:
     """What each unit said about itself."""
-    return [part for part in run.manifest.batch_facts.values()]
+    return list(run.manifest.batch_facts.values())
 
 
 def test_a_write_at_the_first_token_of_short_texts_is_not_left_out(llama: Any, tmp_path: Path) -> None:

@@ -93,10 +93,10 @@ def fit(run: Any, estimator: str) -> pd.Series:
 
 
 def test_the_truth_is_found_within_tolerance_for_every_prompt(made_up: Any, tmp_path: Path, answer: Any) -> None:
-    asked = answer(closed)
+    asked, made_up = answer(closed), made_up[:7]  # one group: more would begin with a small one
     run = dp.threshold(tiny_llama(), made_up, scale="relnorm", out=tmp_path)
     found = crossings(run)
-    assert set(found) == set(TRUTH)
+    assert list(found) == list(TRUTH)[:7]
     for name, c in found.items():
         assert c.status == "resolved"
         assert c.value == pytest.approx(TRUTH[name], rel=0.05), name
@@ -108,12 +108,12 @@ def test_the_truth_is_found_within_tolerance_for_every_prompt(made_up: Any, tmp_
     best = headline(run)
     assert best["estimator"] == "threshold.prompt/1"
     assert best["status"] == "resolved"
-    assert best["alpha50"] == pytest.approx(np.median(list(TRUTH.values())), rel=0.05)
+    assert best["alpha50"] == pytest.approx(np.median(list(TRUTH.values())[:7]), rel=0.05)
     assert best["low"] < best["alpha50"] < best["high"]
-    assert (best["n"], best["n_left"], best["n_right"], best["level"]) == (9, 0, 0, 1.0)
+    assert (best["n"], best["n_left"], best["n_right"], best["level"]) == (7, 0, 0, 1.0)
     # A round is one batch for all prompts.
-    assert asked[0] == 9 + 4
-    assert asked[1] == 9 * 3
+    assert asked[0] == 7 + 4
+    assert asked[1] == 7 * 3
     assert len(asked) - 1 == trials["trial_round"].max() + 1 <= 7
 
 
@@ -134,7 +134,7 @@ def test_tolerance_and_evaluations_are_kept(made_up: Any, tmp_path: Path, answer
 @pytest.fixture(scope="module")
 def dense(llama: Any, prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dp.threshold(
-        llama, prompts, layers=1, scale="relnorm", level=LEVEL, alphas="0.01:10:241",
+        llama, prompts, layers=1, scale="relnorm", level=LEVEL, alphas="0.01:10:121",
         out=tmp_path_factory.mktemp("dense"), n_boot=200,
     )  # fmt: skip
 
@@ -170,7 +170,7 @@ def test_trials_are_rows_of_a_run(searched: Any, llama: Any, prompts: Any, tmp_p
             spec = f"alpha={trial['alpha']!r},scale={scale},layers=1"
             run = dp.run(llama, prompts, perturb=spec, max_new_tokens=0, out=tmp_path)
             row = run.samples[run.samples["sample_id"].astype(str) == "p1|perturbed.forced|0"].iloc[0]
-            assert trial["response"] == trial["kl_clean_pert"]
+            assert trial["response"] == pytest.approx(trial["kl_clean_pert"], rel=1e-6)
             for column in ("kl_clean_pert", "flip_rate", "alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs"):
                 assert trial[column] == pytest.approx(row[column], rel=1e-4, abs=1e-6), column
     shams = trials[trials["alpha"] == 0]
@@ -192,7 +192,8 @@ def test_both_scales_are_given_unless_one_is_named(searched: Any) -> None:
         # The same place in the unit of each scale, from the sizes that were written.
         assert row[f"alpha50_{scale}"] == pytest.approx(row["alpha50"], rel=0.05)
         trials = searched.table("trials")
-        near = trials[(trials["scale"] == scale) & (np.abs(np.log(trials["alpha"] / row["alpha50"])) < np.log(3))]
+        trials = trials[(trials["scale"] == scale) & (trials["alpha"] > 0)]
+        near = trials[(np.abs(np.log(trials["alpha"] / row["alpha50"])) < np.log(3))]
         ratio = (near["alpha_abs"] / near["alpha"]).median()
         assert row["alpha50_abs"] == pytest.approx(row["alpha50"] * ratio, rel=1e-6)
     for unit in ("relnorm", "coordstd", "mad", "abs"):  # two searches, one place
@@ -249,9 +250,9 @@ def test_the_floor_is_the_largest_of_all_sham_rows(made_up: Any, tmp_path: Path,
     """A text whose sham row is run twice is heard twice."""
     count = itertools.count()
     answer(lambda name, seed, alpha: closed(name, seed, alpha) if alpha else (0.02 if next(count) == 0 else 0.001))
-    run = dp.threshold(tiny_llama(), made_up, scale="relnorm", out=tmp_path)
+    run = dp.threshold(tiny_llama(), made_up[:7], scale="relnorm", out=tmp_path)
     shams = run.table("trials").query("alpha == 0")
-    assert len(shams) == 9 + 4
+    assert len(shams) == 7 + 4
     assert shams["response"].max() == pytest.approx(0.02)
     assert headline(run)["floor"] == pytest.approx(0.02)
 
@@ -364,8 +365,8 @@ def test_responses_that_fall_again_are_reported_and_the_first_crossing_stands(
 @pytest.fixture(scope="module")
 def small(llama: Any, prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(out: Path, texts: Any = prompts[:4], **change: Any) -> Any:
-        settings = {"layers": "0+1", "scale": "relnorm", "criterion": "kl", "level": LEVEL, "seeds": [0, 1]}
-        settings |= {"batch_size": 2, "n_boot": 200, "out": out}
+        settings = {"layers": 1, "scale": "relnorm", "criterion": "kl", "level": LEVEL, "seeds": [0, 1]}
+        settings |= {"batch_size": 1, "n_boot": 200, "out": out}
         return dp.threshold(llama, texts, **settings | change)
 
     return run, run(tmp_path_factory.mktemp("uncut"))
@@ -376,7 +377,7 @@ def test_a_search_cut_at_any_unit_and_continued_equals_the_uncut_one(
 ) -> None:
     run, uncut = small
     units = uncut.manifest.batch_plan
-    assert len(units) == 2 * 2
+    assert len(units) == 4
     work = _threshold._Threshold.work
     for cut in range(len(units)):
         count = itertools.count()
@@ -419,19 +420,22 @@ def test_kappas_null_is_the_same_in_a_run_that_was_cut(
     assert done.table("trials")["level"].nunique() == 1
 
 
-def test_the_order_of_prompts_and_axes_changes_nothing(small: Any, prompts: Any, tmp_path: Path) -> None:
+def test_the_order_of_prompts_and_seeds_changes_nothing(small: Any, prompts: Any, tmp_path: Path) -> None:
     run, uncut = small
-    mixed = run(tmp_path, prompts[3::-1], layers=[1, 0], seeds=[1, 0], batch_size=4)
+    mixed = run(tmp_path, prompts[3::-1], seeds=[1, 0], batch_size=4)
     keys = ["write", "prompt_id", "seed"]
-    for layer in (0, 1):
-        mine, theirs = crossings(mixed, layer=layer, seed=1), crossings(uncut, layer=layer, seed=1)
+    for seed in (0, 1):
+        mine, theirs = crossings(mixed, seed=seed), crossings(uncut, seed=seed)
         assert mine.keys() == theirs.keys()
         for name in mine:
             assert mine[name].value == pytest.approx(theirs[name].value, rel=1e-3)
     a, b = (r.table("fits").set_index("fit_id")["alpha50"].dropna() for r in (mixed, uncut))
     assert a.index.equals(b.index)
     np.testing.assert_allclose(a, b, rtol=5e-3)
-    assert len(mixed.table("trials").groupby(keys, observed=True)) == 16
+    assert len(mixed.table("trials").groupby(keys, observed=True)) == 8
+    for column in ("low", "high"):  # the same resamples of the same prompts
+        a, b = (r.table("fits").set_index("fit_id")[column] for r in (mixed, uncut))
+        np.testing.assert_allclose(a, b, rtol=5e-2)
 
 
 def test_how_a_search_is_spelt_is_no_other_search(llama: Any, prompts: Any) -> None:
@@ -440,13 +444,15 @@ def test_how_a_search_is_spelt_is_no_other_search(llama: Any, prompts: Any) -> N
     def ident(**change: Any) -> str:
         return prepare(llama, prompts, base | change, kind=ThresholdConfig, resolve=_writes).ident
 
-    for same in ({"layers": [1, 0]}, {"seeds": "1+0"}, {"criterion": ["flip", "crit.kl/1"]}, {"scale": "coordstd+relnorm"},
-                 {"batch_size": 3}):  # fmt: skip
+    for same in (
+        {"layers": [1, 0]}, {"seeds": "1+0"}, {"criterion": ["flip", "crit.kl/1"]}, {"scale": "coordstd+relnorm"},
+        {"batch_size": 3},
+    ):  # fmt: skip
         assert ident(**same) == ident(), same
     changes: list[dict[str, Any]] = [
-        {}, {"layers": 0}, {"seeds": 0}, {"criterion": "kl"}, {"scale": "relnorm"}, {"level": 2.0}, {"alphas": [0.1, 1]},
-        {"tolerance": 0.1}, {"max_evaluations": 9}, {"alpha_min": 0.02}, {"alpha_max": 5}, {"each_position": True},
-        {"n_boot": 500}, {"positions": "last"}, {"placement": "quest"},
+        {}, {"layers": 0}, {"seeds": 0}, {"criterion": "kl"}, {"scale": "relnorm"}, {"level": 2.0},
+        {"alphas": [0.1, 1]}, {"tolerance": 0.1}, {"max_evaluations": 9}, {"alpha_min": 0.02}, {"alpha_max": 5},
+        {"each_position": True}, {"n_boot": 500}, {"positions": "last"}, {"placement": "quest"},
     ]  # fmt: skip
     found = [ident(**change) for change in changes]
     assert len(set(found)) == len(found)
@@ -459,7 +465,7 @@ def test_several_criteria_each_have_their_own_threshold(llama: Any, prompts: Any
     )  # fmt: skip
     trials = run.table("trials")
     flips = trials[trials["criterion"] == "flip"]
-    np.testing.assert_array_equal(flips["response"], flips["flip_rate"])
+    np.testing.assert_allclose(flips["response"], flips["flip_rate"], rtol=1e-6)
     assert (flips["level"] == 0.5).all()
     best = run.table("fits").query("headline").set_index("criterion")
     assert 0.05 < best.loc["flip", "alpha50"] < 3
@@ -485,22 +491,25 @@ def test_the_null_of_kappa_is_the_quantile_under_writes_of_numerical_size(
 
 
 @pytest.fixture(scope="module")
-def items(llama: Any, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
-    """Items whose answers are what the clean model writes, and one that it gets wrong."""
-    from dynprobe.probes import Sampling, generate, make_batch
-
-    rows = [llama.tokenizer(t)["input_ids"] for t in texts[:4]]
-    keys = [f"i{i}" for i in range(4)]
-    new = generate(llama, make_batch(llama, rows, side="left", row_keys=keys), Sampling(12, stop_at_eos=False))
-    plain = lambda tokens: all(3 <= t for t in tokens)  # noqa: E731
-    found = []
-    for i, (text, tokens) in enumerate(zip(texts, new, strict=False)):
-        n = next((n for n in (2, 1) if plain(tokens[:n])), 0)
-        written = llama.tokenizer.decode(tokens[:n])
-        if n and llama.tokenizer(text + written)["input_ids"] == [*rows[i], *tokens[:n]]:
-            found.append(Prompt(f"i{i}", text, None, "test", None, written))
-    assert len(found) >= 2
-    return [*found, Prompt("wrong", texts[0], None, "test", None, "\x07\x07")]
+def items(llama: Any) -> list[Prompt]:
+    """Items whose answers are what the clean model says next, where that is a character, and one that it gets wrong."""
+    found: list[Prompt] = []
+    for text in (f"{word} {number}" for number in range(30) for word in ("Say", "Question", "Why not")):
+        row = llama.tokenizer(text)["input_ids"]
+        said = ""
+        for _ in range(2):
+            logits = dp.capture(llama, [llama.tokenizer(text + said)["input_ids"]]).logits
+            assert logits is not None
+            said += llama.tokenizer.decode([int(logits[0].argmax())])
+            if not said.isascii() or not said or llama.tokenizer(text + said)["input_ids"][: len(row)] != row:
+                break
+        else:
+            if len(llama.tokenizer(text + said)["input_ids"]) == len(row) + 2:
+                found.append(Prompt(f"i{len(found)}", text, None, "test", None, said))
+        if len(found) == 4:
+            break
+    assert len(found) >= 3
+    return [*found, Prompt("wrong", found[0].text, None, "test", None, "~~" if found[0].answer != "~~" else "^^")]
 
 
 def test_accuracy_loss_over_items(llama: Any, items: Any, tmp_path: Path) -> None:
@@ -550,9 +559,10 @@ def test_accuracy_loss_over_items(llama: Any, items: Any, tmp_path: Path) -> Non
 
 def test_writes_at_the_end_leave_the_earlier_answer_as_it_was(llama: Any, items: Any, tmp_path: Path) -> None:
     """Where columns are shared, what comes before the write is the clean answer, right or wrong."""
+    two = [items[0], items[-1]]  # of one text
     run = dp.threshold(
-        llama, items, scale="relnorm", criterion="task", layers=1, phase="decode", positions="all", alphas=[0.01, 10],
-        n_boot=200, out=tmp_path,
+        llama, two, scale="relnorm", criterion="task", layers=1, alphas=[0.01, 10], n_boot=200, out=tmp_path,
+        positions=len(llama.tokenizer(items[0].text)["input_ids"]),
     )  # fmt: skip
     trials = run.table("trials")
     assert set(trials["response"].dropna()) <= {0.0, 1.0}
@@ -562,7 +572,9 @@ def test_writes_at_the_end_leave_the_earlier_answer_as_it_was(llama: Any, items:
 
 def test_a_posterior_places_where_it_learns(made_up: Any, tmp_path: Path, answer: Any) -> None:
     answer(
-        lambda name, seed, alpha: float(alpha > 0.4 * math.exp(0.3 * np.random.default_rng([seed, len(name)]).normal()))
+        lambda name, seed, alpha: float(
+            alpha > 0.4 * math.exp(0.3 * np.random.default_rng([seed, int(name[1:])]).normal())
+        )
     )
     run = dp.threshold(
         tiny_llama(), made_up, scale="relnorm", placement="quest", trials=72, tolerance=0.05, n_boot=200, out=tmp_path
@@ -597,7 +609,7 @@ def test_a_posterior_places_where_it_learns(made_up: Any, tmp_path: Path, answer
         ({"criterion": "task", "alphas": "0.1:1:4"}, UsageError, "needs an answer for every prompt, and 2 have none"),
         ({"max_new_tokens": 4}, UsageError, "it is teacher-forced"),
         ({"num_samples": 4}, UsageError, "it is teacher-forced"),
-        ({"metrics": ("kappa.geom/1",)}, UsageError, "stores no other metric"),
+        ({"metrics": ("erank.rv/1",)}, UsageError, "stores no other metric"),
         ({"max_evaluations": 2}, UsageError, "max_evaluations=2"),
         ({"confidence": 1.0}, UsageError, "confidence=1.0"),
         ({"tolerence": 0.1}, UsageError, "Did you mean 'tolerance'"),
@@ -618,7 +630,11 @@ def test_answers_that_are_no_continuation_are_refused(llama: Any, tmp_path: Path
     with pytest.raises(UsageError, match="'a' is not read as plain text"):
         dp.threshold(llama, [ids, Prompt("b", "text", None, "test", None, "x")], **settings)
     with pytest.raises(UsageError, match="criterion task reads accuracy over prompts at fixed strengths; add --alphas"):
-        dp.threshold(llama, [Prompt("b", "text", None, "test", None, "x")], **{**settings, "alphas": ()})
+        dp.threshold(
+            llama,
+            [Prompt("b", "text", None, "test", None, "x")],
+            **{k: v for k, v in settings.items() if k != "alphas"},
+        )
     assert not list(tmp_path.iterdir())
 
 
