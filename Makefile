@@ -41,6 +41,7 @@ bench: $(VENV)/.installed  ## the budgets, on this machine (needs the real weigh
 	$(VENV)/bin/python -m pip install -q -c constraints.txt '.[peers]'
 	$(VENV)/bin/python benchmarks/capture.py
 	$(VENV)/bin/python benchmarks/memory.py
+	$(VENV)/bin/python benchmarks/sweep.py
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/bare_command.py
 

@@ -167,7 +167,7 @@ class NNsight(Loop):
 
 
 class TransformerLens(Loop):
-    """``run_with_hooks`` and ``generate`` under ``hooks`` of a TransformerBridge, which has its own copy of the model."""
+    """``run_with_hooks`` and ``generate`` under ``hooks`` of a TransformerBridge, which loads the model itself."""
 
     name, package = "TransformerLens", "transformer_lens"
 

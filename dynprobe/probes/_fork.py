@@ -53,7 +53,8 @@ class Roads:
         whole: Branches that ran all blocks although the write lies higher (the subject does not resume).
         prefix: Branches that took earlier columns from the cache.
         refusals: Why a cache of earlier columns was not used, by first column.
-        deviation: Largest deviation seen when the cache was tried, in standard deviations of the logits.
+        deviation: Largest deviation seen when the cache was tried, in standard deviations of the logits (of the last
+            states, where the fork keeps no logits at every position).
     """
 
     resumed: int = 0
@@ -253,28 +254,36 @@ class Fork:
         subject, clean = self.subject, self.clean
         if not (subject.accepts("past_key_values") and subject.accepts("attention_mask")):
             return "the model's forward takes no past_key_values"
+        tail_of = self.batch.mask[:, start:].sum(1)
+        longest = torch.argsort(tail_of, descending=True, stable=True)[:_TRIED].sort().values
+        tried = np.repeat(longest.cpu().numpy(), 2)  # repeated, since that is how it is used
+        every = clean.logits is not None and clean.logits.dim() == 3
         n = subject.n_layers
-        tried = np.repeat(np.arange(len(self.batch.mask))[:_TRIED], 2)  # repeated, since that is how it is used
         try:
             if start not in self._prefixes:
                 cache = self._prefill(start)
                 if not hasattr(cache, "layers"):
                     return "the model returns no cache made of layers"
                 self._prefixes[start] = cache
-            tail = self._run(tried, (), below, start, None, [("resid_post", n - 1)])
+            tail = self._run(tried, (), below, start, "all" if every else None, [("resid_post", n - 1)])
         except _CACHE_ERRORS as error:
             if out_of_memory(error):
                 raise
             return _said(error)
+        what, before, after = "last states", clean.states[n], tail.states[n]
+        if every:  # states may have a few huge coordinates, beside which no other one counts
+            assert clean.logits is not None
+            assert tail.logits is not None
+            what, before, after = "logits", clean.logits, tail.logits
         index = torch.from_numpy(tried)
-        real = self.batch.mask[:, start:][index.to(self.batch.mask.device)].to(clean.states[n].device)
-        whole = clean.states[n][:, start:][index.to(clean.states[n].device)][real].double()
-        cached = tail.states[n][real].double()
-        spread = max(float(whole.std()), 1e-12)
-        worst = float((whole - cached).abs().max()) / spread if len(whole) else 0.0
+        real = self.batch.mask[:, start:][index.to(self.batch.mask.device)].to(before.device)
+        whole, cached = before[:, start:][index.to(before.device)][real].double(), after[real].double()
+        if not len(whole):
+            return "no token of the texts lies there"
+        worst = float((whole - cached).abs().max()) / max(float(whole.std()), 1e-12)
         limit = _TOLERANCE.get(subject.dtype, _LENIENT)
         if not worst <= limit:
-            return f"a cached prefix changes the last states by {worst:.1e} of their spread, more than {limit:.0e}"
+            return f"a cached prefix changes the {what} by {worst:.1e} of their spread, more than {limit:.0e}"
         self.roads.deviation = max(self.roads.deviation, worst)
         return None
 

@@ -32,7 +32,7 @@ from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._threshold_config import BOTH_SCALES, ThresholdConfig
-from dynprobe.protocols._trials import Trials, rows_to_try
+from dynprobe.protocols._trials import Trials, positions_of, rows_to_try
 from dynprobe.protocols._trunk import Request, Trunk, roads_of
 from dynprobe.runs import Run, RunWriter
 
@@ -123,6 +123,12 @@ def _refuse(ready: Prepared) -> None:
         raise UsageError("the mean response needs the same strengths for all prompts; add --alphas 0.01:10:32")
     if config.level is not None and len(config.criterion) > 1:
         raise UsageError("--level belongs to one criterion; name one")
+    if config.each_position and not any(
+        positions_of(perturb, len(row)) for perturb in ready.perturbs for row in ready.rows
+    ):
+        raise UsageError(
+            f"{config.positions or '1:'} is no position of any prompt; give longer prompts, or --positions all"
+        )
     for name in config.criterion:
         low, high = config.strengths(criterion_named(name))
         if not low < high:
@@ -212,6 +218,8 @@ class _Threshold:
         trunk = self._trunk(criterion, unit["prompts"])
         level = self._level(criterion, unit["write"])
         rows = rows_to_try(trunk, perturbs, unit["write"], each_position=config.each_position)
+        if not rows:  # each position, and these texts have none that is written
+            return Produced({})
         trials = Trials(trunk, criterion, rows)
         floor = trials.sham()
         if config.alphas:

@@ -14,7 +14,7 @@ from dynprobe.protocols._criteria import Criterion
 from dynprobe.protocols._threshold_config import ThresholdConfig
 from dynprobe.protocols._trunk import Branch, Request, Trunk
 
-__all__ = ["Subjected", "Trials", "rows_to_try"]
+__all__ = ["Subjected", "Trials", "positions_of", "rows_to_try"]
 
 #: Texts whose sham row is run twice, so that the batch has another shape than the clean one and shows its noise.
 _SHAM_TWICE = 4
@@ -39,6 +39,11 @@ class Subjected:
     pos: int = -1
 
 
+def positions_of(perturb: Perturb, n: int) -> list[int]:
+    """Positions of a prompt of ``n`` tokens that a perturbation writes."""
+    return np.flatnonzero(perturb.where.mask(np.arange(n)[None], np.array([n]), positions="1:")[0]).tolist()
+
+
 def rows_to_try(trunk: Trunk, perturbs: Sequence[Perturb], name: str, *, each_position: bool) -> list[Subjected]:
     """Return the rows of a unit: text and write, one per position where each has a threshold of its own."""
     rows: list[Subjected] = []
@@ -48,9 +53,7 @@ def rows_to_try(trunk: Trunk, perturbs: Sequence[Perturb], name: str, *, each_po
             if not each_position:
                 rows.append(Subjected(text, perturb, condition))
                 continue
-            n = len(words.prompt)
-            allowed = perturb.where.mask(np.arange(n)[None], np.array([n]), positions="1:")[0]
-            for pos in np.flatnonzero(allowed).tolist():
+            for pos in positions_of(perturb, len(words.prompt)):
                 one = perturb.replace(where=perturb.where.replace(positions=str(pos)))
                 rows.append(Subjected(text, one, condition, pos))
     return rows

@@ -325,7 +325,7 @@ def test_iterations_against_loops(of, patience):
     for seed in range(60):
         x, mask = shrinking(seed)
         size = np.abs(x[np.isfinite(x)]).mean() if np.isfinite(x).any() else 1.0
-        tol = float(0.3 * size if of == "delta_rms" else 0.3) or 1.0
+        tol = {"delta_rms": 0.3 * size, "delta_angle": 0.1}.get(of, 0.3)
         with np.errstate(all="ignore"):
             value, reason, coverage, time, event = twins.iterations(x, mask, of, tol, patience)
         found = compute("converge.iterations/1", x, mask=mask, of=of, tol=tol, patience=patience)

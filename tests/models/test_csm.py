@@ -1,4 +1,4 @@
-"""The CSM-style reference model: C1–C9 of its definition, on small random models in float64 where numbers are compared."""
+"""The CSM-style reference model: tests C1–C9 of its definition, in float64 where numbers are compared."""
 
 import pytest
 import torch
@@ -90,6 +90,40 @@ def test_c1_force_and_energy_against_the_formula(memory):
         torch.testing.assert_close(step(state, drive, gates), moved, atol=1e-12, rtol=0)
     assert torch.equal(step.symmetric_coupling, step.symmetric_coupling.T)
     assert not torch.diagonal(step.symmetric_coupling).any()
+
+
+def test_writer_against_the_formula():
+    """Norm, convolution over four tokens, gates and memories, token by token from the equations."""
+    model, ids = small(), tokens(1, 7)
+    body, w = model.model, model.model.writer
+
+    def unit(x, eps):
+        return x / torch.sqrt((x * x).mean() + eps)
+
+    with torch.no_grad():
+        w.norm_convolution.add_(torch.randn(20, dtype=torch.float64) * 0.3)
+        memory, context = w(body.embed_tokens(ids))
+        e = [unit(body.embed_tokens.weight[i], 1e-6) for i in ids[0]]
+        m = torch.zeros(16, 12, dtype=torch.float64)
+        for t in range(7):
+            mixed = sum(w.convolution[:, 3 - j] * e[t - j] for j in range(4) if t >= j)
+            h = unit(mixed, 1e-6) * w.norm_convolution
+            a = 1 / (1 + torch.exp(-(w.decay @ h + w.decay_bias)))
+            m = a[:, None] * m + (1 - a)[:, None] * (w.write @ h).view(16, 12)
+            torch.testing.assert_close(memory[0, t], m, atol=1e-12, rtol=0)
+            torch.testing.assert_close(context[0, t, 0], w.context @ h, atol=1e-12, rtol=0)
+
+
+def test_readout_against_the_formula():
+    model, ids = small(), tokens(1, 3)
+    reader = model.model.reader
+    with torch.no_grad():
+        out = model(ids)
+        state = out.final_state[0, 2]
+        flat = (state / state.square().mean(-1, keepdim=True).sqrt()).flatten()
+        y = reader.read @ flat
+        y = y / torch.sqrt((y * y).mean() + 1e-6) * reader.norm / torch.exp(reader.log_temperature)
+        torch.testing.assert_close(out.logits[0, 2], model.model.embed_tokens.weight @ y, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("memory", ["per_state", "shared"])

@@ -434,7 +434,7 @@ def test_truncated_gradients_leave_the_numbers_alone():
     for last in (None, 8, 3, 0):
         model.zero_grad()
         loss = model(ids, labels=ids, num_iterations=8, grad_iterations=last).loss
-        assert float(loss) == pytest.approx(float(run(model, ids, labels=ids, num_iterations=8).loss), rel=1e-12)
+        assert loss.item() == pytest.approx(float(run(model, ids, labels=ids, num_iterations=8).loss), rel=1e-12)
         loss.backward()
         grad = model.model.refine.memory.grad
         grads[last] = None if grad is None else grad.clone()
@@ -496,7 +496,7 @@ def train(steps, batch, length=64, seed=0):
     ids = held[: 8 * 129].view(8, 129)
     nll = {k: float(run(model, ids, labels=ids, num_iterations=k).loss) for k in (0, 1, 3)}
     energy = run(model, ids, num_iterations=20, output_energies=True).energies
-    return nll, float((energy.diff(dim=0) > 1e-4 * energy[1:].abs()).float().mean()), float(model.model.refine.alpha)
+    return nll, float((energy.diff(dim=0) > 1e-4 * energy[1:].abs()).float().mean()), model.model.refine.alpha.item()
 
 
 def test_c10_a_short_training_run_learns():

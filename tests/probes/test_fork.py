@@ -252,8 +252,30 @@ def test_a_cache_that_gives_wrong_numbers_is_refused_and_the_long_road_is_right(
     for _ in range(2):  # refused once and for good
         tape, source = grid(fork, perturb, start=5)
         assert fork.roads.prefix == 0
-        assert "changes the last states by" in fork.roads.refusals[5]
+        assert "changes the logits by" in fork.roads.refusals[5]
         assert_is_the_whole_forward(fork, tape, source, perturb, "left")
+
+
+def test_a_fork_without_logits_compares_states() -> None:
+    found = discover(_Forgetful(build("llama"), 2))
+    fork = forked(found, logits=None)
+    tape, _ = grid(fork, Perturb(1.0, layers=0, positions="-2:"), start=5)
+    assert "changes the last states by" in fork.roads.refusals[5]
+    assert tape.logits.shape[1] == 7
+
+
+def test_rows_that_end_before_the_tail_prove_nothing_about_it() -> None:
+    """The first two rows have no token there; the third one is compared."""
+    found, rows = discover(_Forgetful(build("llama"), 2)), [[5, 6], [7, 8, 9], [3, 9, 27, 81, 44, 11]]
+    fork = forked(found, "right", rows)
+    perturb = Perturb(1.0, layers=0, positions="4:")
+    tape, source = grid(fork, perturb, start=4)
+    assert "changes the logits by" in fork.roads.refusals[4]
+    assert_is_the_whole_forward(fork, tape, source, perturb, "right", rows=rows)
+    fork = forked(subject("llama"), "right", rows)
+    tape, source = grid(fork, perturb, start=4)
+    assert fork.roads.prefix == 1
+    assert_is_the_whole_forward(fork, tape, source, perturb, "right", rows=rows, start=4)
 
 
 def test_what_was_proven_above_is_not_taken_for_proven_below() -> None:

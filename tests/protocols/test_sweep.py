@@ -657,6 +657,13 @@ def test_a_twin_cannot_be_made_of_what_has_no_configuration() -> None:
         twin_of(discover(Bare(), layers="stack.*"))
 
 
+def test_a_twins_texts_end_at_the_same_tokens(ending: Any) -> None:
+    config: Any = ending.model.generation_config
+    twin: Any = twin_of(ending).model
+    assert twin.generation_config.eos_token_id == config.eos_token_id
+    assert twin.generation_config is not config
+
+
 def test_the_matched_write_keeps_what_it_can() -> None:
     matched = energy_matched(dp.Perturb(0.3, layers=1, kind="rotate", seed=5, positions="last"), 2)
     assert str(matched) == "alpha=1,scale=relnorm,layers=2,positions=last,kind=gaussian,seed=5"
