@@ -559,7 +559,16 @@ def test_accuracy_loss_over_items(llama: Any, items: Any, tmp_path: Path) -> Non
 
 def test_writes_at_the_end_leave_the_earlier_answer_as_it_was(llama: Any, items: Any, tmp_path: Path) -> None:
     """Where columns are shared, what comes before the write is the clean answer, right or wrong."""
-    two = [items[0], items[-1]]  # of one text
+    text = items[0].text
+    for first in "~^#@|}{_":  # wrong at once, and then right about what follows
+        logits = dp.capture(llama, [llama.tokenizer(text + first)["input_ids"]]).logits
+        assert logits is not None
+        said = llama.tokenizer.decode([int(logits[0].argmax())])
+        if said.isascii() and first != items[0].answer[0]:
+            break
+    else:
+        pytest.fail("no character of the model follows")
+    two = [items[0], Prompt("wrong", text, None, "test", None, first + said)]
     run = dp.threshold(
         llama, two, scale="relnorm", criterion="task", layers=1, alphas=[0.01, 10], n_boot=200, out=tmp_path,
         positions=len(llama.tokenizer(items[0].text)["input_ids"]),
