@@ -47,11 +47,11 @@ def sweep(
 
 
 def difference(ours: Tensor, theirs: list[Tensor]) -> tuple[float, float]:
-    """Largest difference of logits, and the same in their standard deviation."""
+    """Largest difference of logits over the strengths, and the largest in a strength's own standard deviation."""
     other = torch.cat(theirs)
     assert ours.shape == other.shape, (ours.shape, other.shape)
-    worst = max(float((a - b).abs().max()) for a, b in zip(ours, other, strict=True))
-    return worst, worst / float(other[0].std())
+    apart = [(float((a - b).abs().max()), float(b.std())) for a, b in zip(ours, other, strict=True)]
+    return max(worst for worst, _ in apart), max(worst / sd for worst, sd in apart)
 
 
 def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool) -> dict[str, Any]:
@@ -61,6 +61,8 @@ def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
     batch, n_layers = make_batch(subject, ids.tolist(), row_keys=["sweep"]), subject.n_layers
     units = {layer: directions(subject, "sweep", layer, WIDTH) for layer in range(n_layers)}
     out: dict[str, Any] = {"tokens": ids.shape[1], "layers": n_layers}
+    for variant in TITLES:
+        sweep(Fork(subject, batch, logits="last"), [n_layers - 1], alphas, variant)  # warm-up
     table = Table(
         f"B3: {len(alphas)} α × {n_layers} layers, {ids.shape[1]} tokens", "loop", "dynprobe faster (quartiles)",
         "pairs", "loop, all layers", "dynprobe, all layers", "largest difference of logits (in SD)", "budget",
@@ -119,10 +121,11 @@ def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
             middle, low, high = spread(ratios)
             loop_s = sum(seconds[name].values()) * pairs / len(ratios)
             how = "all" if len(ratios) == pairs else f"{len(ratios)} of {pairs}"
+            whole_said = "not run" if quick else f"{whole:.1f} s"
             budget = verdict(middle, variant, quick or name in (Batched.name, LastOnly.name))
             table.row(
                 title, name, f"{middle:.2f} ({low:.2f} – {high:.2f})", how, f"{loop_s:.1f} s",
-                f"{whole:.1f} s", f"{worst[name][0]:.1e} ({worst[name][1]:.1e})", budget,
+                whole_said, f"{worst[name][0]:.1e} ({worst[name][1]:.1e})", budget,
             )  # fmt: skip
             assert worst[name][1] <= TOLERANCE, f"{name} and dynprobe differ by {worst[name][1]:.1e} SD in {variant}"
             out[variant]["arms"][name] = {

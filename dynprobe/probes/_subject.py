@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dynprobe._types import COMPONENTS
 from dynprobe.errors import ModelError, SiteError, did_you_mean
+from dynprobe.probes._dispatch import live_hooks
 from dynprobe.probes._outputs import Wrapper
 from dynprobe.probes._trial import TrialError, watch
 
@@ -34,10 +35,12 @@ class Road:
     Attributes:
         fast: The verdict; None where nothing was tried yet.
         reason: Why not, where it may not.
+        hooks: Hooks that were on the blocks when it was tried; others make it another question.
     """
 
     fast: bool | None = None
     reason: str = ""
+    hooks: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -108,8 +111,11 @@ class Subject:
     @property
     def resumable(self) -> bool:
         """Whether a forward may begin at a depth with the blocks below not run; tried when it is first asked."""
-        if self.road.fast is None:
+        hooks = self._foreign_hooks()
+        if self.road.fast is None or (hooks is not None and hooks != self.road.hooks):
             from dynprobe.probes._road import try_road_unasked
+
+            self.road.hooks = hooks if hooks is not None else self.road.hooks
 
             trial = try_road_unasked(self)
             self.road.fast, self.road.reason = trial.passed, trial.reason
@@ -117,7 +123,18 @@ class Subject:
 
     @resumable.setter
     def resumable(self, fast: bool) -> None:
-        self.road.fast, self.road.reason = fast, ""
+        self.road.fast, self.road.reason, self.road.hooks = fast, "", self._foreign_hooks() or ()
+
+    def _foreign_hooks(self) -> tuple[int, ...] | None:
+        """Hooks that others keep inside the blocks: with them a block is another block. None while ours are on too."""
+        if live_hooks(self.model):
+            return None
+        return tuple(
+            id(hook)
+            for block in self.blocks
+            for module in block.modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        )
 
     def accepts(self, argument: str) -> bool:
         """Whether the model's forward names this argument."""

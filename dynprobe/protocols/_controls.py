@@ -8,6 +8,7 @@ place matters. (The sham write and the flipped sign are cells of the grid itself
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,6 +73,6 @@ def energy_matched(perturb: Perturb, layer: int) -> Perturb:
     """
     kind = perturb.kind if perturb.kind in ("gaussian", "direction", "impulse", "sine") else "gaussian"
     return Perturb(
-        1.0, scale="relnorm", kind=kind, seed=perturb.seed, period=perturb.period, direction=perturb.direction,
+        math.copysign(1.0, perturb.alpha), scale="relnorm", kind=kind, seed=perturb.seed, period=perturb.period, direction=perturb.direction,
         where=perturb.where.replace(layers=str(layer)),
     )  # fmt: skip

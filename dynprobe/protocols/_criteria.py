@@ -66,7 +66,7 @@ CRITERIA: dict[str, Criterion] = {
     c.name: c
     for c in (
         Criterion("kl", "crit.kl/1", 1.0, "nats"),
-        Criterion("flip", "crit.flip/1", 0.5, "fraction"),
+        Criterion("flip", "crit.flip/1", 0.5, "fraction", first_round=5),
         Criterion("kappa", "crit.kappa/1", None, "half-turns", ("kappa.phase/1",), (1e-5, 3.0), 9),
         Criterion("task", "crit.task/1", 0.2, "accuracy loss"),
     )

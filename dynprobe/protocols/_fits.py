@@ -141,8 +141,10 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
         yield from (row for row in (first, second) if row is not None)
     if not math.isfinite(curve.level) or curve.trials.empty or config.each_position:
         return
+    if grid is None:  # a search puts its trials at each prompt's own threshold: they are no sample of the pooled curve
+        return
     yield _logistic(curve, criterion, boot)
-    if grid is not None and criterion != "task":
+    if criterion != "task":
         alphas, responses = grid
         some = np.isfinite(responses).any(1)
         mean_over_seeds = np.full(some.shape, np.nan)
@@ -151,9 +153,15 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
 
 
 def _threshold_row(t: Any) -> dict[str, Any]:
+    low, high, status, value, reason = t.low, t.high, t.status, t.value, t.reason or t.reason_interval
+    if status in ("left-censored", "right-censored"):  # what is known of the point bounds the interval too
+        low, high = (-math.inf, t.bounds[1]) if status == "left-censored" else (t.bounds[0], math.inf)
+        limit = f"α*<{high:.4g}" if status == "left-censored" else f"α*>{low:.4g}"
+        reason = f"{limit}; {reason}" if reason and limit not in reason else limit
+    elif status == "resolved" and math.isinf(low) and math.isinf(high):
+        status, value, reason = "not-resolved", math.nan, "the interval is open at both ends"
     return {
-        "estimator": t.metric_id, "alpha50": t.value, "low": t.low, "high": t.high, "status": t.status,
-        "reason": t.reason or t.reason_interval, "n": t.n, "n_left": t.n_left, "n_right": t.n_right,
+        "estimator": t.metric_id, "alpha50": value, "low": low, "high": high, "status": status, "reason": reason, "n": t.n, "n_left": t.n_left, "n_right": t.n_right,
         "n_nonmonotone": t.n_nonmonotone, "n_recrossing": t.n_recrossing, "n_missing": t.n_missing + t.n_notresolved,
         "spread": t.spread, "method": t.method, "boot_low": t.boot_low, "boot_high": t.boot_high,
         "confidence": t.confidence, "n_boot": t.n_boot,
@@ -167,9 +175,11 @@ def _logistic(curve: Curve, criterion: str, boot: dict[str, Any]) -> dict[str, A
     bar = 0.5 if criterion == "task" else curve.level
     hit = (rows["response"].to_numpy() >= bar).astype(float)
     fit = fit_psychometric(rows["alpha"].to_numpy(), hit, clusters=rows["prompt_id"].astype(str).tolist(), **boot)
+    open_ended = fit.status == "resolved" and math.isinf(fit.low) and math.isinf(fit.high)
     return {
-        "estimator": "psychometric.logistic/1", "alpha50": fit.value, "low": fit.low, "high": fit.high,
-        "status": fit.status, "reason": fit.reason, "n": fit.n_clusters, "slope": fit.slope, "width": fit.width,
+        "estimator": "psychometric.logistic/1", "alpha50": math.nan if open_ended else fit.value,
+        "low": fit.low, "high": fit.high, "status": "not-resolved" if open_ended else fit.status,
+        "reason": "the interval is open at both ends" if open_ended else fit.reason, "n": fit.n_clusters, "slope": fit.slope, "width": fit.width,
         "gamma": fit.gamma, "lapse": fit.lapse, "deviance": fit.deviance, "method": "bootstrap",
         "confidence": fit.confidence, "n_boot": fit.n_boot,
     }  # fmt: skip
@@ -177,7 +187,8 @@ def _logistic(curve: Curve, criterion: str, boot: dict[str, Any]) -> dict[str, A
 
 def _posterior(curve: Curve, criterion: str, config: Any) -> dict[str, Any]:
     """The posterior that placed the trials; it takes them as independent, which prompts are not."""
-    low, high = config.strengths(criterion_named(criterion))
+    kind = str(curve.trials["kind"].iloc[0]) if len(curve.trials) else "gaussian"
+    low, high = config.strengths(criterion_named(criterion), kind)
     rows = curve.trials[np.isfinite(curve.trials["response"])]
     answers = [(float(a), int(r >= curve.level)) for a, r in zip(rows["alpha"], rows["response"], strict=True)]
     found = PosteriorSearch.replay(
@@ -203,11 +214,15 @@ def _on_a_grid(alphas: np.ndarray, responses: np.ndarray, level: float, floor: f
         "status": iso.status, "reason": iso.reason, "n": n, "method": "bracket",
     }  # fmt: skip
     mean = spearman_karber(np.log(alphas), reached, np.full(len(alphas), n))
+    between = bool(((reached > 0) & (reached < 1)).any())  # else all prompts cross between the same two strengths
     half = 1.959963984540054 * mean.se
+    known = between and mean.status == "resolved"
     yield {
-        "estimator": "threshold.spearman_karber/1", "alpha50": float(np.exp(mean.value)),
-        "low": float(np.exp(mean.value - half)), "high": float(np.exp(mean.value + half)), "status": mean.status,
-        "reason": mean.reason, "n": n, "method": "normal",
+        "estimator": "threshold.spearman_karber/1", "alpha50": float(np.exp(mean.value)) if known else math.nan,
+        "low": float(np.exp(mean.value - half)) if known else iso.low,
+        "high": float(np.exp(mean.value + half)) if known else iso.high,
+        "status": mean.status if between else "not-resolved", "reason": mean.reason if between else "separated", "n": n,
+        "method": "normal" if known else "bracket",
     }  # fmt: skip
     verdict, falls = nonlinear(alphas, responses, floor=floor), monotonicity_test(alphas, responses)
     yield {
@@ -223,10 +238,10 @@ def _other_units(curve: Curve, fit: dict[str, Any]) -> dict[str, float]:
     """The threshold in the units of the other scales: α50 × the median size written per unit of α nearby."""
     value = fit["alpha50"]
     if not math.isfinite(value) or curve.trials.empty:
-        return {f"alpha50_{unit.removeprefix('alpha_')}": math.nan for unit in _UNITS}
+        return {f"written_{unit.removeprefix('alpha_')}": math.nan for unit in _UNITS}
     near = curve.trials[np.abs(np.log(curve.trials["alpha"] / value)) <= np.log(3)]
     near = near if len(near) else curve.trials
     return {
-        f"alpha50_{unit.removeprefix('alpha_')}": value * float((near[unit] / near["alpha"]).median())
+        f"written_{unit.removeprefix('alpha_')}": value * float((near[unit] / near["alpha"]).median())
         for unit in _UNITS if unit in near
     }  # fmt: skip

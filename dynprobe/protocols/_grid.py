@@ -172,7 +172,12 @@ def grid_of(
         layers = Where.parse(f"layers={config.layers}").resolve_layers(subject.n_layers)
     place = {"positions": config.positions, "phase": config.phase, "component": config.component}
     place = {key: value for key, value in place.items() if value is not None}
+    given = config.direction is not None or config.contrast is not None
+    if given and not set(config.kind) & {"direction", "impulse", "sine"}:
+        raise UsageError("a direction was given and no kind needs it; add --kind direction")
     for kind in config.kind:
+        if kind == "direction" and not given:
+            raise UsageError("kind=direction needs --direction FILE or --contrast 'TEXT A' 'TEXT B'")
         for scale in config.scale if kind not in OWN_UNIT else ("relnorm",):
             if scale == "isokl":
                 raise UsageError(

@@ -71,11 +71,12 @@ def _write_of(name: Any) -> str:
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     finite = np.isfinite(values)
+    counted = {f"{name}_n": float(finite.sum())}
     if not finite.any():
-        return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
+        return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, **counted}
     kept = values[finite]
     if len(kept) < 3:
-        return {name: float(kept.mean()), f"{name}_low": np.nan, f"{name}_high": np.nan}
+        return {name: float(kept.mean()), f"{name}_low": np.nan, f"{name}_high": np.nan, **counted}
     index = np.random.default_rng(0).integers(0, len(kept), (_RESAMPLES, len(kept)))
     low, high = np.quantile(kept[index].mean(1), [0.025, 0.975])
-    return {name: float(kept.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return {name: float(kept.mean()), f"{name}_low": float(low), f"{name}_high": float(high), **counted}

@@ -99,9 +99,9 @@ def sweep(
         ...     done = sweep(tiny_llama(), [[5, 6, 7, 8], [9, 10, 11]], alphas=[0.1, 0.4], layers="all", out=out)
         ...     done.samples.groupby("condition_id", observed=True).size().head(3)
         condition_id
-        clean                       2
-        relnorm|gaussian|L0|s0|0.1  2
-        relnorm|gaussian|L0|s0|0.4  2
+        clean                         2
+        sham|L0                       2
+        relnorm|gaussian|L0|s0|0.1    2
         dtype: int64
     """
     if listener is not None:
@@ -242,7 +242,7 @@ class _Sweep:
                 assert perturb is not None
                 if cell.matched_to is not None:  # the size that was written elsewhere gives this row's strength
                     size = float(sizes[cell.matched_to, prompt.prompt_id])
-                    alpha = trunk.relative(row, perturb, size) if size > 0 else 0.0
+                    alpha = math.copysign(trunk.relative(row, perturb, size), perturb.alpha) if size > 0 else 0.0
                     perturb = perturb.replace(alpha=alpha if math.isfinite(alpha) else 0.0)
                 requests.append(Request(row, perturb, cell))
         everything, span = self.config.tables == "all", self.config.measured_span

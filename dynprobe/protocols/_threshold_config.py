@@ -49,7 +49,7 @@ class ThresholdConfig(GridConfig):
         """Return the settings that define the numbers of this search."""
         return {**super().identity(), "protocol": "threshold", "criterion": sorted(self.criterion)}
 
-    def strengths(self, criterion: Criterion) -> tuple[float, float]:
-        """Range of the search."""
+    def strengths(self, criterion: Criterion, kind: str = "gaussian") -> tuple[float, float]:
+        """Range of the search; a dropout probability stays below 1."""
         low, high = criterion.range
-        return self.alpha_min or low, self.alpha_max or high
+        return self.alpha_min or low, self.alpha_max or (min(high, 0.95) if kind == "dropout" else high)

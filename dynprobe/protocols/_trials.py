@@ -10,14 +10,14 @@ import numpy as np
 
 from dynprobe.metrics.statistics import BracketSearch, PosteriorSearch
 from dynprobe.probes import Perturb
-from dynprobe.protocols._criteria import Criterion
+from dynprobe.protocols._criteria import NULL_ALPHA, Criterion
 from dynprobe.protocols._threshold_config import ThresholdConfig
 from dynprobe.protocols._trunk import Branch, Request, Trunk
 
 __all__ = ["Subjected", "Trials", "positions_of", "rows_to_try"]
 
-#: Texts whose sham row is run twice, so that the batch has another shape than the clean one and shows its noise.
-_SHAM_TWICE = 4
+#: Texts whose response to a write of numerical size is measured.
+_TINY_ROWS = 4
 #: Trials of one round of placement=quest, and how far apart the seeds of its rounds over the prompts lie.
 _QUEST_ROUND, _QUEST_SEEDS = 12, 1_000
 
@@ -75,7 +75,7 @@ class Trials:
     rows: list[Subjected]
     table: list[dict[str, Any]] = field(default_factory=list)
 
-    def evaluate(self, rows: Sequence[int], alphas: Sequence[float], number: int) -> np.ndarray:
+    def evaluate(self, rows: Sequence[int], alphas: Sequence[float], number: int, *, note: bool = True) -> np.ndarray:
         """Return the responses of rows under strengths, ``[rows]``, and note them as one round."""
         requests = [
             Request(self.rows[row].text, self.rows[row].perturb.replace(alpha=float(a)), (place, row, float(a)))
@@ -86,7 +86,8 @@ class Trials:
             responses = self.criterion.response(branch, self.trunk)
             for i, request in enumerate(branch.requests):
                 found[request.label[0]] = responses[i]
-                self.table.append(self._noted(branch, i, float(responses[i]), number))
+                if note:
+                    self.table.append(self._noted(branch, i, float(responses[i]), number))
         return found
 
     def _noted(self, branch: Branch, i: int, response: float, number: int) -> dict[str, Any]:
@@ -101,13 +102,18 @@ class Trials:
         }  # fmt: skip
 
     def sham(self) -> float:
-        """Largest response where nothing is written: what the arithmetic of another batch shape makes."""
+        """Noise floor: the largest response where nothing is written, or next to nothing.
+
+        A sham row often repeats the clean arithmetic bit for bit. So a few rows are written by a millionth of their
+        unit too, whose response is rounding. (That is the null of ``kappa``, and its level; right or wrong has none.)
+        """
         first = list({row.text: i for i, row in reversed(list(enumerate(self.rows)))}.values())
-        rows = [*first, *first[:_SHAM_TWICE]]
-        responses = np.abs(self.evaluate(rows, [0.0] * len(rows), -1))
-        if self.criterion.name == "task":  # right or wrong has no noise floor
-            return 0.0
-        return float(np.nanmax(responses, initial=0.0))
+        responses = np.abs(self.evaluate(first, [0.0] * len(first), -1))
+        if self.criterion.name in ("kl", "flip"):
+            few = first[:_TINY_ROWS]
+            tiny = np.abs(self.evaluate(few, [NULL_ALPHA] * len(few), -1, note=False))
+            responses = np.concatenate([responses, tiny])
+        return 0.0 if self.criterion.name == "task" else float(np.nanmax(responses, initial=0.0))
 
     def grid(self, alphas: Sequence[float]) -> None:
         """Try every row under every strength."""
@@ -116,7 +122,7 @@ class Trials:
 
     def search(self, level: float, floor: float, config: ThresholdConfig) -> None:
         """Bracket each row's first crossing, all rows together."""
-        low, high = config.strengths(self.criterion)
+        low, high = config.strengths(self.criterion, self.rows[0].perturb.kind)
         first = self.criterion.first_round
         search = BracketSearch(
             len(self.rows), low, high, level, tolerance=config.tolerance, floor=floor, per_round=(first, 2, 2, 1),
@@ -130,7 +136,7 @@ class Trials:
 
     def quest(self, level: float, config: ThresholdConfig) -> None:
         """Ask where the answer tells most; prompts in an order drawn once, each time around under a new seed."""
-        low, high = config.strengths(self.criterion)
+        low, high = config.strengths(self.criterion, self.rows[0].perturb.kind)
         search = PosteriorSearch(low, high, per_round=_QUEST_ROUND, stop_sd=config.tolerance, max_trials=config.trials)
         bare = list(self.rows)
         order = np.random.default_rng(config.seed).permutation(len(bare))

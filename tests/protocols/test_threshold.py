@@ -14,7 +14,7 @@ import dynprobe as dp
 from dynprobe.errors import DynprobeError, InterruptedRunError, SiteError, UsageError
 from dynprobe.metrics.statistics import first_crossing
 from dynprobe.prompts import Prompt
-from dynprobe.protocols import ThresholdConfig, _execute, _threshold
+from dynprobe.protocols import ThresholdConfig, _execute, _fits, _threshold
 from dynprobe.protocols._criteria import CRITERIA, Criterion, criterion_named, null_level
 from dynprobe.protocols._fits import crossings_of
 from dynprobe.protocols._prepare import prepare
@@ -47,14 +47,21 @@ def made_up() -> list[Prompt]:
 
 
 Response = Callable[[str, int, float], float]
+NUMBERS = ("alpha50", "low", "high")
 
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Response], list[int]]:
-    """``answer(response)``: let ``response(prompt, seed, alpha)`` be the criterion; returns sizes of what is asked."""
+    """``answer(response)``: let ``response(prompt, seed, alpha)`` be the criterion; returns sizes of what is asked.
 
-    def install(response: Response) -> list[int]:
+    The logistic curve, which takes longest, is fitted only where it is looked at (``curve=True``).
+    """
+
+    def install(response: Response, curve: bool = False) -> list[int]:
         asked: list[int] = []
+        if not curve:
+            unfitted = {"estimator": "psychometric.logistic/1", "status": "missing", "reason": "not fitted", "n": 0}
+            monkeypatch.setattr(_fits, "_logistic", lambda *_: {**unfitted, **dict.fromkeys(NUMBERS, math.nan)})
 
         def respond(self: Criterion, branch: Any, trunk: Any) -> np.ndarray:
             asked.append(len(branch.requests))
@@ -195,12 +202,12 @@ def test_both_scales_are_given_unless_one_is_named(searched: Any) -> None:
         trials = trials[(trials["scale"] == scale) & (trials["alpha"] > 0)]
         near = trials[(np.abs(np.log(trials["alpha"] / row["alpha50"])) < np.log(3))]
         ratio = (near["alpha_abs"] / near["alpha"]).median()
-        assert row["alpha50_abs"] == pytest.approx(row["alpha50"] * ratio, rel=1e-6)
+        assert row["written_abs"] == pytest.approx(row["alpha50"] * ratio, rel=1e-6)
     for unit in ("relnorm", "coordstd", "mad", "abs"):  # two searches, one place
         assert best.loc["relnorm", f"alpha50_{unit}"] == pytest.approx(
             best.loc["coordstd", f"alpha50_{unit}"], rel=0.25
         )
-    assert best.loc["relnorm", "alpha50_relnorm"] == pytest.approx(best.loc["relnorm", "alpha50"], rel=1e-5)
+    assert best.loc["relnorm", "written_relnorm"] == pytest.approx(best.loc["relnorm", "alpha50"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-3, 0.02), (5.0, 10.0), (0.1, 0.5)])
@@ -294,10 +301,9 @@ def test_each_position_has_a_threshold_of_its_own(llama: Any, prompts: Any, tmp_
 
 def test_a_fixed_grid_gives_the_estimates_that_need_one(made_up: Any, tmp_path: Path, answer: Any) -> None:
     alphas = np.geomspace(0.01, 10, 31)
-    answer(closed)
     rows = [*made_up, Prompt("silent", "", None, "test", (7,))]
     TRUTH_ALL = {**TRUTH, "silent": math.nan}
-    answer(lambda name, seed, alpha: math.nan if name == "silent" else closed(name, seed, alpha))
+    answer(lambda name, seed, alpha: math.nan if name == "silent" else closed(name, seed, alpha), curve=True)
     run = dp.threshold(tiny_llama(), rows, scale="relnorm", alphas=alphas[::-1], n_boot=400, out=tmp_path)
     trials = run.table("trials").query("alpha > 0")
     assert len(trials) == len(TRUTH_ALL) * 31
@@ -583,7 +589,8 @@ def test_a_posterior_places_where_it_learns(made_up: Any, tmp_path: Path, answer
     answer(
         lambda name, seed, alpha: float(
             alpha > 0.4 * math.exp(0.3 * np.random.default_rng([seed, int(name[1:])]).normal())
-        )
+        ),
+        curve=True,
     )
     run = dp.threshold(
         tiny_llama(), made_up, scale="relnorm", placement="quest", trials=72, tolerance=0.05, n_boot=200, out=tmp_path
