@@ -73,6 +73,7 @@ def energy_matched(perturb: Perturb, layer: int) -> Perturb:
     """
     kind = perturb.kind if perturb.kind in ("gaussian", "direction", "impulse", "sine") else "gaussian"
     return Perturb(
-        math.copysign(1.0, perturb.alpha), scale="relnorm", kind=kind, seed=perturb.seed, period=perturb.period, direction=perturb.direction,
+        math.copysign(1.0, perturb.alpha), scale="relnorm", kind=kind, seed=perturb.seed,
+        period=perturb.period, direction=perturb.direction,
         where=perturb.where.replace(layers=str(layer)),
     )  # fmt: skip

@@ -161,7 +161,8 @@ def _threshold_row(t: Any) -> dict[str, Any]:
     elif status == "resolved" and math.isinf(low) and math.isinf(high):
         status, value, reason = "not-resolved", math.nan, "the interval is open at both ends"
     return {
-        "estimator": t.metric_id, "alpha50": value, "low": low, "high": high, "status": status, "reason": reason, "n": t.n, "n_left": t.n_left, "n_right": t.n_right,
+        "estimator": t.metric_id, "alpha50": value, "low": low, "high": high, "status": status, "reason": reason,
+        "n": t.n, "n_left": t.n_left, "n_right": t.n_right,
         "n_nonmonotone": t.n_nonmonotone, "n_recrossing": t.n_recrossing, "n_missing": t.n_missing + t.n_notresolved,
         "spread": t.spread, "method": t.method, "boot_low": t.boot_low, "boot_high": t.boot_high,
         "confidence": t.confidence, "n_boot": t.n_boot,
@@ -179,7 +180,8 @@ def _logistic(curve: Curve, criterion: str, boot: dict[str, Any]) -> dict[str, A
     return {
         "estimator": "psychometric.logistic/1", "alpha50": math.nan if open_ended else fit.value,
         "low": fit.low, "high": fit.high, "status": "not-resolved" if open_ended else fit.status,
-        "reason": "the interval is open at both ends" if open_ended else fit.reason, "n": fit.n_clusters, "slope": fit.slope, "width": fit.width,
+        "reason": "the interval is open at both ends" if open_ended else fit.reason,
+        "n": fit.n_clusters, "slope": fit.slope, "width": fit.width,
         "gamma": fit.gamma, "lapse": fit.lapse, "deviance": fit.deviance, "method": "bootstrap",
         "confidence": fit.confidence, "n_boot": fit.n_boot,
     }  # fmt: skip

@@ -109,7 +109,7 @@ class Trials:
         """
         first = list({row.text: i for i, row in reversed(list(enumerate(self.rows)))}.values())
         responses = np.abs(self.evaluate(first, [0.0] * len(first), -1))
-        if self.criterion.name in ("kl", "flip"):
+        if self.criterion.name == "kl":  # one near-tied token that flips would drown a share of flips
             few = first[:_TINY_ROWS]
             tiny = np.abs(self.evaluate(few, [NULL_ALPHA] * len(few), -1, note=False))
             responses = np.concatenate([responses, tiny])
