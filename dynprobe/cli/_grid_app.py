@@ -53,6 +53,7 @@ def _sweep(
     seeds: Seeds = "0",
     positions: Positions = None,
     component: Component = "resid_post",
+    period: Annotated[float | None, typer.Option(help="Tokens per cycle of --kind sine.")] = None,
     controls: Annotated[str, typer.Option(help="Any of sham, sign, energy, twin, scrambled; or none.")] = "sham",
     tables: Annotated[str, typer.Option(help="samples, or all (adds tokens, depths and profiles).")] = "samples",
     direction: option.Direction = None,
