@@ -77,7 +77,8 @@ def threshold(found: Run) -> None:
         shown.add_row(
             f"{fit['criterion']} ≥ {fit['level']:.3g} {_UNITS.get(str(fit['criterion']), '')}", str(fit["scale"]),
             str(fit["kind"]), layer, _value(fit), _interval(fit),
-            "–" if pd.isna(fit.get("spread", math.nan)) else f"×/÷ {math.exp(fit['spread']):.2f}", str(int(fit["n"])), _remarks(fit),
+            "–" if pd.isna(fit.get("spread", math.nan)) else f"×/÷ {math.exp(fit['spread']):.2f}",
+            str(int(fit["n"])), _remarks(fit),
         )  # fmt: skip
     console.print(shown)
     if len(headline) > _MOST_LINES:
