@@ -32,6 +32,7 @@ def plan_batches(
     vocab: int,
     batch_size: int | str = "auto",
     exact: bool = False,
+    early: bool = True,
 ) -> list[list[int]]:
     """Group prompts into batches, shortest first, so that little is padded.
 
@@ -43,6 +44,7 @@ def plan_batches(
         vocab: Size of the vocabulary.
         batch_size: Rows per batch, or ``"auto"`` to keep states and logits of a batch within memory.
         exact: Only prompts of one length share a batch.
+        early: Keep the first batch small, for a table soon.
 
     Returns:
         Indices of the prompts of each batch.
@@ -58,7 +60,7 @@ def plan_batches(
     batches: list[list[int]] = []
     for index in order:
         width = lengths[index] + max_new_tokens
-        most = _FIRST_ROWS if len(batches) == 1 and len(order) > 2 * _FIRST_ROWS else _MAX_ROWS
+        most = _FIRST_ROWS if early and len(batches) == 1 and len(order) > 2 * _FIRST_ROWS else _MAX_ROWS
         limit = batch_size if isinstance(batch_size, int) else max(1, min(most, _BATCH_BYTES // (per_token * width)))
         fits = batches and len(batches[-1]) < limit
         if fits and exact and lengths[batches[-1][0]] != lengths[index]:

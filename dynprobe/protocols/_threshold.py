@@ -123,6 +123,8 @@ def _refuse(ready: Prepared) -> None:
         raise UsageError("the mean response needs the same strengths for all prompts; add --alphas 0.01:10:32")
     if config.level is not None and len(config.criterion) > 1:
         raise UsageError("--level belongs to one criterion; name one")
+    if config.level is not None and config.criterion[0] != "kappa" and config.level <= 0:
+        raise UsageError(f"level={config.level:g} is reached where nothing is written; give one above 0")
     if config.each_position and not any(
         positions_of(perturb, len(row)) for perturb in ready.perturbs for row in ready.rows
     ):
@@ -139,7 +141,7 @@ def _refuse(ready: Prepared) -> None:
             raise UsageError(
                 f"criterion task needs an answer for every prompt, and {len(lacking)} have none (first: "
                 f"{lacking[0]!r}); "
-                'give --prompts items.jsonl with {"text": …, "answer": …} on each line'
+                'give --prompts items.jsonl with {"text": "The capital of France is", "answer": " Paris"} on each line'
             )
         if not config.alphas:
             raise UsageError("criterion task reads accuracy over prompts at fixed strengths; add --alphas 0.01:10:16")
@@ -159,8 +161,8 @@ def _answer(ready: Prepared, index: int) -> tuple[int, ...]:
     whole = tokenize(ready.subject, [prompt.text + prompt.answer])[0]
     if whole[: len(row)] != row or len(whole) == len(row):
         raise UsageError(
-            f"the answer of prompt {prompt.prompt_id!r} does not begin at a token boundary; move the space between "
-            'prompt and answer into the answer (" Paris")'
+            f"the answer of prompt {prompt.prompt_id!r} ({prompt.text!r:.60} + {prompt.answer!r:.40}) does not begin at "
+            'a token boundary; move the space between prompt and answer into the answer (" Paris")'
         )
     return tuple(whole[len(row) :])
 
@@ -199,11 +201,18 @@ class _Threshold:
     def plan(self) -> list[Any]:
         """Return the units; a group's trunk is made once."""
         subject = self.ready.subject
-        everyone = list(range(len(self.ready.rows)))  # one posterior learns from all prompts
-        groups = [everyone] if self.config.placement == "quest" else plan_batches(
-            [len(r) for r in self.ready.rows], max_new_tokens=0, n_layers=subject.n_layers, dim=subject.dim or 1,
-            vocab=subject.vocab_size or 1, batch_size=self.config.batch_size, exact=self.exact,
+        lengths = [len(r) for r in self.ready.rows]
+        groups = plan_batches(
+            lengths, max_new_tokens=0, n_layers=subject.n_layers, dim=subject.dim or 1, vocab=subject.vocab_size or 1,
+            batch_size=self.config.batch_size, exact=self.exact, early=False,
         )  # fmt: skip
+        if self.config.placement == "quest":  # one posterior learns from all prompts
+            if self.exact and len(set(lengths)) > 1:
+                raise UsageError(
+                    f"placement=quest puts all prompts into one batch, and {subject.name} reads padded rows otherwise "
+                    "than rows alone; give prompts of one length, or leave --placement quest out"
+                )
+            groups = [list(range(len(lengths)))]
         return [
             {"criterion": criterion, "prompts": group, "write": name}
             for criterion in self.config.criterion
@@ -221,7 +230,7 @@ class _Threshold:
         if not rows:  # each position, and these texts have none that is written
             return Produced({})
         trials = Trials(trunk, criterion, rows)
-        floor = trials.sham()
+        floor = trials.sham(every=bool(config.alphas) or config.placement == "quest")
         if config.alphas:
             trials.grid([a for a in sorted(config.alphas) if a > 0])
         elif math.isfinite(level) and config.placement == "quest":
@@ -229,9 +238,9 @@ class _Threshold:
         elif math.isfinite(level):
             trials.search(level, floor, config)
         table = pd.DataFrame(trials.table)
-        table.insert(
-            0, "prompt_id", [self.ready.prompts[unit["prompts"][text]].prompt_id for text in table.pop("text")]
-        )
+        names = [self.ready.prompts[i].prompt_id for i in unit["prompts"]]
+        table.insert(0, "prompt_id", [names[text] for text in table.pop("text")])
+        table["remark"] = [trials.remarks.get(row) for row in table.pop("row")]
         scale = unit["write"].split("|")[0]
         table = table.assign(
             write=unit["write"], criterion=criterion.name, scale=scale, layer=layer, level=level, floor=floor

@@ -16,8 +16,8 @@ from dynprobe.protocols._trunk import Branch, Request, Trunk
 
 __all__ = ["Subjected", "Trials", "positions_of", "rows_to_try"]
 
-#: Texts whose response to a write of numerical size is measured.
-_TINY_ROWS = 4
+#: Texts that tell the noise floor: their response to no write and to one of numerical size.
+_FEW = 4
 #: Trials of one round of placement=quest, and how far apart the seeds of its rounds over the prompts lie.
 _QUEST_ROUND, _QUEST_SEEDS = 12, 1_000
 
@@ -68,12 +68,14 @@ class Trials:
         criterion: What their response is.
         rows: What can be tried; grows where fresh seeds are asked for.
         table: One entry per trial.
+        remarks: What a search says of a row whose threshold it could not make sure of.
     """
 
     trunk: Trunk
     criterion: Criterion
     rows: list[Subjected]
     table: list[dict[str, Any]] = field(default_factory=list)
+    remarks: dict[int, str] = field(default_factory=dict)
 
     def evaluate(self, rows: Sequence[int], alphas: Sequence[float], number: int, *, note: bool = True) -> np.ndarray:
         """Return the responses of rows under strengths, ``[rows]``, and note them as one round."""
@@ -95,22 +97,27 @@ class Trials:
         tried = self.rows[row]
         sizes = {name: float(values[i]) for name, values in branch.passport.items() if name.startswith("alpha_")}
         return {
-            "text": tried.text, "condition_id": tried.condition_id, "kind": tried.perturb.kind, "pos": tried.pos,
+            "row": row, "text": tried.text, "condition_id": tried.condition_id, "kind": tried.perturb.kind, "pos": tried.pos,
             "seed": tried.perturb.seed, "alpha": alpha, "response": response, "trial_round": number,
             "kl_clean_pert": float(branch.mean("kl_clean_pert")[i]), "flip_rate": float(branch.mean("flip")[i]),
             **sizes,
         }  # fmt: skip
 
-    def sham(self) -> float:
+    def sham(self, *, every: bool = True) -> float:
         """Noise floor: the largest response where nothing is written, or next to nothing.
 
         A sham row often repeats the clean arithmetic bit for bit. So a few rows are written by a millionth of their
-        unit too, whose response is rounding. (That is the null of ``kappa``, and its level; right or wrong has none.)
+        unit too, whose response is rounding. (That is the null of ``kappa``, and its level; one near-tied token that
+        flips would drown a share of flips; and right or wrong has no floor.)
+
+        Args:
+            every: One sham row per text, which a base rate is read from; else of a few texts only.
         """
         first = list({row.text: i for i, row in reversed(list(enumerate(self.rows)))}.values())
-        responses = np.abs(self.evaluate(first, [0.0] * len(first), -1))
-        if self.criterion.name == "kl":  # one near-tied token that flips would drown a share of flips
-            few = first[:_TINY_ROWS]
+        few = first[:_FEW]
+        shams = first if every else few
+        responses = np.abs(self.evaluate(shams, [0.0] * len(shams), -1))
+        if self.criterion.name == "kl":
             tiny = np.abs(self.evaluate(few, [NULL_ALPHA] * len(few), -1, note=False))
             responses = np.concatenate([responses, tiny])
         return 0.0 if self.criterion.name == "task" else float(np.nanmax(responses, initial=0.0))
@@ -133,6 +140,7 @@ class Trials:
             rows, alphas = search.propose()
             search.observe(rows, alphas, self.evaluate(rows.tolist(), alphas.tolist(), number))
             number += 1
+        self.remarks = {row: c.reason for row, c in enumerate(search.result()) if c.status == "resolved" and c.reason}
 
     def quest(self, level: float, config: ThresholdConfig) -> None:
         """Ask where the answer tells most; prompts in an order drawn once, each time around under a new seed."""
