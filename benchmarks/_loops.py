@@ -8,6 +8,7 @@ returns is a list with the logits, or the tokens, of each strength; it is not ev
 
 from __future__ import annotations
 
+import abc
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from dynprobe.probes import Subject
 __all__ = ["LOOPS", "Batched", "LastOnly", "Loop", "NNsight", "Pyvene", "RawHooks", "TransformerLens", "available"]
 
 
-class Loop:
+class Loop(abc.ABC):
     """What is common: which columns are written, and with what.
 
     Args:
@@ -39,13 +40,13 @@ class Loop:
         # A library may leave its wrappers on the modules; so each loop has modules of its own, on the same weights.
         self.model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
 
+    @abc.abstractmethod
     def logits(self, ids: Tensor, layer: int, alphas: Sequence[float], unit: Tensor, variant: str) -> list[Tensor]:
         """Logits of each strength: ``[1, pos, vocab]`` for variant ``"all"``, else ``[1, vocab]`` of the last token."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tokens(self, ids: Tensor, layer: int, alphas: Sequence[float], unit: Tensor, new: int) -> list[list[int]]:
         """New tokens of each strength, the write being active at every position after the first."""
-        raise NotImplementedError
 
 
 def push(h: Tensor, alpha: float | Tensor, unit: Tensor) -> Tensor:

@@ -97,6 +97,9 @@ def _threshold(
         list[str] | None, typer.Option(help="kl (1 nat), flip (half of the top-1 tokens), kappa, task. Default kl.")
     ] = None,
     level: Annotated[float | None, typer.Option(help="Level of the response, in place of the criterion's own.")] = None,
+    null: Annotated[
+        str | None, typer.Option(help="Null of kappa: numerical (writes of relative norm 1e-6, default) or paraphrase.")
+    ] = None,
     layers: Layers = "50%",
     scale: Annotated[
         list[str] | None, typer.Option(help="Noise scale; may be repeated. Default relnorm and coordstd.")

@@ -14,6 +14,7 @@ forward from the block's input. With u = norm(x), s = −∂E/∂u and a precond
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class Field:
     start: tuple[Tensor, Tensor] | None = None
 
 
-class EnergyStep(nn.Module):
+class EnergyStep(nn.Module, abc.ABC):
     """x^(t) ↦ x^(t+1) for one energy; subclasses say which.
 
     Args:
@@ -77,32 +78,32 @@ class EnergyStep(nn.Module):
             field.start = h, n
         return h, field
 
+    @abc.abstractmethod
     def field(self, n: Tensor, frame: Frame) -> Any:
         """Return everything that the recursion does not change, from the normalised input."""
-        raise NotImplementedError
 
     def finish(self, field: Any, frame: Frame) -> None:
         """Be told that the recursion is over."""
 
+    @abc.abstractmethod
     def energy(self, u: Tensor, field: Any) -> Tensor:
         """Return E(u), [batch, S], in float32 or better."""
-        raise NotImplementedError
 
     def energy_per_head(self, u: Tensor, field: Any) -> Tensor | None:
         """Return the energy's terms per head, [batch, K, S], or None where there are no heads."""
         return None
 
+    @abc.abstractmethod
     def move(self, u: Tensor, field: Any) -> Tensor:
         """Return P s, the update without η."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def force(self, u: Tensor, field: Any, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return s = −∂E/∂u; with ``through`` given, P through(s), where P may differ from head to head."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def curvature_bound(self, field: Any) -> Tensor | float:
         """Return L such that E(u) − L/2 ‖u‖² is concave, a number or [batch, S, 1]."""
-        raise NotImplementedError
 
     def psd_margin(self) -> Tensor | None:
         """Return how far the preconditioner is from indefinite, or None where there is none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from dynprobe.errors import PromptError, did_you_mean
 from dynprobe.prompts._prompt import Prompt
@@ -63,7 +63,7 @@ def load_prompts(
     origin = "calibration" if source == "calibration" else "builtin"
     rows = _rows("calibration.jsonl" if source == "calibration" else "prompts.jsonl")
     chosen = [
-        Prompt(str(row["prompt_id"]), str(row["text"]), str(row["category"]), origin)
+        Prompt(row["prompt_id"], row["text"], row["category"], origin, paraphrase=row.get("paraphrase"))
         for row in rows
         if category in (None, row["category"]) and (source != "default" or row["default"])
     ]
@@ -78,6 +78,6 @@ def load_prompts(
 
 
 @functools.cache
-def _rows(name: str) -> tuple[dict[str, object], ...]:
+def _rows(name: str) -> tuple[dict[str, Any], ...]:
     text = resources.files("dynprobe.prompts").joinpath("data", name).read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.splitlines())

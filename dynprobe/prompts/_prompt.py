@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynprobe.errors import PromptError
 
@@ -28,6 +28,7 @@ class Prompt:
         source: where it came from: ``builtin``, ``calibration``, a file name, ``stdin``, ``given``.
         token_ids: ids to use instead of tokenising the text, or None.
         answer: the continuation that counts as right, for task criteria, or None.
+        paraphrase: other words for the same beginning, for null distributions, or None.
     """
 
     prompt_id: str
@@ -36,6 +37,7 @@ class Prompt:
     source: str = "given"
     token_ids: tuple[int, ...] | None = None
     answer: str | None = None
+    paraphrase: str | None = None
 
 
 def content_id(text: str) -> str:
@@ -122,12 +124,12 @@ def with_ids(prompts: Sequence[tuple[str | None, Prompt]]) -> list[Prompt]:
                 if name not in taken:
                     break
             taken.add(name)
-        result.append(Prompt(name, prompt.text, prompt.category, prompt.source, prompt.token_ids, prompt.answer))
+        result.append(replace(prompt, prompt_id=name))
     return result
 
 
 def content_hash(prompts: Iterable[Prompt]) -> str:
-    """Return a hash over ids, texts, categories, token ids and answers of the prompts, in their order.
+    """Return a hash over ids, texts, categories, token ids, answers and paraphrases, in their order.
 
     Where a prompt came from is left out: the same prompts read from another file are the same experiment.
 
@@ -142,7 +144,8 @@ def content_hash(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         ids = "" if prompt.token_ids is None else ",".join(map(str, prompt.token_ids))
         answer = () if prompt.answer is None else (prompt.answer,)
-        for part in (prompt.prompt_id, prompt.text, prompt.category or "", ids, *answer):
+        other = () if prompt.paraphrase is None else ("", prompt.paraphrase)  # no answer is empty
+        for part in (prompt.prompt_id, prompt.text, prompt.category or "", ids, *answer, *other):
             data = part.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little") + data)
         digest.update(bytes([prompt.category is not None, prompt.token_ids is not None]))

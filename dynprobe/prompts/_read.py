@@ -20,6 +20,7 @@ __all__ = ["read_prompts"]
 
 _TEXT_KEYS = ("text", "prompt")
 _ID_KEYS = ("prompt_id", "id")
+_EXTRA_KEYS = ("answer", "paraphrase")
 _FORMATS = ".txt (one prompt a line), .jsonl (one object a line with a key 'text'), or .parquet (a column 'text')"
 
 
@@ -114,7 +115,7 @@ def _from_parquet(file: Path) -> list[Prompt]:
 
     try:
         parquet = pq.ParquetFile(file)
-        wanted = {*_TEXT_KEYS, *_ID_KEYS, "category", "token_ids", "answer"}
+        wanted = {*_TEXT_KEYS, *_ID_KEYS, "category", "token_ids", *_EXTRA_KEYS}
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in wanted])
     except (pa.ArrowInvalid, OSError) as exc:
         first = str(exc).split("\n")[0]
@@ -147,10 +148,12 @@ def _row(row: Mapping[str, Any], where: str, source: str) -> tuple[str | None, P
     if category is not None and not isinstance(category, str):
         raise PromptError(f"{where}: 'category' must be a text, found {category!r:.60}.")
     ids = _token_ids(row.get("token_ids"), where)
-    answer = row.get("answer")
-    if answer is not None and (not isinstance(answer, str) or not answer):
-        raise PromptError(f"{where}: 'answer' must be a text, found {answer!r:.60}.")
-    return None if name is None else str(name), Prompt("", text, category, source, ids, answer)
+    for extra in _EXTRA_KEYS:
+        value = row.get(extra)
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise PromptError(f"{where}: {extra!r} must be a text, found {value!r:.60}.")
+    prompt = Prompt("", text, category, source, ids, row.get("answer"), row.get("paraphrase"))
+    return None if name is None else str(name), prompt
 
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...] | None:

@@ -59,6 +59,56 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
     "response_rel": ("response.rel/1", "‖h′−h‖/‖h‖", _AFFECTED, "last depth, mean over tokens", "Distance to clean."),
     "kl_clean_pert": ("output.kl/1", "nats", _AFFECTED, "mean over tokens", "KL(clean ‖ arm) under teacher forcing."),
 }
+_WRITTEN_SIZE = "size of the write at alpha50, from the median size written per unit of α nearby; no threshold there"
+#: Columns of a threshold run's trials and fits: table → column → (unit, description).
+_GRID: dict[str, dict[str, tuple[str, str]]] = {
+    "trials": {
+        "condition_id": ("", "Write, layer and seed; the strength stands in alpha."),
+        "alpha": ("scale", "Strength that was tried, in units of the row's scale; 0 in a sham row."),
+        "kind": ("", "Kind of the write: gaussian, direction, scale, rotate or dropout."),
+        "pos": ("tokens", "The one position that is written; −1 where all that the run names are written together."),
+        "seed": ("seed", "Seed of the noise of this row."),
+        "response": ("criterion", "Response of this row under the criterion, in the criterion's unit."),
+        "kl_clean_pert": ("nats", "KL(clean ‖ perturbed), mean over the affected tokens, teacher-forced."),
+        "flip_rate": ("fraction", "Share of the affected tokens whose top-1 changed."),
+        "remark": ("", "Why the search could not make sure of this row's bracket; empty where it could."),
+    },
+    "fits": {
+        "kind": ("", "Kind of the write: gaussian, direction, scale, rotate or dropout."),
+        "prompt_id": ("", "Prompt of this threshold, where each position has its own."),
+        "pos": ("tokens", "Position that is written, where each position has a threshold of its own."),
+        "headline": ("", "True for the estimate that is quoted, false for those beside it."),
+        "status": ("", "resolved, left-censored (below the range), right-censored (above it), not-resolved or missing."),
+        "reason": ("", "Why there is no value or no interval, or a remark beside it."),
+        "n": ("prompts", "Prompts that took part."),
+        "n_left": ("prompts", "Prompts whose threshold lies below the tested range."),
+        "n_right": ("prompts", "Prompts whose threshold lies above the tested range."),
+        "n_nonmonotone": ("prompts", "Prompts whose response falls somewhere as the strength rises."),
+        "n_recrossing": ("prompts", "Prompts whose response passes the level more than once."),
+        "n_missing": ("prompts", "Prompts left out: nothing finite was measured, or the level lies in the noise."),
+        "n_uncertain": ("rows", "Prompts and seeds whose bracket the search could not make sure of (remark in trials)."),
+        "spread": ("ln α", "Standard deviation over prompts of the logarithm of their thresholds."),
+        "method": ("", "How low and high were found: order statistics, a bootstrap, a bracket, a posterior."),
+        "boot_low": ("scale", "Lower end of the bootstrap interval over prompts."),
+        "boot_high": ("scale", "Upper end of the bootstrap interval over prompts."),
+        "confidence": ("probability", "Nominal coverage of the interval."),
+        "n_boot": ("resamples", "Bootstrap resamples; 0 where none were drawn."),
+        "slope": ("1", "β of the logistic curve in β·ln(α/alpha50); of the posterior its median."),
+        "width": ("ln α", "ln α95 − ln α5 of the logistic curve."),
+        "gamma": ("probability", "Base rate: share that reach the level where nothing is written."),
+        "lapse": ("probability", "Share that do not reach the level however strong the write."),
+        "deviance": ("1", "Deviance of the logistic curve."),
+        "nonlinear": ("", "Whether a broken stick predicts held-out prompts better than a power law."),
+        "error_stick": ("", "Mean squared error of the broken stick on prompts left out of its fit."),
+        "error_power": ("", "Mean squared error of the power law on prompts left out of its fit."),
+        "exponent": ("1", "Exponent of the power law through the responses."),
+        "monotone_p": ("probability", "Bootstrap p of a response that never falls; small means that it does."),
+        "written_relnorm": ("‖u‖/‖h‖", f"Relative norm: {_WRITTEN_SIZE}."),
+        "written_coordstd": ("calibration SD", f"Coordinate SDs: {_WRITTEN_SIZE}."),
+        "written_mad": ("1.4826·MAD", f"Robust coordinate scales: {_WRITTEN_SIZE}."),
+        "written_abs": ("model units", f"RMS of the displacement: {_WRITTEN_SIZE}."),
+    },
+}  # fmt: skip
 #: Metrics whose sample value runs over the span; the others run over all real tokens after the sink.
 _ON_SPAN = (
     "limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output", "cka", "rsa", "erank",
@@ -103,5 +153,10 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
             "id": metric_id, "unit": unit, "digest": digest, "span": span if runs_over == "span" else runs_over,
             "aggregation": how, "description": text,
         }  # fmt: skip
+    for table, described in _GRID.items():
+        for name, (unit, text) in described.items():
+            facts[f"{table}.{name}"] = {**facts.get(f"{table}.{name}", {}), "unit": unit, "description": text}
+    for name in (*PASSPORT, "kl_clean_pert", "flip_rate"):  # a trial is a sample that is measured in few words
+        facts[f"trials.{name}"] = {**facts[f"samples.{name}"], **facts.get(f"trials.{name}", {})}
     facts["kappa_phase_d"] |= {"id": "kappa.phase.paired/1", "digest": metrics.spec("kappa.phase.paired/1").digest}
     return facts

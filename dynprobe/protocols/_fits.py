@@ -105,11 +105,13 @@ def fits_table(trials: pd.DataFrame, config: Any) -> pd.DataFrame:
         place = f"|{named['prompt_id']}|{named['pos']}" if config.each_position else ""
         if place and curve.trials.empty:
             continue
+        uncertain = len(group[group["remark"].notna()].groupby(["prompt_id", "pos", "seed"], observed=True))
         for number, fit in enumerate(_fits(curve, str(named["criterion"]), config)):
             rows.append(
                 {
                     "fit_id": f"{named['criterion']}|{named['write']}{place}|{fit['estimator']}", **named,
-                    "level": level, "floor": floor, "headline": number == 0, **fit, **_other_units(curve, fit),
+                    "level": level, "floor": floor, "headline": number == 0, **fit,
+                    "n_uncertain": uncertain, **_other_units(curve, fit),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)

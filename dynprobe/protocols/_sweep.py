@@ -195,6 +195,7 @@ class _Sweep:
         groups = plan_batches(
             [len(r) for r in self.ready.rows], max_new_tokens=config.max_new_tokens, n_layers=subject.n_layers,
             dim=subject.dim or 1, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=self.exact,
+            early=False,
         )  # fmt: skip
         return [
             {"variant": variant, "prompts": group, "layer": layer, "clean": layer == self.layers[0]}

@@ -25,21 +25,19 @@ from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject, tokenize
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._batch import Produced
-from dynprobe.protocols._criteria import NULL_ALPHA, NULL_SEEDS, Criterion, criterion_named, null_level
+from dynprobe.protocols._criteria import Criterion, criterion_named, null_level
 from dynprobe.protocols._execute import Listener, Progress, execute
 from dynprobe.protocols._fits import fits_table
 from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
+from dynprobe.protocols._null import numerical_null, paraphrase_null, refuse_without_paraphrases
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._threshold_config import BOTH_SCALES, ThresholdConfig
 from dynprobe.protocols._trials import Trials, positions_of, rows_to_try
-from dynprobe.protocols._trunk import Request, Trunk, roads_of
+from dynprobe.protocols._trunk import Trunk, roads_of
 from dynprobe.runs import Run, RunWriter
 
 __all__ = ["ThresholdConfig", "threshold"]
-
-#: First seed of the null, far from those a user would name.
-_NULL_SEED = 10_000_019
 
 
 def threshold(
@@ -123,6 +121,8 @@ def _refuse(ready: Prepared) -> None:
         raise UsageError("the mean response needs the same strengths for all prompts; add --alphas 0.01:10:32")
     if config.level is not None and len(config.criterion) > 1:
         raise UsageError("--level belongs to one criterion; name one")
+    if "kappa" in config.criterion and config.null == "paraphrase" and config.level is None:
+        refuse_without_paraphrases(ready.prompts)
     if config.level is not None and config.criterion[0] != "kappa" and config.level <= 0:
         raise UsageError(f"level={config.level:g} is reached where nothing is written; give one above 0")
     if config.each_position and not any(
@@ -161,8 +161,8 @@ def _answer(ready: Prepared, index: int) -> tuple[int, ...]:
     whole = tokenize(ready.subject, [prompt.text + prompt.answer])[0]
     if whole[: len(row)] != row or len(whole) == len(row):
         raise UsageError(
-            f"the answer of prompt {prompt.prompt_id!r} ({prompt.text!r:.60} + {prompt.answer!r:.40}) does not begin at "
-            'a token boundary; move the space between prompt and answer into the answer (" Paris")'
+            f"the answer of prompt {prompt.prompt_id!r} ({prompt.text!r:.60} + {prompt.answer!r:.40}) does not begin "
+            'at a token boundary; move the space between prompt and answer into the answer (" Paris")'
         )
     return tuple(whole[len(row) :])
 
@@ -249,25 +249,23 @@ class _Threshold:
         return Produced({"trials": table}, facts={**facts, "roads": roads_of(trunk)})
 
     def _level(self, criterion: Criterion, write: str) -> float:
-        """The level a response must reach; for ``kappa`` the 99 % quantile under writes of numerical size."""
+        """The level a response must reach; for ``kappa`` the 99 % quantile of its null."""
         if self.config.level is not None:
             return self.config.level
         if criterion.level is not None:
             return criterion.level
-        key = (criterion.name, write)
+        key = (criterion.name, "" if self.config.null == "paraphrase" else write)
         if key not in self._levels:
-            _, perturbs = self.writes[write]
-            values: list[float] = []
-            groups = {tuple(unit["prompts"]): None for unit in self.plan()}
-            for group in groups:
-                trunk = self._trunk(criterion, group)
-                tiny = Perturb(NULL_ALPHA, scale="relnorm", where=perturbs[0].where)
-                requests = [
-                    Request(text, tiny.replace(seed=_NULL_SEED + s))
-                    for text in range(len(group)) for s in range(NULL_SEEDS)
-                ]  # fmt: skip
-                for branch in trunk.branches(requests):
-                    values += criterion.response(branch, trunk).tolist()
+            groups = list({tuple(unit["prompts"]): None for unit in self.plan()})
+            if self.config.null == "paraphrase":
+                values = paraphrase_null(
+                    self.ready.subject, self.ready.prompts, ((g, self._trunk(criterion, g)) for g in groups),
+                    lambda texts: self._new_trunk(texts, criterion), self.config.chat_template,
+                )  # fmt: skip
+            else:
+                values = numerical_null(
+                    (self._trunk(criterion, g) for g in groups), criterion, self.writes[write][1][0]
+                )
             self._levels[key] = null_level(values)
         return self._levels[key]
 
@@ -282,13 +280,15 @@ class _Threshold:
             )
             for i in chosen
         ]
-        trunk = Trunk(
-            ready.subject, texts, self.calibration,
-            partners=[list(ready.rows[(i + 1) % len(ready.rows)]) for i in chosen], which=criterion.which,
+        partners = [list(ready.rows[(i + 1) % len(ready.rows)]) for i in chosen]
+        self._held = (key, self._new_trunk(texts, criterion, partners))
+        return self._held[1]
+
+    def _new_trunk(self, texts: Sequence[Text], criterion: Criterion, partners: Sequence[Sequence[int]] = ()) -> Trunk:
+        return Trunk(
+            self.ready.subject, texts, self.calibration, partners=partners, which=criterion.which,
             most_rows=self.config.batch_size if isinstance(self.config.batch_size, int) else None,
         )  # fmt: skip
-        self._held = (key, trunk)
-        return trunk
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: a search has no means until it is done."""

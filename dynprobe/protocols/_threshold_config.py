@@ -21,6 +21,9 @@ class ThresholdConfig(GridConfig):
     scale: tuple[str, ...] = Field(BOTH_SCALES, description="Noise scales.")
     criterion: tuple[str, ...] = Field(("kl",), description="kl, flip, kappa or task.")
     level: float | None = Field(None, description="Level of the response, in place of the criterion's own.")
+    null: Literal["numerical", "paraphrase"] = Field(
+        "numerical", description="Null of kappa: writes of relative norm 1e-6, or paraphrases of the prompts."
+    )
     alpha_min: float | None = Field(None, gt=0, description="Lowest strength of the search.")
     alpha_max: float | None = Field(None, gt=0, description="Highest strength of the search.")
     each_position: bool = Field(False, description="One threshold per layer and position: a fragility map.")
@@ -29,7 +32,9 @@ class ThresholdConfig(GridConfig):
     )
     trials: int = Field(200, ge=8, description="Trials of placement=quest, at most.")
     tolerance: float = Field(0.05, gt=0, description="Wanted relative precision of each prompt's threshold.")
-    max_evaluations: int = Field(7, ge=3, description="Perturbed rows per prompt, at most; one sham row is added.")
+    max_evaluations: int = Field(
+        7, ge=3, description="Perturbed rows per prompt and threshold, at most; a few sham rows are added."
+    )
     estimand: Literal["prompt", "mean"] = Field(
         "prompt", description="prompt: median over prompts; mean: crossing of the mean response (needs --alphas)."
     )

@@ -97,8 +97,8 @@ class Trials:
         tried = self.rows[row]
         sizes = {name: float(values[i]) for name, values in branch.passport.items() if name.startswith("alpha_")}
         return {
-            "row": row, "text": tried.text, "condition_id": tried.condition_id, "kind": tried.perturb.kind, "pos": tried.pos,
-            "seed": tried.perturb.seed, "alpha": alpha, "response": response, "trial_round": number,
+            "row": row, "text": tried.text, "condition_id": tried.condition_id, "kind": tried.perturb.kind,
+            "pos": tried.pos, "seed": tried.perturb.seed, "alpha": alpha, "response": response, "trial_round": number,
             "kl_clean_pert": float(branch.mean("kl_clean_pert")[i]), "flip_rate": float(branch.mean("flip")[i]),
             **sizes,
         }  # fmt: skip

@@ -221,15 +221,16 @@ class Trunk:
     ) -> dict[str, np.ndarray]:
         width = mask.shape[1]
         found = {name: np.zeros((len(source), width)) for name in ("kl_clean_pert", "flip")}
-        for row, text in enumerate(source):
-            columns = np.flatnonzero(mask[row, start:])
+        for text in np.unique(source):
+            rows = np.flatnonzero(source == text)
+            columns = np.flatnonzero(mask[rows[0], start:])
             if not len(columns):
                 continue
             span = slice(int(columns[0]), int(columns[-1]) + 1)
             whole = slice(span.start + start, span.stop + start)
-            pair = metrics.paired_output(self.logits[text : text + 1, whole], logits[row : row + 1, span])
+            pair = metrics.paired_arms(self.logits[text, whole], [logits[row, span] for row in rows])
             for name, grid in pair.items():
-                found[name][row, whole] = grid[0]
+                found[name][rows, whole] = grid
         return found
 
     def right(self, source: np.ndarray, logits: Tensor, start: int = 0) -> np.ndarray:

@@ -123,6 +123,8 @@ COLUMNS: dict[str, Column] = {
     "low": Column("float64", "Lower end of the interval; −inf below the tested range.", "scale"),
     "high": Column("float64", "Upper end of the interval; +inf above the tested range.", "scale"),
     "criterion": Column("label", "What counts as destabilised."),
+    "remark": Column("label", "Why the bracket of this row is uncertain; empty where it is not."),
+    "n_uncertain": Column("int32", "Rows whose bracket is uncertain.", "rows"),
     "fit_id": Column("label", "Name of the fit."),
     "task": Column("label", "Name of the task."),
     "doc_id": Column("label", "Name of the item inside its task."),

@@ -119,7 +119,7 @@ def test_the_truth_is_found_within_tolerance_for_every_prompt(made_up: Any, tmp_
     assert best["low"] < best["alpha50"] < best["high"]
     assert (best["n"], best["n_left"], best["n_right"], best["level"]) == (7, 0, 0, 1.0)
     # A round is one batch for all prompts.
-    assert asked[:3] == [7, 4, 7 * 3]  # sham rows, next to nothing for a few of them, and the first round
+    assert asked[:3] == [4, 4, 7 * 3]  # sham rows, next to nothing, for a few texts; and the first round for all
     assert len(asked) - 2 == trials["trial_round"].max() + 1 <= 7
 
 
@@ -269,8 +269,18 @@ def test_the_floor_is_the_largest_response_to_nothing_or_next_to_nothing(
     run = dp.threshold(tiny_llama(), made_up[:7], scale="relnorm", out=tmp_path)
     assert headline(run)["floor"] == pytest.approx(0.02)
     trials = run.table("trials")
-    assert len(trials[trials["alpha"] == 0]) == 7
+    assert len(trials[trials["alpha"] == 0]) == 4
     assert trials.loc[trials["alpha"] > 0, "alpha"].min() >= 0.01  # writes next to nothing are no trials
+
+
+def test_a_bracket_that_could_not_be_closed_says_so(made_up: Any, tmp_path: Path, answer: Any) -> None:
+    answer(closed)
+    run = dp.threshold(tiny_llama(), made_up, scale="relnorm", tolerance=1e-4, max_evaluations=3, out=tmp_path)
+    trials = run.table("trials")
+    open_rows = trials[trials["remark"].notna()].groupby("prompt_id", observed=True).ngroups
+    assert headline(run)["n_uncertain"] == open_rows > 0
+    sure = dp.threshold(tiny_llama(), made_up, scale="relnorm", out=tmp_path)
+    assert headline(sure)["n_uncertain"] == 0
 
 
 def test_seeds_are_replicates_inside_their_prompt(made_up: Any, tmp_path: Path, answer: Any) -> None:
@@ -489,6 +499,23 @@ def test_several_criteria_each_have_their_own_threshold(llama: Any, prompts: Any
         done = dp.run(llama, prompts[:3], perturb=f"alpha={alpha!r},layers=1", max_new_tokens=0, out=tmp_path)
         row = done.samples[done.samples["sample_id"].astype(str) == "p1|perturbed.forced|0"].iloc[0]
         assert kappa[alpha] == pytest.approx(row["kappa_phase_d"], rel=1e-3, abs=1e-7)
+
+
+def test_the_null_of_paraphrases_is_the_spread_of_clean_kappa(llama: Any, prompts: Any, tmp_path: Path) -> None:
+    texts = ["a quick brown fox", "over the lazy dog", "how vexingly quick"]
+    said = ["a fast brown fox", "across an idle dog again", "how daftly quick"]
+    given = [Prompt(f"q{i}", t, paraphrase=o) for i, (t, o) in enumerate(zip(texts, said, strict=True))]
+    settings: dict[str, Any] = {"scale": "relnorm", "criterion": "kappa", "layers": 1, "n_boot": 200, "out": tmp_path}
+    run = dp.threshold(llama, given, null="paraphrase", **settings)
+    alone = {}
+    for group in (texts, said):
+        done = dp.run(llama, group, max_new_tokens=0, out=tmp_path / "clean")
+        alone |= dict(zip(group, done.samples.query("condition_id == 'clean'")["kappa_phase"], strict=True))
+    apart = np.array([alone[o] - alone[t] for t, o in zip(texts, said, strict=True)])
+    assert headline(run)["level"] == pytest.approx(np.quantile([*apart, *-apart], 0.99), rel=1e-4)
+    assert run.path != dp.threshold(llama, given, **settings).path
+    with pytest.raises(UsageError, match=r"paraphrase for every prompt, and 1 have none \(first: 'x'\)"):
+        dp.threshold(llama, [*given, Prompt("x", "no other words")], null="paraphrase", **settings)
 
 
 def test_the_null_of_kappa_is_the_quantile_under_writes_of_numerical_size(
