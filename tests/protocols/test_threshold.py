@@ -13,7 +13,7 @@ import pytest
 import dynprobe as dp
 from dynprobe.errors import DynprobeError, InterruptedRunError, SiteError, UsageError
 from dynprobe.metrics.statistics import first_crossing
-from dynprobe.prompts import Prompt
+from dynprobe.prompts import Prompt, from_texts
 from dynprobe.protocols import ThresholdConfig, _execute, _fits, _threshold
 from dynprobe.protocols._criteria import CRITERIA, Criterion, criterion_named, null_level
 from dynprobe.protocols._fits import crossings_of
@@ -510,7 +510,8 @@ def test_the_null_of_paraphrases_is_the_spread_of_clean_kappa(llama: Any, prompt
     alone = {}
     for group in (texts, said):
         done = dp.run(llama, group, max_new_tokens=0, out=tmp_path / "clean")
-        alone |= dict(zip(group, done.samples.query("condition_id == 'clean'")["kappa_phase"], strict=True))
+        clean = done.samples.query("condition_id == 'clean'").set_index("prompt_id")["kappa_phase"]
+        alone |= {prompt.text: clean[prompt.prompt_id] for prompt in from_texts(group)}
     apart = np.array([alone[o] - alone[t] for t, o in zip(texts, said, strict=True)])
     assert headline(run)["level"] == pytest.approx(np.quantile([*apart, *-apart], 0.99), rel=1e-4)
     assert run.path != dp.threshold(llama, given, **settings).path
