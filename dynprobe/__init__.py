@@ -24,6 +24,7 @@ _PUBLIC: dict[str, str] = {
     "discover": "dynprobe.probes",
     "doctor": "dynprobe.protocols",
     "fetch": "dynprobe.models",
+    "ingest": "dynprobe.protocols",
     "load": "dynprobe.probes",
     "open": "dynprobe.runs",
     "perturb": "dynprobe.probes",
@@ -32,6 +33,7 @@ _PUBLIC: dict[str, str] = {
     "record": "dynprobe.probes",
     "resume": "dynprobe.probes",
     "run": "dynprobe.protocols",
+    "iterate": "dynprobe.protocols",
     "sweep": "dynprobe.protocols",
     "threshold": "dynprobe.protocols",
 }
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from dynprobe.probes import resume as resume
     from dynprobe.protocols import calibrate as calibrate
     from dynprobe.protocols import doctor as doctor
+    from dynprobe.protocols import ingest as ingest
+    from dynprobe.protocols import iterate as iterate
     from dynprobe.protocols import plan as plan
     from dynprobe.protocols import run as run
     from dynprobe.protocols import sweep as sweep

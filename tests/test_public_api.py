@@ -10,7 +10,7 @@ import dynprobe as dp
 
 NAMES = [
     "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "calibrate", "capture", "cli", "discover",
-    "doctor", "errors", "fetch", "load", "metrics", "models", "open", "perturb", "plan", "probes", "prompts",
+    "doctor", "errors", "fetch", "ingest", "load", "metrics", "models", "open", "perturb", "plan", "probes", "prompts",
     "protocols", "readout", "record", "resume", "run", "runs", "sweep", "testing", "threshold",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.

@@ -81,9 +81,15 @@ def settings_of(given: dict[str, Any], kind: Any = None) -> dict[str, Any]:
     if settings.get("prompts") is not None:
         settings["prompts"] = Path(settings["prompts"])  # a file; the same words as text would be a prompt
     if not settings.get("model"):
-        raise UsageError(
-            "no model was named; add --model smollm2-135m (no hub needed), a hub id such as gpt2, or a folder"
-        )
+        from dynprobe.models import DEFAULT_MODEL
+
+        settings["model"] = DEFAULT_MODEL
+        if not settings.get("quiet"):
+            print(  # noqa: T201
+                f"no --model was named: using {DEFAULT_MODEL}, the small byte-level model that comes with dynprobe "
+                "(others: --model smollm2-135m, a hub id such as gpt2, or a folder)",
+                file=sys.stderr,
+            )
     return settings
 
 
@@ -167,6 +173,8 @@ def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: 
     elif figure is not None:
         found.plot.draw(plot, save=figure)
         print(figure)  # noqa: T201
+        for line in _render.drawn(found, plot):
+            print(line)  # noqa: T201
     elif columns:
         _render.columns(found)
     else:

@@ -15,6 +15,10 @@ Layers = Annotated[str, typer.Option(help="Layers that are written, each alone: 
 Kind = Annotated[
     list[str] | None, typer.Option(help="Kind of write: gaussian, direction, scale, rotate, dropout; may be repeated.")
 ]
+SweptKind = Annotated[
+    list[str] | None,
+    typer.Option(help="Kind of write: gaussian, direction, scale, rotate, dropout, impulse, sine; may be repeated."),
+]
 Seeds = Annotated[str, typer.Option(help="Seeds of the noise: 0, 0:4, 1+5+9.")]
 Positions = Annotated[str | None, typer.Option(help="Positions that are written, e.g. 1:, last, 5; default 1:.")]
 Component = Annotated[str, typer.Option(help="resid_post, resid_pre, attn_out or mlp_out.")]
@@ -49,11 +53,11 @@ def _sweep(
     ] = "0.01:3:16",
     layers: Layers = "50%",
     scale: Annotated[list[str] | None, typer.Option(help="Noise scale; may be repeated. Default relnorm.")] = None,
-    kind: Kind = None,
+    kind: SweptKind = None,
     seeds: Seeds = "0",
     positions: Positions = None,
     component: Component = "resid_post",
-    period: Annotated[float | None, typer.Option(help="Tokens per cycle of --kind sine.")] = None,
+    period: Annotated[float | None, typer.Option(help="Tokens per cycle of --kind sine, which needs it.")] = None,
     controls: Annotated[str, typer.Option(help="Any of sham, sign, energy, twin, scrambled; or none.")] = "sham",
     tables: Annotated[str, typer.Option(help="samples, or all (adds tokens, depths and profiles).")] = "samples",
     direction: option.Direction = None,
@@ -114,14 +118,20 @@ def _threshold(
     alphas: Annotated[
         str, typer.Option(help="Run this fixed grid of strengths in place of the search, e.g. 0.01:10:32.")
     ] = "",
-    alpha_min: Annotated[float | None, typer.Option(help="Lowest strength of the search.")] = None,
-    alpha_max: Annotated[float | None, typer.Option(help="Highest strength of the search.")] = None,
+    alpha_min: Annotated[
+        float | None, typer.Option(help="Lowest strength of the search; default 0.01 (kappa 1e-5).")
+    ] = None,
+    alpha_max: Annotated[
+        float | None, typer.Option(help="Highest strength of the search; default 10 (kappa 3; dropout at most 0.95).")
+    ] = None,
     placement: Annotated[
         str, typer.Option(help="search: a bracket per prompt; quest: one posterior over prompts and fresh seeds.")
     ] = "search",
     trials: Annotated[int, typer.Option(help="Trials of --placement quest, at most.")] = 200,
     tolerance: Annotated[float, typer.Option(help="Relative precision of each prompt's threshold.")] = 0.05,
-    max_evaluations: Annotated[int, typer.Option(help="Perturbed rows per prompt, at most.")] = 7,
+    max_evaluations: Annotated[
+        int, typer.Option(help="Perturbed rows per prompt and threshold, at most (flip 2 more, kappa 6 more).")
+    ] = 7,
     estimand: Annotated[str, typer.Option(help="prompt: median over prompts; mean: of the mean response.")] = "prompt",
     n_boot: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
     confidence: Annotated[float, typer.Option(help="Coverage of the interval.")] = 0.95,

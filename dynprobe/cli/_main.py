@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     import typer
 
-    from dynprobe.cli import _grid_app  # noqa: F401 - its commands join the app
+    from dynprobe.cli import _grid_app, _ingest_app, _iterate_app  # noqa: F401 - their commands join the app
     from dynprobe.cli._app import app
     from dynprobe.errors import DynprobeError
 

@@ -32,7 +32,13 @@ __all__ = [
     "TrustRemoteCode",
 ]
 
-Model = Annotated[str | None, typer.Option(help="Hub id, local folder, GGUF file, or known name (smollm2-135m).")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id, local folder, GGUF file, or known name (smollm2-135m, tiny-llama, tiny-cem, tiny-csm). "
+        "Left out: tiny-llama, which comes with dynprobe."
+    ),
+]
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")]
 Prompts = Annotated[str | None, typer.Option(help="File of prompts: .txt, .jsonl, .parquet, or - for standard input.")]
 Category = Annotated[list[str] | None, typer.Option(help="Keep prompts of this category; may be repeated.")]

@@ -23,6 +23,7 @@ __all__ = [
     "calibration",
     "columns",
     "diagnosis",
+    "drawn",
     "listing",
     "plan",
     "run",
@@ -71,22 +72,29 @@ def summary_table(summary: Mapping[str, Any], title: str) -> Table:
 
 
 def run(found: Run) -> None:
-    """Print a run: what was done, its table, its self-tests."""
+    """Print a run of any protocol: what was done, its tables, its self-tests."""
+    from dynprobe.cli import _render_grid, _render_iterate
+    from dynprobe.cli._render_head import head
+
     console = new_console()
     manifest = found.manifest
     console.print(Text(f"run {found.path}", style="bold"), soft_wrap=True)
-    for line in _what(found):
+    for line in head(found):
         console.print(line, soft_wrap=True)
     summary = found.summary
-    if summary and summary.get("conditions"):
+    if found.status != "complete" or not summary:
+        console.print(_unfinished(found), soft_wrap=True)
+    elif summary.get("protocol") == "sweep":
+        _render_grid.sweep(found)
+    elif summary.get("protocol") == "threshold":
+        _render_grid.threshold(found)
+    elif summary.get("protocol") == "iterate":
+        _render_iterate.iterate(found)
+    elif summary.get("conditions"):
         n = next(iter(summary["conditions"].values()))["samples"]
         console.print(summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm"))
         for line in _flags(summary["conditions"]):
             console.print(line, soft_wrap=True)
-    else:
-        console.print(
-            f"status {found.status}: {len(manifest.finished)} batches finished; the same command continues it"
-        )
     if isinstance(manifest.dtypes, dict) and manifest.dtypes.get("low_precision_angles"):
         console.print(
             f"warning: states are {manifest.dtypes.get('weights')}; its rounding alone turns a state by up to "
@@ -97,10 +105,19 @@ def run(found: Run) -> None:
     if tests:
         words = [f"{name} {'ok' if t['passed'] else 'FAILED'} ({_short(t['value'])})" for name, t in tests.items()]
         console.print("self-tests: " + " · ".join(words), soft_wrap=True)
+    table = '.table("fits")' if summary.get("protocol") == "threshold" else ".samples"
     console.print(
-        f"tables: dp.open({str(found.path)!r}).samples   columns: dynprobe show {found.path} --columns",
+        f"tables: dp.open({str(found.path)!r}){table}   columns: dynprobe show {found.path} --columns",
         soft_wrap=True,
     )  # fmt: skip
+
+
+def _unfinished(found: Run) -> str:
+    """How far a run is, and what to do about it."""
+    plan = found.manifest.batch_plan
+    of = f" of {len(plan)}" if isinstance(plan, list) else ""
+    said = f"status {found.status}: {len(found.manifest.finished)}{of} batches finished"
+    return f"{said}; the same command continues it" if found.status == "interrupted" else said
 
 
 #: What a row's status means for a reader of the table.
@@ -120,56 +137,6 @@ def _flags(conditions: Mapping[str, Any]) -> list[str]:
         for status, count in (entry.get("status") or {}).items()
         if status != "ok"
     ]
-
-
-def _what(found: Run) -> list[str]:
-    """The lines that name unit, site and prompts."""
-    manifest, config = found.manifest, found.manifest.config
-    model = manifest.model if isinstance(manifest.model, dict) else {}
-    dtype = manifest.dtypes.get("weights") if isinstance(manifest.dtypes, dict) else None
-    weights = manifest.weights.get("hash") if isinstance(manifest.weights, dict) else None
-    name = model.get("model_id") or manifest.model_name
-    lines = [f"model   {name}, {dtype}, weights {str(weights)[:28]}"]
-    for spec in config.get("perturb") or ():
-        lines.append(f"perturb {spec}")
-        lines.append(f"        {_unit(spec)}")
-    if not manifest.rows().get("prompts"):
-        return lines
-    sources = found.prompts["source"].astype(str)
-    words = {"builtin": "built-in", "given": "given in the call", "token ids": "given as token ids"}
-    source = " and ".join(words.get(s, f"from {s}") for s in dict.fromkeys(sources))
-    if config.get("category"):
-        source += ", " + "+".join(config["category"])
-    new = config.get("max_new_tokens")
-    mode = (
-        "greedy" if not config.get("temperature") else f"temperature {config['temperature']}, top-p {config['top_p']}"
-    )
-    lines.append(
-        f"prompts {len(sources)} {source}, chat template {config.get('chat_template')}, "
-        + (f"prefill + {new} new tokens, {mode}" if new else "prefill only")
-    )
-    return lines
-
-
-_UNITS = {
-    "relnorm": "α is the size of the write as a share of each state's norm (‖u‖/‖h‖ = α)",
-    "coordstd": "α is in standard deviations of each coordinate over the calibration prompts",
-    "mad": "α is in robust deviations (1.4826·MAD) of each state's own coordinates",
-    "cov": "α scales noise with the calibration covariance of the site",
-    "abs": "α is the standard deviation of the noise in the model's own units",
-    "interp": "α is the share of the way to the state of the next prompt",
-    "neftune": "α is NEFTune's: α/√(L·d) times uniform noise",
-    "isokl": "α is the mean KL in nats that each row's strength was solved for",
-}
-_KIND_UNITS = {"scale": "h' = (1 + α)h", "rotate": "α is an angle in radians", "dropout": "α is a probability"}
-
-
-def _unit(spec: str) -> str:
-    from dynprobe.probes import Perturb
-
-    parsed = Perturb.parse(spec)
-    crest = ", at the crest of the sine" if parsed.kind == "sine" else ""
-    return _KIND_UNITS.get(parsed.kind) or _UNITS.get(parsed.scale, "") + crest
 
 
 def plan(cost: Estimate) -> None:
@@ -249,12 +216,25 @@ def columns(found: Run) -> None:
     _frame(found.columns(), f"columns of {found.path.name}")
 
 
+def drawn(found: Run, plot: str | None) -> list[str]:
+    """What a figure shows, and the names of the run's others."""
+    names = list(found.plot.own()) or ["depth"]
+    chosen, criteria = plot or names[0], [str(name) for name in found.manifest.config.get("criterion") or ()]
+    lines = []
+    if chosen == "heatmap" and len(criteria) > 1:
+        lines.append(f"drawn: {criteria[0]}; others in Python: dp.open(…).plot.heatmap({criteria[1]!r})")
+    others = [name for name in names if name != chosen]
+    if others:
+        lines.append(f"drawn: {chosen}; other pictures of this run: " + ", ".join(f"--plot {name}" for name in others))
+    return lines
+
+
 def listing(found: pd.DataFrame, folder: Path) -> None:
     """Print the runs of a folder."""
     if not len(found):
         new_console().print(f"no runs in {folder}")
         return
-    _frame(found, f"runs in {folder}")
+    _frame(found.drop(columns="time"), f"runs in {folder}")  # the name of a folder begins with its time
 
 
 def _frame(frame: pd.DataFrame, title: str) -> None:

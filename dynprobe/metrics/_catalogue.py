@@ -39,6 +39,8 @@ MODULES = (
     "_convergence",
     "_exit_rules",
     "_coupling",
+    "_energy",
+    "_energy_tying",
     "_plateau",
     "_criteria",
 )

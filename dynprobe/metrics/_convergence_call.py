@@ -11,7 +11,7 @@ from dynprobe.metrics._compute import compute
 from dynprobe.metrics._registry import column_name, format_id
 from dynprobe.metrics._result import Result
 
-__all__ = ["TOLERANCES", "convergence"]
+__all__ = ["TOLERANCES", "convergence", "convergence_ids"]
 
 _STATES = (
     "delta.rel_prev/1",
@@ -45,6 +45,42 @@ TOLERANCES: Mapping[str, float] = MappingProxyType(
 )
 
 
+def _limits(tol: Mapping[str, float] | None) -> dict[str, float]:
+    limits = dict(TOLERANCES)
+    for name, value in (tol or {}).items():
+        if name not in limits:
+            raise MetricError(
+                f"no residual {name!r}.{did_you_mean(name, limits)} Tolerances are known for {', '.join(limits)}."
+            )
+        limits[name] = value
+    return limits
+
+
+def _rules(limits: Mapping[str, float], patience: int) -> list[dict[str, Any]]:
+    """Parameters of ``converge.iterations`` by every residual of the states."""
+    of_output = {column_name(metric) for metric in _LOGITS}
+    hits = {name: max(patience, 2) if name == "converge_accel" else patience for name in limits}
+    return [{"of": name, "tol": limits[name], "patience": hits[name]} for name in limits if name not in of_output]
+
+
+def convergence_ids(tol: Mapping[str, float] | None = None, patience: int = 1) -> tuple[str, ...]:
+    """Return the ids of everything :func:`convergence` computes of states, for :func:`measure` and its like.
+
+    Args:
+        tol: Tolerances by residual that take the place of :data:`TOLERANCES`.
+        patience: How many residuals in a row must be below; the acceleration always waits for two, as published.
+
+    Raises:
+        MetricError: A tolerance is for no known residual.
+
+    Example:
+        >>> [i for i in convergence_ids() if "delta_rel_next" in i]
+        ['converge.iterations/1{of=delta_rel_next,tol=0.03}']
+    """
+    rules = (format_id("converge.iterations/1", rule) for rule in _rules(_limits(tol), patience))
+    return (*_STATES, "converge.rho/1", *rules)
+
+
 def convergence(
     X: Any, logits: Any = None, *, mask: Any = None, tol: Mapping[str, float] | None = None, patience: int = 1
 ) -> dict[str, Result]:
@@ -73,28 +109,17 @@ def convergence(
         >>> found["converge.iterations/1"].reason, found["converge.iterations/1"].extras["time"]
         (None, 10.0)
     """
-    limits = dict(TOLERANCES)
-    for name, value in (tol or {}).items():
-        if name not in limits:
-            raise MetricError(
-                f"no residual {name!r}.{did_you_mean(name, limits)} Tolerances are known for {', '.join(limits)}."
-            )
-        limits[name] = value
-    out = {metric: compute(metric, X, mask=mask) for metric in _STATES}
-    out["converge.rho/1"] = compute("converge.rho/1", X, mask=mask)
-    of_output = {column_name(metric): metric for metric in _LOGITS}
-    for name, limit in limits.items():
-        if name in of_output:
-            continue
-        hits = max(patience, 2) if name == "converge_accel" else patience
-        found = compute("converge.iterations/1", X, mask=mask, of=name, tol=limit, patience=hits)
+    limits, of_output = _limits(tol), {column_name(metric): metric for metric in _LOGITS}
+    out = {metric: compute(metric, X, mask=mask) for metric in (*_STATES, "converge.rho/1")}
+    for rule in _rules(limits, patience):
+        found = compute("converge.iterations/1", X, mask=mask, **rule)
         out[found.metric_id] = found
     if logits is None:
         return out
     for name, metric in of_output.items():
         out[metric] = compute(metric, logits)
-        rule = format_id("converge.exit/1", {"tol": limits[name], "patience": patience})
+        leave = format_id("converge.exit/1", {"tol": limits[name], "patience": patience})
         profile = out[metric].profile
-        out[f"{metric} → {rule}"] = compute(rule, [] if profile is None else profile)
+        out[f"{metric} → {leave}"] = compute(leave, [] if profile is None else profile)
     out["huginn.argmax_stable/1"] = compute("huginn.argmax_stable/1", logits)
     return out

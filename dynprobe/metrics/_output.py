@@ -5,15 +5,17 @@ pass for the maximum, one for the shifted logits, one for their exponentials, tw
 group maxima, not from a sort.
 
 KL(clean ‖ arm) is not taken as a difference of two log-normalisers, which would leave 1e-6 nats of rounding in float32.
-With δ = (difference of log-probabilities up to a constant) − c, KL = log(1 + Σ p·expm1(−δ)) + Σ p·δ for any constant c;
-with c near Σ p·δ both terms are of the size of the KL itself. Rows with differences beyond 60 nats are done in float64.
+With d = arm − clean − c, KL = log(1 + Σ p·expm1(d)) − Σ p·d for any constant c; with c near Σ p·(arm − clean) both
+terms are of the size of the KL itself, and logits that are near each other are subtracted without rounding. Rows with
+differences beyond 60 nats, or with a common shift so large that its rounding shows, are done in float64. Arms of one
+clean row share its softmax; everything else is done arm by arm, so no arm sees the others.
 
 A row with a logit that is not finite has no read-out: NaN, not a guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +23,20 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics._result import Array
 
-__all__ = ["lens_output", "output_metrics", "paired_output"]
+__all__ = ["lens_output", "output_metrics", "paired_arms", "paired_output"]
 
+#: What one core works on at a time: half of a usual second-level cache.
 CHUNK_BYTES = 1 << 20
 CHUNK_BYTES_DEVICE = 1 << 28
 GROUP = 192
+#: Differences of log-probabilities beyond which a row is done in float64.
 FAR = 60.0
+#: Differences up to which float32 rows take the series of expm1.
+NEAR = 2.0**-5
+#: Differences up to which no growth exceeds a quarter: e^x − 1 − x < 1/4.
+MODEST = 0.625
+#: Square of a common shift of all logits, in units of the KL, beyond which its rounding shows.
+SHIFTED = 2.0**14
 
 
 def _arithmetic(x: torch.Tensor) -> torch.dtype:
@@ -34,10 +44,31 @@ def _arithmetic(x: torch.Tensor) -> torch.dtype:
 
 
 def _chunks(n_rows: int, vocab: int, device: torch.device, size: int) -> Iterator[slice]:
-    budget = CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES_DEVICE
+    budget = CHUNK_BYTES * torch.get_num_threads() if device.type == "cpu" else CHUNK_BYTES_DEVICE
     rows = max(1, budget // max(1, vocab * size))
     for start in range(0, n_rows, rows):
         yield slice(start, min(start + rows, n_rows))
+
+
+def _group_tops(x: torch.Tensor) -> torch.Tensor:
+    """Largest entry of every group of neighbours, the last group being what is left over, [r, groups]."""
+    vocab = x.shape[1]
+    size = min(GROUP, vocab)
+    whole = vocab // size * size
+    tops = x[:, :whole].unflatten(1, (-1, size)).amax(-1)
+    return tops if whole == vocab else torch.cat([tops, x[:, whole:].amax(-1, keepdim=True)], 1)
+
+
+def _members(group: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Columns of each row's group; of a group cut short by the end of the row, the last columns there are."""
+    size = min(GROUP, vocab)
+    return (group * size).clamp(max=vocab - size)[:, None] + torch.arange(size, device=group.device)
+
+
+def _best(x: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
+    """First index of the largest of each row of [r, V], whose group maxima are known."""
+    members = _members(tops.argmax(-1).to(x.device), x.shape[1])
+    return members.gather(1, x.gather(1, members).argmax(-1, keepdim=True))[:, 0]
 
 
 def _top_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,12 +78,9 @@ def _top_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         first, where = x.max(-1)
         rest = x.scatter(1, where[:, None], -torch.inf) if vocab > 1 else x.new_full((rows, 1), -torch.inf)
         return first, rest.amax(-1), where
-    whole = vocab // GROUP * GROUP
-    tops = x[:, :whole].unflatten(1, (-1, GROUP)).amax(-1)
-    if whole < vocab:
-        tops = torch.cat([tops, x[:, whole:].amax(-1, keepdim=True)], 1)
+    tops = _group_tops(x)
     first, group = tops.max(-1)
-    members = (group * GROUP).clamp(max=vocab - GROUP)[:, None] + torch.arange(GROUP, device=x.device)
+    members = _members(group, vocab)
     inside = x.gather(1, members)
     where = inside.argmax(-1)
     other = tops.scatter(1, group[:, None], -torch.inf)
@@ -124,25 +152,90 @@ def output_metrics(logits: torch.Tensor, targets: torch.Tensor | None = None) ->
         }
 
 
-def _kl_rows(clean: torch.Tensor, arm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and flips of [r, V] rows, in the dtype they have."""
-    top_c, _, best_c = _top_two(clean)
-    top_a, _, best_a = _top_two(arm)
-    z = clean - top_c[:, None]
-    delta = z - (arm - top_a[:, None])
-    p = z.exp_()
-    p /= p.sum(-1, keepdim=True)
-    delta -= torch.linalg.vecdot(p, delta)[:, None]
-    far = ~(delta.amin(-1) > -FAR)
-    lift = torch.linalg.vecdot(p, delta).double()
-    growth = torch.linalg.vecdot(p, torch.expm1(-delta.clamp(min=-FAR))).double()
-    kl = lift + torch.log1p(growth)
-    if bool(far.any()):
-        c = torch.log_softmax(clean[far].double(), -1)
-        a = torch.log_softmax(arm[far].double(), -1)
-        kl[far] = torch.linalg.vecdot(c.exp(), c - a)
-    kl = kl.clamp(min=0.0).where(torch.isfinite(kl), torch.nan)
-    return kl, (best_c != best_a).double().where(torch.isfinite(kl), torch.nan)
+def _dot(p: torch.Tensor, x: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    return torch.mul(p, x, out=scratch).sum(-1)
+
+
+def _growth(
+    p: torch.Tensor, d: torch.Tensor, lift: torch.Tensor, total: torch.Tensor, reach: torch.Tensor, w: torch.Tensor
+) -> torch.Tensor:
+    """Σ p·expm1(d) of [r, V] rows; ``lift`` = Σ p·d, ``total`` = Σ p, ``reach`` = max |d|; ``w`` is written over.
+
+    Each row takes the cheapest road that keeps its digits. Beside a growth of a quarter the rounding of exp is nothing.
+    Below it Σ p·d is kept apart, so that what is summed, expm1(d) − d ≥ 0, cannot cancel; and where d is so small that
+    this difference would itself be rounding, it is its series, to a relative d³/60.
+    """
+    near = reach <= (NEAR if d.dtype == torch.float32 else 0.0)
+    small = ~(reach > MODEST)
+    n_near = int(near.sum())
+    growth = lift
+    if n_near < len(near):
+        if not bool(small.all()):
+            growth = _dot(p, torch.exp(d, out=w), w).double() - total
+            small |= growth <= 0.25
+        if bool(small.gt(near).any()):
+            growth = growth.where(~small, lift + _dot(p, torch.expm1(d, out=w).sub_(d), w).double())
+    if n_near:
+        torch.mul(d, 1 / 24, out=w).add_(1 / 6).mul_(d).add_(0.5).mul_(d).mul_(d)
+        growth = growth.where(~near, lift + _dot(p, w, w).double())
+    return growth
+
+
+def _sums(
+    clean: torch.Tensor, arm: torch.Tensor, p: torch.Tensor, total: torch.Tensor, d: torch.Tensor, w: torch.Tensor
+) -> torch.Tensor:
+    """Shift, Σ p·d / Σ p, Σ p·expm1(d) / Σ p and largest d of [r, V] rows, float64 [4, r].
+
+    ``p`` is softmax(clean) and ``total`` its sum, 1 but for rounding; ``d`` and ``w`` are written over.
+    """
+    torch.sub(arm, clean, out=d)
+    shift = _dot(p, d, w)
+    d -= shift[:, None]
+    top = d.amax(-1)
+    lift = _dot(p, d, w).double()
+    growth = _growth(p, d, lift, total, torch.maximum(top, -d.amin(-1)), w)
+    return torch.stack([shift.double(), lift / total, growth / total, top.double()])
+
+
+def _kl(clean: torch.Tensor, arm: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """KL of [n, V] rows from their sums."""
+    shift, lift, growth, top = sums
+    kl = torch.log1p(growth) - lift
+    odd = (~(top < FAR) | ~(shift.square() <= SHIFTED * kl)).nonzero()[:, 0]
+    for some in _chunks(len(odd), clean.shape[1], clean.device, 8):
+        c = torch.log_softmax(clean[odd[some]].double(), -1)
+        a = torch.log_softmax(arm[odd[some].to(arm.device)].to(clean.device, torch.float64), -1)
+        kl[odd[some]] = torch.linalg.vecdot(c.exp(), c - a)
+    return kl.clamp(min=0.0).where(torch.isfinite(kl), torch.nan)
+
+
+def _against(clean: torch.Tensor, arms: Sequence[torch.Tensor]) -> tuple[Array, Array]:
+    """KL and flips [arms, n] of arms [n, V] against clean rows [n, V]."""
+    (n, vocab), device = clean.shape, clean.device
+    kl, flip = np.empty((2, len(arms), n))
+    if n == 0:
+        return kl, flip
+    dtype = torch.float64 if torch.float64 in (clean.dtype, *(arm.dtype for arm in arms)) else torch.float32
+    sums = torch.empty((len(arms), 4, n), dtype=torch.float64, device=device)
+    tops: list[list[torch.Tensor]] = [[] for _ in range(len(arms) + 1)]
+    scratch = torch.empty((3, 0, vocab), dtype=dtype, device=device)
+    # Half the rows of a single pass: five arrays of this size are in use at a time.
+    for rows in _chunks(n, vocab, device, 16 if dtype == torch.float64 else 8):
+        c = clean[rows].to(dtype)
+        if not scratch.shape[1]:
+            scratch = torch.empty((3, *c.shape), dtype=dtype, device=device)
+        p, d, w = scratch[:, : len(c)]
+        total = torch.softmax(c, -1, out=p).sum(-1).double()
+        tops[-1].append(_group_tops(c))
+        for k, arm in enumerate(arms):
+            a = arm[rows].to(device, dtype)
+            tops[k].append(_group_tops(a))
+            sums[k, :, rows] = _sums(c, a, p, total, d, w)
+    best = _best(clean, torch.cat(tops[-1]))
+    for k, arm in enumerate(arms):
+        kl[k] = _double(_kl(clean, arm, sums[k]))
+        flip[k] = _double(_best(arm, torch.cat(tops[k])).to(device) != best)
+    return kl, np.where(np.isnan(kl), np.nan, flip)
 
 
 def paired_output(logits_clean: torch.Tensor, logits_arm: torch.Tensor) -> dict[str, Array]:
@@ -170,15 +263,46 @@ def paired_output(logits_clean: torch.Tensor, logits_arm: torch.Tensor) -> dict[
             f"paired_output takes two logits[batch, pos, vocab] of one shape, found {list(logits_clean.shape)} and "
             f"{list(logits_arm.shape)}."
         )
-    shape = tuple(logits_clean.shape[:2])
-    clean, arm = _flat(logits_clean), _flat(logits_arm)
-    dtype = max(_arithmetic(logits_clean), _arithmetic(logits_arm), key=lambda d: d == torch.float64)
-    kl, flip = np.empty(len(clean)), np.empty(len(clean))
     with torch.no_grad():
-        for rows in _chunks(len(clean), clean.shape[-1], clean.device, 8 if dtype == torch.float64 else 4):
-            k, f = _kl_rows(clean[rows].to(dtype), arm[rows].to(clean.device, dtype))
-            kl[rows], flip[rows] = _double(k), _double(f)
+        kl, flip = _against(_flat(logits_clean), [_flat(logits_arm)])
+    shape = tuple(logits_clean.shape[:2])
     return {"kl_clean_pert": kl.reshape(shape), "flip": flip.reshape(shape)}
+
+
+def paired_arms(logits_clean: torch.Tensor, logits_arms: Sequence[torch.Tensor] | torch.Tensor) -> dict[str, Array]:
+    """KL(clean ‖ arm) and top-1 flips of several arms of one clean row, whose softmax they share.
+
+    What an arm gets does not depend on the other arms, to the last bit.
+
+    Args:
+        logits_clean: [T, V].
+        logits_arms: Arms of one dtype, each [T, V].
+
+    Returns:
+        ``kl_clean_pert`` (nats) and ``flip``, float64 [arms, T], as of :func:`paired_output`.
+
+    Raises:
+        MetricError: The shapes differ from the clean one, or the dtypes from each other.
+
+    Example:
+        >>> import torch
+        >>> clean = torch.tensor([[0.75, 0.25]]).log()
+        >>> out = paired_arms(clean, [clean, clean.flip(-1)])
+        >>> [round(float(kl), 4) for kl in out["kl_clean_pert"][:, 0]], out["flip"][:, 0].tolist()
+        ([0.0, 0.5493], [0.0, 1.0])
+    """
+    arms = list(logits_arms)
+    if logits_clean.ndim != 2 or any(arm.shape != logits_clean.shape for arm in arms):
+        found = sorted({str(list(arm.shape)) for arm in arms})
+        raise MetricError(
+            f"paired_arms takes logits[pos, vocab] and arms of the same shape, found {list(logits_clean.shape)} and "
+            f"{', '.join(found)}."
+        )
+    if len(kinds := {str(arm.dtype) for arm in arms}) > 1:
+        raise MetricError(f"paired_arms takes arms of one dtype, found {', '.join(sorted(kinds))}; convert them first.")
+    with torch.no_grad():
+        kl, flip = _against(logits_clean.detach(), [arm.detach() for arm in arms])
+    return {"kl_clean_pert": kl, "flip": flip}
 
 
 def lens_output(lens_logits: torch.Tensor, model_logits: torch.Tensor) -> dict[str, Array]:

@@ -66,13 +66,13 @@ def diverge(
     """Angle between the states of two runs at every depth, as a fraction of a half-turn.
 
     Args:
-        states_clean: Depths, tensors [B, T, dim].
+        states_clean: Depths, tensors [B, T, dim], or [B, T, slot, dim].
         states_arm: The same depths of the other run.
         mask: Bool [B, T], True = real token.
         dtype: Arithmetic; float32 or better.
 
     Returns:
-        float64 [depths, B, T]; NaN where masked or where a state is invalid.
+        float64 [depths, B, T], the mean over slots; NaN where masked or where a state is invalid.
 
     Raises:
         MetricError: The two runs have different numbers of depths or shapes.
@@ -92,7 +92,10 @@ def diverge(
                     f"diverge: depth {depth} has shapes {list(a.shape)} and {list(b.shape)}, mask {list(real.shape)}."
                 )
             kind = dtype or (torch.float64 if a.dtype == torch.float64 else torch.float32)
-            out[depth] = _diverge_depth(a.to(kind), b.to(a.device, kind), real)
+            slots = a.shape[2] if a.dim() == 4 else 1
+            units = np.repeat(real, slots, axis=1)
+            angle = _diverge_depth(a.to(kind).flatten(1, -2), b.to(a.device, kind).flatten(1, -2), units)
+            out[depth] = angle.reshape(*real.shape, slots).mean(-1)
     return out
 
 

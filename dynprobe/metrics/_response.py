@@ -36,7 +36,7 @@ def response(states_clean: Sequence[torch.Tensor], states_arm: Sequence[torch.Te
     """Relative displacement between the states of two runs at every depth.
 
     Args:
-        states_clean: Depths, tensors [B, T, dim].
+        states_clean: Depths, tensors [B, T, dim]; [B, T, slot, dim] count as one long vector per position.
         states_arm: The same depths of the other run.
         mask: Bool [B, T], True = real token.
 
@@ -57,7 +57,7 @@ def response(states_clean: Sequence[torch.Tensor], states_arm: Sequence[torch.Te
     out = np.full((len(states_clean), *real.shape), np.nan)
     with torch.no_grad():
         for depth in range(len(states_clean)):
-            out[depth] = _relative(states_clean[depth], states_arm[depth], real)
+            out[depth] = _relative(states_clean[depth].flatten(2), states_arm[depth].flatten(2), real)
     return out
 
 

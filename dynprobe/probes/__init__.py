@@ -23,6 +23,7 @@ from dynprobe.probes._selftest import (
 )
 from dynprobe.probes._subject import Subject, discover
 from dynprobe.probes._tape import States, Tape
+from dynprobe.probes._turns import Loop, Turn
 from dynprobe.probes._where import Where
 from dynprobe.probes._writers import CallableWriter, PerturbWriter, make_writers
 
@@ -34,6 +35,7 @@ __all__ = [
     "Check",
     "Fork",
     "Instrument",
+    "Loop",
     "Perturb",
     "PerturbWriter",
     "Recording",
@@ -44,6 +46,7 @@ __all__ = [
     "States",
     "Subject",
     "Tape",
+    "Turn",
     "Where",
     "Writer",
     "as_subject",

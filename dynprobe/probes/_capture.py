@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
+from dynprobe.probes._dispatch import attach_to
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument, Site, sites_to_read
 from dynprobe.probes._last import last_only
@@ -72,6 +73,8 @@ def _halt_after(subject: Subject, read: Sequence[Site]) -> Any:
         raise _Halt
 
     layer = max((layer - (component == "resid_pre") for component, layer in read), default=subject.n_layers - 1)
+    if subject.turns:
+        return attach_to(subject.door(layer + 1), read=halt)  # the last of the readers there
     if layer < 0:
         return subject.blocks[0].register_forward_pre_hook(halt)
     return subject.blocks[layer].register_forward_hook(halt)
@@ -132,7 +135,7 @@ def capture(
     batch = make_batch(subject, rows, side=padding, row_keys=row_keys)
     read = sites_to_read(subject, Where.parse(where))
     writers = make_writers(subject, perturb, calibration=calibration)
-    instrument = Instrument(subject, read, writers, grad=grad, **batch.rows)
+    instrument = Instrument(subject, read, writers, grad=grad, energies=True, **batch.rows)
     inputs = batch.model_inputs(subject)
     if logits == "last" and bool(batch.mask[:, -1].all()):
         inputs |= last_only(subject)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dynprobe.probes._outputs import hidden_argument, hidden_of, replace_argument, replace_hidden
+from dynprobe.probes._turns import Place
 
-__all__ = ["Attachment", "attach", "live_hooks"]
+__all__ = ["Attachment", "attach", "attach_to", "calls_of", "live_hooks"]
 
 Reader = Callable[[Tensor], None]
 Writer = Callable[[Tensor], Tensor]
@@ -26,13 +27,27 @@ Writer = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class _Gate:
-    """The single hook on one side (input or output) of one module."""
+    """The single hook on one side (input or output) of one module.
+
+    A client of a looped module names the call it is meant for. Calls are counted from the beginning of each forward of
+    the root module, so that those of another forward (a decode step, a recomputation in a backward pass) are none.
+    """
 
     module: weakref.ref[nn.Module]
     side: str
-    writers: list[Writer] = field(default_factory=list)
-    readers: list[Reader] = field(default_factory=list)
+    writers: list[tuple[Writer, int | None]] = field(default_factory=list)
+    readers: list[tuple[Reader, int | None]] = field(default_factory=list)
     handle: RemovableHandle | None = None
+    roots: dict[int, RemovableHandle] = field(default_factory=dict)
+    calls: int = 0
+
+    def count_from(self, root: nn.Module) -> None:
+        if id(root) not in self.roots:
+            self.calls = 0
+            self.roots[id(root)] = root.register_forward_pre_hook(self._begin, prepend=True)
+
+    def _begin(self, *_: Any) -> None:
+        self.calls = 0
 
     def open(self) -> None:
         module = self.module()
@@ -46,6 +61,9 @@ class _Gate:
         if not self.writers and not self.readers and self.handle is not None:
             self.handle.remove()
             self.handle = None
+            for handle in self.roots.values():
+                handle.remove()
+            self.roots.clear()
             module = self.module()
             if module is not None:
                 gates = _GATES.get(module, {})
@@ -54,10 +72,13 @@ class _Gate:
                     _GATES.pop(module, None)
 
     def _pass(self, state: Tensor) -> Tensor:
-        for write in tuple(self.writers):
-            state = write(state)
-        for read in tuple(self.readers):
-            read(state)
+        now, self.calls = self.calls, self.calls + 1
+        for write, call in tuple(self.writers):
+            if call is None or call == now:
+                state = write(state)
+        for read, call in tuple(self.readers):
+            if call is None or call == now:
+                read(state)
         return state
 
     def _on_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,7 +100,7 @@ class Attachment:
     """A reader or writer on a module; ``remove()`` takes it off again."""
 
     gate: _Gate
-    client: Reader | Writer | None
+    client: tuple[Reader | Writer, int | None] | None
     role: str
 
     def remove(self) -> None:
@@ -92,13 +113,21 @@ class Attachment:
 
 
 def attach(
-    module: nn.Module, *, side: str = "output", read: Reader | None = None, write: Writer | None = None
+    module: nn.Module,
+    *,
+    side: str = "output",
+    call: int | None = None,
+    root: nn.Module | None = None,
+    read: Reader | None = None,
+    write: Writer | None = None,
 ) -> Attachment:
     """Put one reader or one writer on a module's input or output.
 
     Args:
         module: The module to listen to.
         side: ``"input"`` or ``"output"``.
+        call: Listen to this call of the module in each forward only, 0-based; None listens to all.
+        root: The module whose calls are forwards; needed with ``call``.
         read: Called with the state after all writers; its return value is ignored.
         write: Called with the state, returns the state to use instead (the same object for no change).
 
@@ -110,14 +139,29 @@ def attach(
     gates = _GATES.setdefault(module, {})
     gate = gates.setdefault(side, _Gate(weakref.ref(module), side))
     gate.open()
+    if call is not None and root is not None:
+        gate.count_from(root)
     if write is not None:
-        gate.writers.append(write)
-        return Attachment(gate, write, "write")
+        writer = write, call
+        gate.writers.append(writer)
+        return Attachment(gate, writer, "write")
     assert read is not None
-    gate.readers.append(read)
-    return Attachment(gate, read, "read")
+    reader = read, call
+    gate.readers.append(reader)
+    return Attachment(gate, reader, "read")
+
+
+def attach_to(place: Place, *, read: Reader | None = None, write: Writer | None = None) -> Attachment:
+    """Put one reader or one writer on a place of the track."""
+    return attach(place.module, side=place.side, call=place.call, root=place.root, read=read, write=write)
 
 
 def live_hooks(root: nn.Module) -> int:
     """Number of dynprobe hooks on ``root`` and its sub-modules; 0 after every context has closed."""
     return sum(len(_GATES.get(module, {})) for module in root.modules())
+
+
+def calls_of(module: nn.Module) -> int | None:
+    """Number of calls of a looped module in the latest forward, or None where nobody listens to it."""
+    gates = [gate for gate in _GATES.get(module, {}).values() if gate.roots]
+    return max((gate.calls for gate in gates), default=None)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, SelfTestError, UsageError
 from dynprobe.probes._clock import Clock, Step
-from dynprobe.probes._dispatch import Attachment, attach
+from dynprobe.probes._dispatch import Attachment, attach_to, calls_of
+from dynprobe.probes._energies import EnergyTap
 from dynprobe.probes._outputs import ordinary
 from dynprobe.probes._passport import Passport
 from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import States, Tape
+from dynprobe.probes._turns import changed_loop
 from dynprobe.probes._where import Where
 
 __all__ = ["Instrument", "Site", "StepListener", "Writer", "sites_to_read"]
@@ -69,12 +71,14 @@ def sites_to_read(subject: Subject, where: Where) -> list[Site]:
         SiteError: If a layer or component does not exist.
         UsageError: If the spec names a part of a row: a tape holds whole rows.
     """
-    for key in ("positions", "phase", "iterations", "slots"):
+    for key in ("positions", "phase", "slots") if subject.turns else ("positions", "phase", "iterations", "slots"):
         if getattr(where, key) is not None:
             raise UsageError(
                 f"{key} was given in where={str(where)!r}; reading keeps whole rows of a model with layers. Name "
                 "layers and component there, and pick from the tape: tape.at(layer=6, pos=-1)"
             )
+    if subject.turns:
+        return subject.sites(where)
     layers = where.resolve_layers(subject.n_layers)
     sites: list[Site] = []
     for component in where.components():
@@ -102,6 +106,7 @@ class Instrument:
         mask: Real tokens of the batch ``[batch, columns]``, for models that take no mask themselves.
         grad: Keep the graph of what is recorded.
         listeners: Called with each forward's output.
+        energies: Read the energies of a looped model that has them.
         all_logits: Ask the model for logits at every position, also where its caller asked for the last only.
     """
 
@@ -117,6 +122,7 @@ class Instrument:
         mask: Tensor | None = None,
         grad: bool = False,
         listeners: Sequence[StepListener] = (),
+        energies: bool = False,
         all_logits: bool = False,
     ) -> None:
         self.subject, self.read, self.writers = subject, tuple(read), tuple(writers)
@@ -127,6 +133,8 @@ class Instrument:
         self.fired: dict[tuple[Site, str], int] = {}
         self._grad, self._listeners = grad, tuple(listeners)
         self._all_logits = all_logits
+        loop = subject.loop
+        self._tap = EnergyTap(subject) if energies and loop is not None and loop.energy is not None else None
         self._captured: dict[Site, list[tuple[Tensor, int]]] = {site: [] for site in self.read}
         self._masks: list[np.ndarray] = []
         self._attachments: list[Attachment] = []
@@ -138,11 +146,12 @@ class Instrument:
             self._handles.append(self.root.register_forward_hook(self._end, with_kwargs=True))
             for writer in self.writers:
                 for site in writer.sites:
-                    module, side = self.subject.module_at(*site)
-                    self._attachments.append(attach(module, side=side, write=self._writing(writer, site)))
+                    place = self.subject.module_at(*site)
+                    self._attachments.append(attach_to(place, write=self._writing(writer, site)))
             for site in self.read:
-                module, side = self.subject.module_at(*site)
-                self._attachments.append(attach(module, side=side, read=self._reading(site)))
+                self._attachments.append(attach_to(self.subject.module_at(*site), read=self._reading(site)))
+            if self._tap is not None:
+                self._tap.open()
         except BaseException:
             self.close()
             raise
@@ -163,6 +172,8 @@ class Instrument:
             handle.remove()
         self._attachments.clear()
         self._handles.clear()
+        if self._tap is not None:
+            self._tap.close()
         self.clock.release()
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,12 +183,17 @@ class Instrument:
             self._captured = {site: [] for site in self.read}
             self.fired.clear()
         self.steps.append(self.step)
+        if self._tap is not None:
+            self._tap.begin(new=self.step.index == 0)
         if self._all_logits and kwargs.get("logits_to_keep"):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
     def _end(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         assert self.step is not None
+        for module in dict.fromkeys(self.subject.blocks) if self.subject.turns else ():
+            if calls_of(module) not in (None, self.subject.blocks.count(module)):
+                raise changed_loop(self.subject.name, self.subject.blocks.count(module))
         self.clock.end(output)
         for listener in self._listeners:
             listener(self.step, output)
@@ -190,6 +206,8 @@ class Instrument:
             ModelError: If a recorded state was changed in place after it was handed on.
         """
         self.step = None
+        if self._tap is not None:
+            self._tap.end()
         for (component, layer), held in self._captured.items():
             if held and held[-1][1] >= 0 and held[-1][0]._version != held[-1][1]:
                 raise ModelError(
@@ -296,7 +314,13 @@ class Instrument:
                 row_keys=self.steps[0].row_keys,
                 subject=self.subject,
                 passport=self.passport(),
+                energies=self._energies(n),
             )
+
+    def _energies(self, n: int) -> dict[str, Tensor]:
+        if self._tap is None:
+            return {}
+        return self._tap.joined(lambda v, i: laid_out(v, self.steps[i].rows, n, np.nan), self.subject.n_layers + 1)
 
     def passport(self, fed: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Mean size of all writes, per row and unit; empty without a perturbation.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dynprobe import models
 from dynprobe.probes._subject import Subject, discover
+from dynprobe.probes._turns import Loop
 
 __all__ = ["load"]
 
@@ -21,6 +22,7 @@ def load(
     device_map: str | None = None,
     tokenizer: Any = None,
     layers: str | None = None,
+    loop: Loop | str | None = None,
     trial_input: Tensor | None = None,
     trust_remote_code: bool = False,
     allow_bin: bool = False,
@@ -35,6 +37,8 @@ def load(
         device_map: Handed to transformers.
         tokenizer: Used instead of the model's own.
         layers: Pattern of the blocks' names where they should not be searched for: ``"encoder.blocks.*"``.
+        loop: Module that runs again and again, whose calls are then the depth axis; CEM, CSM-style and other known
+            looped models need none. ``layers="model.layers.*"`` reads a CEM as a plain decoder.
         trial_input: Input of the trial forward for a module that does not take token ids.
         trust_remote_code: Run code that comes with the model; needs a pinned ``revision``.
         allow_bin: Load ``.bin`` weights where no safetensors exist.
@@ -58,13 +62,20 @@ def load(
     if isinstance(model, nn.Module):
         facts = {"weights_hash": models.weights_hash(model), "source": "module"}
         return discover(
-            model, layers=layers, tokenizer=tokenizer, name=type(model).__name__, facts=facts, trial_input=trial_input
+            model,
+            layers=layers,
+            loop=loop,
+            tokenizer=tokenizer,
+            name=type(model).__name__,
+            facts=facts,
+            trial_input=trial_input,
         )
     source = models.resolve(model, revision=revision, trust_remote_code=trust_remote_code, allow_bin=allow_bin)
     loaded, own_tokenizer, facts = models.load_model(source, dtype=dtype, device=device, device_map=device_map)
     return discover(
         loaded,
         layers=layers,
+        loop=loop,
         tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
         name=source.display_name,
         facts=facts,

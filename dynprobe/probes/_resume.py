@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import ModelError, SiteError, UsageError
-from dynprobe.probes._dispatch import attach
+from dynprobe.probes._dispatch import attach_to
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument, Site
 from dynprobe.probes._outputs import logits_of, ordinary
@@ -77,10 +77,8 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     instrument = Instrument(subject, read, **batch.rows)
     attachment = None
     below = at if at and subject.resumable else 0
-    if at == 0:
-        attachment = attach(subject.blocks[0], side="input", write=lambda _: start)
-    elif below == 0:
-        attachment = attach(subject.blocks[at - 1], side="output", write=lambda _: start)
+    if below == 0:
+        attachment = attach_to(subject.door(at), write=lambda _: start)
     try:
         with (
             evaluating(subject.model),
@@ -120,11 +118,13 @@ def readout(subject: Subject, h: Tensor) -> Tensor:
     """
     h = _fitting(subject, h, subject.dim)
     # Without a batch axis each state is a row of one token: no context length can be too short for it.
-    states = h.reshape(-1, h.shape[-2] if h.dim() >= 3 else 1, h.shape[-1])
+    unit = h.shape[-1:] if subject.n_slots is None else h.shape[-2:]
+    outer = h.shape[: -len(unit)]
+    states = h.reshape(-1, outer[-1] if len(outer) >= 2 else 1, *unit)
     ids = torch.zeros(states.shape[:2], dtype=torch.long, device=subject.device)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ("readout",) * len(ids), (ids.shape[1],) * len(ids))
     last = subject.n_layers - 1
     stubs = stubbed(subject, subject.n_layers, lambda index: states if index == last else None)
     with evaluating(subject.model), torch.no_grad(), stubs:
         logits = ordinary(logits_of(subject.model(**batch.model_inputs(subject))))
-    return logits.reshape(*h.shape[:-1], logits.shape[-1])
+    return logits.reshape(*outer, logits.shape[-1])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dynprobe.probes._dispatch import attach
+from dynprobe.probes._dispatch import attach_to
 from dynprobe.probes._inputs import Batch, make_batch
 from dynprobe.probes._instrument import Instrument, Site
 from dynprobe.probes._outputs import logits_of, ordinary
@@ -78,7 +78,7 @@ def limit_for(dtype: torch.dtype, floor: float = 0.0) -> float:
 
 def _resumed(subject: Subject, batch: Batch, at: int, start: Tensor) -> Tensor:
     """The logits of a forward in which ``start`` enters block ``at`` and no block below it runs."""
-    entry = attach(subject.blocks[0], side="input", write=lambda _: start) if at == 0 else None
+    entry = attach_to(subject.door(0), write=lambda _: start) if at == 0 else None
     try:
         with stubbed(subject, at, lambda index: start if index == at - 1 else None):
             return logits_of(subject.model(**batch.model_inputs(subject)))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import SelfTestError
-from dynprobe.metrics import measure
 from dynprobe.probes._capture import capture
 from dynprobe.probes._dispatch import live_hooks
 from dynprobe.probes._inputs import Batch, make_batch
 from dynprobe.probes._instrument import Instrument, sites_to_read
+from dynprobe.probes._measured import measure_track
 from dynprobe.probes._outputs import identical
 from dynprobe.probes._perturb import Perturb
 from dynprobe.probes._resume import logits_of, readout
@@ -89,7 +89,7 @@ def _kappa(tape: Tape, row: int) -> float:
     """κ of one row of a tape, as every run measures it."""
     kept = tape.mask[row].to(tape.states[0].device)
     states = [s[row][kept][None] for s in tape.states]
-    found = measure(states, torch.ones(states[0].shape[:2], dtype=torch.bool), metrics=("kappa.phase/1",))
+    found = measure_track(tape.subject, states, torch.ones(states[0].shape[:2], dtype=torch.bool), ("kappa.phase/1",))
     return float(found.sample[0]["kappa_phase"].value)
 
 

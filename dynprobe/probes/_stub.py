@@ -7,15 +7,16 @@ the exact tail: with all blocks stubbed, a state goes through the model's own fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynprobe.errors import ModelError
 from dynprobe.probes._outputs import hidden_argument
 from dynprobe.probes._subject import Subject
+from dynprobe.probes._turns import changed_loop
 
 __all__ = ["stubbed"]
 
@@ -39,14 +40,29 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
             f"it is not known what the blocks of {subject.name} return, since no trial forward was run; "
             "make the subject again with trial_input=<a tensor the model accepts>"
         )
+    answers: dict[nn.Module, dict[int, int]] = {}
+    for index in range(below):
+        call = subject.turns[index].call if subject.turns else 0
+        answers.setdefault(subject.blocks[index], {})[call] = index
     replaced: list[tuple[Any, Any]] = []
+    stubs: list[_Stub] = []
+
+    def begin(*_: Any) -> None:  # calls of a looped module are counted from the beginning of each forward
+        for stub in stubs:
+            stub.restart()
+
+    handle = subject.model.register_forward_pre_hook(begin) if subject.turns else None
     try:
-        for index in range(below):
-            block = subject.blocks[index]
+        for block, numbers in answers.items():
             replaced.append((block, block.__dict__.get("forward", _ABSENT)))
-            object.__setattr__(block, "forward", _stub(subject, index, state_after))
+            stub = _Stub(subject, numbers, state_after, block.forward if subject.turns else None)
+            stub.total = subject.blocks.count(block)
+            stubs.append(stub)
+            object.__setattr__(block, "forward", stub)
         yield
     finally:
+        if handle is not None:
+            handle.remove()
         for block, before in replaced:
             if before is _ABSENT:
                 del block.__dict__["forward"]
@@ -54,11 +70,32 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
                 block.__dict__["forward"] = before
 
 
-def _stub(subject: Subject, index: int, state_after: Callable[[int], Tensor | None]) -> Callable[..., Any]:
-    wrap = subject.wrappers[index]
+class _Stub:
+    """A forward that answers some of its calls with a recorded state, and leaves the others to the module."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        recorded = state_after(index)
+    def __init__(
+        self,
+        subject: Subject,
+        numbers: Mapping[int, int],
+        state_after: Callable[[int], Tensor | None],
+        forward: Callable[..., Any] | None,
+    ) -> None:
+        self._wrappers, self._numbers, self._state_after = subject.wrappers, numbers, state_after
+        self._forward, self._calls = forward, 0
+        self._name, self.total = subject.name, 1
+
+    def restart(self) -> None:
+        """Count calls anew."""
+        self._calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = self._calls if self._forward is not None else 0
+        self._calls += 1
+        if now not in self._numbers:
+            assert self._forward is not None
+            if now >= self.total:
+                raise changed_loop(self._name, self.total)
+            return self._forward(*args, **kwargs)
+        recorded = self._state_after(self._numbers[now])
+        wrap = self._wrappers[self._numbers[now]]
         return wrap(recorded if recorded is not None else hidden_argument(args, kwargs))
-
-    return forward

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe._types import COMPONENTS
-from dynprobe.errors import ModelError, SiteError, did_you_mean
+from dynprobe.errors import ModelError, SiteError, UsageError, did_you_mean
 from dynprobe.probes._dispatch import live_hooks
+from dynprobe.probes._loops import known_loop
 from dynprobe.probes._outputs import Wrapper
-from dynprobe.probes._trial import TrialError, watch
+from dynprobe.probes._trial import TrialError, watch, watch_loop
+from dynprobe.probes._turns import Loop, Place, Turn, sites_of_loop
+from dynprobe.probes._where import Where
 
 __all__ = ["Road", "Subject", "discover", "evaluating"]
 
@@ -65,6 +68,8 @@ class Subject:
         wrappers: Per block, what puts a state into the container that it returns; empty where no trial was run.
         road: What is known of resuming: whether a forward may begin at a depth with the blocks below not run.
         facts: Everything recorded about where the weights came from.
+        loop: What is known of a looped model's loops; None where every block runs once.
+        turns: Its updates in order, one per entry of ``blocks``, in which a module then stands as often as it runs.
     """
 
     model: nn.Module
@@ -84,11 +89,23 @@ class Subject:
     wrappers: tuple[Wrapper, ...] = ()
     road: Road = field(default_factory=lambda: Road())
     facts: dict[str, Any] = field(default_factory=dict)
+    loop: Loop | None = None
+    turns: tuple[Turn, ...] = ()
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks, L; depths run from 0 to L."""
+        """Number of updates on the track, L: of blocks, or of the turns of a looped model; depths run from 0 to L."""
         return len(self.blocks)
+
+    @property
+    def n_slots(self) -> int | None:
+        """State vectors per position, or None where a state is one vector."""
+        return self.loop.slots if self.loop is not None else None
+
+    @property
+    def track(self) -> str:
+        """Name of the state that is refined."""
+        return self.loop.track if self.loop is not None else "resid"
 
     @property
     def device(self) -> torch.device:
@@ -147,8 +164,53 @@ class Subject:
         named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         return "input_ids" if "input_ids" in named or not named else named[0]
 
-    def module_at(self, component: str, layer: int) -> tuple[nn.Module, str]:
-        """Return the module and the side (``input`` or ``output``) where a component of a layer can be touched.
+    def sites(self, where: Where, *, writing: bool = False) -> list[tuple[str, int]]:
+        """Return the sites that a place names, as ``(component, number of the block or turn)``.
+
+        Args:
+            where: The place; positions, phase and slots are not looked at.
+            writing: Whether it is written there, which fills in other defaults than reading does.
+
+        Raises:
+            SiteError: If a layer, iteration or component does not exist.
+            UsageError: If the place counts what this model does not have.
+        """
+        if self.turns:
+            if where.slots is not None and self.n_slots is None:
+                raise UsageError(f"{self.name} has one state vector per position and no slots; leave slots out")
+            return sites_of_loop(self.turns, where, self.name, writing=writing)
+        if where.iterations is not None or where.slots is not None:
+            raise UsageError(f"{self.name} has layers and no iterations or slots; write layers=… instead")
+        layers = where.resolve_layers(self.n_layers)
+        return [(component, layer) for component in where.components() for layer in layers]
+
+    def where_of(self, site: tuple[str, int]) -> Where:
+        """Return the place that names one site, the inverse of :meth:`sites`."""
+        component, number = site
+        if not self.turns:
+            return Where(layers=number, component=component)
+        if component == "resid_pre" and number == 0:
+            turn = self.turns[0]
+            begin = {"iterations": 0} | ({"layers": turn.layer, "component": turn.component} if turn.layer >= 0 else {})
+            return Where(**begin)  # type: ignore[arg-type]
+        turn = self.turns[number - (component == "resid_pre")]
+        if turn.layer < 0:
+            return Where(iterations=turn.iteration)
+        return Where(layers=turn.layer, iterations=turn.iteration, component=turn.component)
+
+    def door(self, depth: int) -> Place:
+        """Return where the state of a depth can be touched: the input of the first block, or an output."""
+        if depth == 0 and self.loop is not None and self.loop.start is not None:
+            return Place(self.model.get_submodule(self.loop.start), "output")
+        if depth == 0:
+            return Place(self.blocks[0], "input", *self._call(0))
+        return Place(self.blocks[depth - 1], "output", *self._call(depth - 1))
+
+    def _call(self, number: int) -> tuple[int | None, nn.Module | None]:
+        return (self.turns[number].call, self.model) if self.turns else (None, None)
+
+    def module_at(self, component: str, layer: int) -> Place:
+        """Return the place where a component of a layer (of a turn, in a looped model) can be touched.
 
         One state has one place: what enters block l > 0 is touched where block l − 1 hands it out, so that a write at
         either name is seen by a read at the other.
@@ -159,16 +221,16 @@ class Subject:
         if not 0 <= layer < self.n_layers:
             raise SiteError(f"layer {layer} was asked for; {self.name} has layers 0…{self.n_layers - 1}")
         if component == "resid_post":
-            return self.blocks[layer], "output"
+            return self.door(layer + 1)
         if component == "resid_pre":
-            if layer and not self.chained:
+            if layer and not self.chained and not self.turns:
                 raise SiteError(
                     f"{self.name} changes the state between its blocks, so what enters layer {layer} is no state of "
                     f"the track; use resid_post of layer {layer - 1}"
                 )
-            return (self.blocks[layer - 1], "output") if layer else (self.blocks[0], "input")
+            return self.door(layer)
         if component in self.updates:
-            return self.blocks[layer].get_submodule(self.updates[component][layer]), "output"
+            return Place(self.blocks[layer].get_submodule(self.updates[component][layer]), "output")
         if component == "resid_mid" and self.sequential:
             raise SiteError("resid_mid is read as resid_pre + attn_out and cannot be written; write attn_out instead")
         if component == "resid_mid" and "mlp_out" in self.updates:
@@ -188,6 +250,7 @@ class Subject:
             "class": type(self.model).__name__,
             "blocks": f"{self.block_path} ({self.n_layers} × {type(self.blocks[0]).__name__})",
             "n_layers": self.n_layers,
+            **({"track": self.track, "slots": self.n_slots, "turns": self._turns_in_words()} if self.turns else {}),
             "dim": self.dim,
             "embedding": self.embedding,
             "final_norm": self.final_norm,
@@ -200,8 +263,15 @@ class Subject:
             "vocab_size": self.vocab_size,
         }
 
+    def _turns_in_words(self) -> str:
+        layers, stages = {t.layer for t in self.turns}, {t.stage: t.of for t in self.turns}
+        loops = " + ".join(f"{of} × {stage}" for stage, of in stages.items())
+        return f"{len(layers)} layers × ({loops})" if self.turns[0].layer >= 0 else loops
+
     def __repr__(self) -> str:
         kind = type(self.model).__name__
+        if self.turns:
+            return f"Subject({self.name!r}: {kind}, {self._turns_in_words()} iterations × {self.dim}, {self.dtype})"
         return f"Subject({self.name!r}: {kind}, {self.n_layers} layers × {self.dim}, {self.block_path}, {self.dtype})"
 
 
@@ -230,7 +300,8 @@ def blocks_by_pattern(model: nn.Module, pattern: str) -> tuple[nn.Module, ...]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for the length of the block, and each module back into its own mode."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:
@@ -242,6 +313,7 @@ def discover(
     model: nn.Module,
     *,
     layers: str | None = None,
+    loop: Loop | str | None = None,
     tokenizer: Any = None,
     name: str = "model",
     facts: dict[str, Any] | None = None,
@@ -252,6 +324,7 @@ def discover(
     Args:
         model: Any module; it is put into evaluation mode, since dropout would make every number random.
         layers: Pattern of the blocks' names (``"encoder.blocks.*"``); None finds them structurally.
+        loop: What runs again and again: the path of a module, or a :class:`Loop`; its calls are then the depth axis.
         tokenizer: Tokenizer to keep with it.
         name: Name for tables.
         facts: Provenance to keep with it.
@@ -280,6 +353,10 @@ def discover(
     subject = Subject(model, tokenizer, name, facts=dict(facts or {}))
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")
+    if loop is None and layers is None:
+        loop = known_loop(model)
+    if loop is not None:
+        return _with_turns(subject, loop, trial_input)
     subject.block_path = layers or ""
     subject.blocks = blocks_by_pattern(model, layers) if layers is not None else ()
     try:
@@ -300,5 +377,18 @@ def discover(
         "mutates",
         "wrappers",
     ):
+        setattr(subject, fact, getattr(trial, fact))
+    return subject
+
+
+def _with_turns(subject: Subject, loop: Loop | str, trial_input: Tensor | None) -> Subject:
+    """Fill in what a trial of a looped model shows."""
+    subject.loop = loop if isinstance(loop, Loop) else Loop(((loop, "core", -1),))
+    trial, subject.turns = watch_loop(subject.model, subject.loop, trial_input)
+    subject.loop = trial.loop
+    subject.block_path = "+".join(dict.fromkeys(path.split(".")[-1] for path, _, _ in subject.loop.modules))
+    if len(subject.loop.modules) == 1:
+        subject.block_path = subject.loop.modules[0][0]
+    for fact in ("blocks", "dim", "state_dtype", "chained", "final_norm", "mutates", "wrappers"):
         setattr(subject, fact, getattr(trial, fact))
     return subject

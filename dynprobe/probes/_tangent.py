@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynprobe.errors import ModelError, SelfTestError, SiteError
-from dynprobe.probes._dispatch import attach
+from dynprobe.probes._dispatch import attach_to
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._stub import stubbed
 from dynprobe.probes._subject import Subject, evaluating
@@ -143,11 +143,11 @@ class _Run:
             self.turn.placed(road.frame)
             stack.enter_context(stubbed(subject, at, lambda index: first if index == at - 1 else None))
             if at == 0:
-                stack.callback(attach(subject.blocks[0], side="input", write=lambda _: first).remove)
+                stack.callback(attach_to(subject.door(0), write=lambda _: first).remove)
             met: list[int] = []
             for depth in self.depths:
                 meeting = self._meeting(road, depth, met)
-                stack.callback(attach(subject.blocks[depth - 1], side="output", write=meeting).remove)
+                stack.callback(attach_to(subject.door(depth), write=meeting).remove)
             with suppress(_Done):
                 subject.model(**inputs)
             if met != list(self.depths):

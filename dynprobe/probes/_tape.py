@@ -89,6 +89,8 @@ class Tape:
         row_keys: The name each row's noise is drawn under.
         subject: Where it was taken.
         passport: Size of the perturbation in every unit, one entry per row and unit; empty without one.
+        energies: Of an energy model, ``energy`` of every state and ``energy_prev`` of the one before under the same
+            energy, ``[depth, batch, pos]``; else empty.
     """
 
     states: States
@@ -101,27 +103,40 @@ class Tape:
     row_keys: tuple[str, ...] = ()
     subject: Subject | None = None
     passport: Mapping[str, np.ndarray] = field(default_factory=dict)
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def depths(self) -> tuple[int, ...]:
         """The depths that were captured."""
         return self.states.depths
 
-    def at(self, layer: int, pos: int | None = None) -> Tensor:
-        """Return the state that block ``layer`` hands on (depth ``layer + 1``).
+    def at(self, layer: int | None = None, pos: int | None = None, *, iteration: int | None = None) -> Tensor:
+        """Return the state that block ``layer`` hands on (depth ``layer + 1``), or that an iteration ends in.
 
         Args:
-            layer: 0-based block index; negative counts from the last.
+            layer: 0-based block index; negative counts from the last. None in a loop without layers.
             pos: Absolute position among real tokens, negative from each row's last; None for all columns.
+            iteration: Updates done in the last loop of the layer (0 = before the first); None takes the last.
 
         Returns:
-            ``[batch, pos, dim]``, or ``[batch, dim]`` with ``pos``.
+            ``[batch, pos, dim]``, or ``[batch, dim]`` with ``pos``; with slots ``[batch, pos, slot, dim]``.
 
         Raises:
-            SiteError: If the layer was not captured or a row has no such position.
+            SiteError: If the layer or iteration was not captured or a row has no such position.
         """
-        state = self.states[self._layer(layer) + 1]
+        state = self.states[self._depth(layer, iteration)]
         return state if pos is None else self._pick(state, pos)
+
+    def _depth(self, layer: int | None, iteration: int | None) -> int:
+        """Depth of a layer's or an iteration's state."""
+        subject = self.subject
+        if subject is None or not subject.turns:
+            if layer is None or iteration is not None:
+                raise SiteError("this model has layers and no iterations; write tape.at(layer=6)")
+            return self._layer(layer) + 1
+        place = Where(layers=layer, iterations="last" if iteration is None else iteration, component="resid_post")
+        component, number = subject.sites(place)[0]
+        return number + (component == "resid_post")
 
     def _layer(self, layer: int) -> int:
         n_layers = self.states.last
@@ -180,7 +195,8 @@ class Tape:
             "row_key": ("batch", list(self.row_keys)),
             "position": (("batch", "pos"), self.positions.numpy()),
         }
-        return xarray.DataArray(values, dims=("depth", "batch", "pos", "dim"), coords=coords, name="state")
+        axes = ("depth", "batch", "pos", "dim") if values.ndim == 4 else ("depth", "batch", "pos", "slot", "dim")
+        return xarray.DataArray(values, dims=axes, coords=coords, name="state")
 
     def __repr__(self) -> str:
         rows, columns = self.mask.shape

@@ -12,16 +12,17 @@ import inspect
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynprobe.errors import ModelError
+from dynprobe.errors import ModelError, did_you_mean
 from dynprobe.probes._outputs import Wrapper, hidden_argument, hidden_of, wrapper_like
+from dynprobe.probes._turns import Loop, Turn
 
-__all__ = ["Trial", "TrialError", "vocabulary", "watch"]
+__all__ = ["Trial", "TrialError", "vocabulary", "watch", "watch_loop"]
 
 _TRIAL_TOKENS = 5
 _MLP = re.compile(r"mlp|ffn|feed_?forward|\bfc\d|dense_4h|moe|expert", re.IGNORECASE)
@@ -65,6 +66,7 @@ class Trial:
     sequential: bool = False
     mutates: bool = False
     wrappers: tuple[Wrapper, ...] = ()
+    loop: Loop | None = None
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -279,6 +281,81 @@ def watch(model: nn.Module, blocks: tuple[nn.Module, ...] | None, inputs: Tensor
         mutates=any(call.overwritten() for call in handed_out),
         wrappers=tuple(wrapper_like(c.output) for c in ran),
     )
+
+
+def watch_loop(model: nn.Module, loop: Loop, inputs: Tensor | None) -> tuple[Trial, tuple[Turn, ...]]:
+    """Run one short forward and return the structure of a looped model, with its turns.
+
+    Raises:
+        TrialError: If the forward fails.
+        ModelError: If a module of the loop does not exist, does not run, or does not map a state to a state.
+    """
+    named = dict(model.named_modules())
+    roles: dict[int, tuple[str, int]] = {}
+    for path, stage, layer in loop.modules:
+        if path not in named:
+            raise ModelError(
+                f"loop={path!r} is no module of {type(model).__name__}.{did_you_mean(path, [n for n in named if n])}"
+            )
+        roles[id(named[path])] = stage, layer
+    calls = _record(model, inputs)
+    ran = [call for call in calls if id(call.module) in roles]
+    silent = [path for path, _, _ in loop.modules if not any(c.module is named[path] for c in ran)]
+    if silent:
+        raise ModelError(
+            f"the module {silent[0]} did not run in a forward of {type(model).__name__}; a loop that makes no "
+            "iteration has no track"
+        )
+    for call in ran:
+        if call.taken is None or call.given is None or call.given.dim() < 3 or call.taken.shape != call.given.shape:
+            raise ModelError(f"the module {call.name} does not map a state to a state of the same shape")
+    counts: dict[tuple[str, int], int] = {}
+    heard: dict[int, int] = {}
+    bare: list[Turn] = []
+    for call in ran:
+        stage, layer = role = roles[id(call.module)]
+        counts[role] = counts.get(role, 0) + 1
+        number = heard[id(call.module)] = heard.get(id(call.module), -1) + 1
+        bare.append(Turn(stage, layer, counts[role], 0, number, dict(loop.components).get(stage, "resid_post")))
+    turns = tuple(replace(t, of=counts[t.stage, t.layer]) for t in bare)
+    last = ran[-1]
+    assert last.given is not None
+    if loop.start is None:
+        _refuse_injected(ran)
+    elif loop.start not in named:
+        raise ModelError(f"start={loop.start!r} is no module of {type(model).__name__}")
+    slots = last.given.shape[2] if last.given.dim() == 4 else None
+    after = calls[next(i for i, c in enumerate(calls) if c is last) + 1 :]
+    final = next((c.name for c in after if c.taken is last.given and _same_shape(c.given, last.given)), None)
+    return Trial(
+        blocks=tuple(c.module for c in ran),
+        block_path="",
+        dim=int(last.given.shape[-1]),
+        state_dtype=last.given.dtype,
+        chained=all(_links(ran)),
+        final_norm=final,
+        mutates=any(call.overwritten() for call in ran),
+        wrappers=tuple(wrapper_like(c.output) for c in ran),
+        loop=replace(loop, slots=slots),
+    ), turns
+
+
+def _refuse_injected(ran: list[_Call]) -> None:
+    """Refuse a loop whose turns take in something else than the state that the turn before handed out.
+
+    Up to rounding: a model may form h + (x − h) in between.
+    """
+    for before, after in itertools.pairwise(ran):
+        given, taken = before.given_copy, after.taken_copy
+        assert given is not None
+        assert taken is not None
+        room = 16 * torch.finfo(given.dtype).eps * float(given.abs().max() + taken.abs().max())
+        if given.shape != taken.shape or float((given - taken).abs().max()) > room:
+            raise ModelError(
+                f"{after.name} does not take in what {before.name} handed out, so what it takes in is no state of the "
+                "track (something is added to it, or other modules run in between). Describe the loop with "
+                "dynprobe.probes.Loop(modules=((path, 'core', -1),), start='path.of.what.hands.out.the.first.state')"
+            )
 
 
 def _same_shape(a: Tensor | None, b: Tensor) -> bool:

@@ -54,16 +54,17 @@ class PerturbWriter:
     ) -> None:
         self.perturb = perturb.defaults_filled()
         where = self.perturb.where
-        if where.iterations is not None or where.slots is not None:
-            raise UsageError(f"{subject.name} has layers and no iterations or slots; write layers=… instead")
-        layers = where.resolve_layers(subject.n_layers)
-        self.sites: tuple[Site, ...] = tuple((c, layer) for c in where.components() for layer in layers)
+        self.sites: tuple[Site, ...] = tuple(subject.sites(where, writing=True))
+        self._slots: Tensor | None = None
+        if where.slots is not None and subject.n_slots is not None:
+            self._slots = torch.zeros(subject.n_slots, dtype=torch.bool)
+            self._slots[list(where.resolve_slots(subject.n_slots))] = True
         for component, layer in self.sites:
             subject.module_at(component, layer)
         if self.perturb.kind in ("impulse", "sine") and len(self.sites) != 1:
             raise UsageError(
                 f"kind={self.perturb.kind} writes at one site; {where} are {len(self.sites)} in {subject.name}. Write "
-                f"layers={layers[0]}"
+                f"{subject.where_of(self.sites[0])}"
             )
         scale, writes = self.perturb.scale, self.perturb.alpha != 0
         if scale == "isokl" and magnitude is None and writes:
@@ -107,6 +108,8 @@ class PerturbWriter:
             self._keep_drive(state, state)
             return state
         mask = torch.from_numpy(np.ascontiguousarray(wanted)).to(state.device)
+        if self._slots is not None:
+            mask = mask[..., None] & self._slots.to(state.device)
         name = f"{site[0]}.{site[1]}"
         shift = displacement(
             self.perturb,

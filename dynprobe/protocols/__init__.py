@@ -4,8 +4,11 @@ from dynprobe.protocols._calibrate import calibrate
 from dynprobe.protocols._config import RunConfig, load_config
 from dynprobe.protocols._coupling import CouplingResult, coupling
 from dynprobe.protocols._doctor import Diagnosis, doctor
+from dynprobe.protocols._energy_lens import EnergyLensResult, energy_lens
 from dynprobe.protocols._execute import Progress
 from dynprobe.protocols._gate import GateResult, linear_response
+from dynprobe.protocols._ingest import ingest
+from dynprobe.protocols._iterate import IterateConfig, iterate
 from dynprobe.protocols._lyapunov import LyapunovResult, lyapunov
 from dynprobe.protocols._plan import Estimate
 from dynprobe.protocols._plateau import PlateauResult, plateau
@@ -17,8 +20,10 @@ from dynprobe.protocols._threshold_config import ThresholdConfig
 __all__ = [
     "CouplingResult",
     "Diagnosis",
+    "EnergyLensResult",
     "Estimate",
     "GateResult",
+    "IterateConfig",
     "LyapunovResult",
     "PlateauResult",
     "Progress",
@@ -28,6 +33,9 @@ __all__ = [
     "calibrate",
     "coupling",
     "doctor",
+    "energy_lens",
+    "ingest",
+    "iterate",
     "linear_response",
     "load_config",
     "lyapunov",

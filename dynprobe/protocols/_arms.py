@@ -29,6 +29,7 @@ from dynprobe.probes import (
     sites_to_read,
 )
 from dynprobe.probes import Where as _Where
+from dynprobe.probes._measured import measure_track
 
 __all__ = ["Passage", "Text", "aligned", "emission_mask", "forced", "free", "measured", "span_mask"]
 
@@ -111,8 +112,7 @@ def measured(
     which: Sequence[str] = metrics.DEFAULT,
 ) -> Measurement:
     chosen = span_mask(mask, positions, texts, span)
-    device = tape.states[0].device
-    return metrics.measure(list(tape.states), mask.to(device), metrics=which, span=chosen.to(device), debt_theta=theta)
+    return measure_track(tape.subject, list(tape.states), mask, which, span=chosen, span_name="mask", theta=theta)
 
 
 def forced(
@@ -160,7 +160,7 @@ def _instrument(
     subject: Subject, batch: Batch, writers: Sequence[Any], extra: Sequence[tuple[str, int]], **options: Any
 ) -> Instrument:
     read = list(dict.fromkeys([*sites_to_read(subject, _Where.parse("layers=all")), *extra]))
-    return Instrument(subject, read, writers, **batch.rows, **options)
+    return Instrument(subject, read, writers, energies=True, **batch.rows, **options)
 
 
 def aligned(rows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ def calibrate(
     """
     subject = load_subject(model, device=device, dtype=dtype)
     weights_of(subject, just_loaded=isinstance(model, str))
+    if cov_layers and subject.n_slots is not None:
+        raise UsageError(f"{subject.name} has {subject.n_slots} slots per position; scale=cov needs one vector")
     chosen = _prompts(prompts)
     for layer in cov_layers:
         subject.module_at("resid_post", layer)
@@ -148,19 +150,24 @@ def _measure(
         keep = passage.mask.numpy() & (passage.positions >= 1)
         chosen = torch.from_numpy(keep)
         for depth, state in enumerate(passage.tape.states):
-            states[depth].append(state.float().cpu()[chosen])
+            states[depth].append(state.float().cpu()[chosen].flatten(1))  # a position's slots are one long vector
         for name, values in {**passage.measured.token, **passage.outputs}.items():
             signals.setdefault(name, []).append(values[keep])
         angle, norm = passage.measured.depth["angle"], passage.measured.depth["norm"]
         steps.append(angle[:, keep].astype(np.float64) / np.pi)
         profiles.append(np.asarray(passage.measured.profile["kappa_phase"], dtype=np.float64))
         with np.errstate(divide="ignore", invalid="ignore"):
-            # From depth 1 on: the step out of the embedding is the largest of all and would hide every other.
-            signals.setdefault("norm_step", []).append(np.abs(np.diff(np.log(norm[1:, keep]), axis=0)).max(0))
+            # From the first depth that metrics use: a step out of the embedding would hide every other.
+            grown = np.abs(np.diff(np.log(norm[passage.measured.first :, keep]), axis=0))
+        if len(grown):
+            signals.setdefault("norm_step", []).append(grown.max(0))
     n_tokens = len(torch.cat(states[0]))
     if n_tokens < 2:
         raise UsageError(f"calibration saw {n_tokens} tokens after position 0; give longer or more prompts")
     tensors = _site_tensors(states, cov_depths)
+    if subject.n_slots is not None:
+        for name in ("mean", "std", "mad"):
+            tensors[name] = tensors[name].unflatten(-1, (subject.n_slots, -1))
     per_prompt, per_token = np.concatenate(profiles, axis=1), np.concatenate(steps, axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # rows 0 and 1 have no step and stay NaN

@@ -59,6 +59,7 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
     "response_rel": ("response.rel/1", "‖h′−h‖/‖h‖", _AFFECTED, "last depth, mean over tokens", "Distance to clean."),
     "kl_clean_pert": ("output.kl/1", "nats", _AFFECTED, "mean over tokens", "KL(clean ‖ arm) under teacher forcing."),
 }
+_FLOOR = ("criterion", "Noise floor: largest response of a sham row and, for kl, of a write of α = 1e-6.")
 _WRITTEN_SIZE = "size of the write at alpha50, from the median size written per unit of α nearby; no threshold there"
 #: Columns of a threshold run's trials and fits: table → column → (unit, description).
 _GRID: dict[str, dict[str, tuple[str, str]]] = {
@@ -68,6 +69,7 @@ _GRID: dict[str, dict[str, tuple[str, str]]] = {
         "kind": ("", "Kind of the write: gaussian, direction, scale, rotate or dropout."),
         "pos": ("tokens", "The one position that is written; −1 where all that the run names are written together."),
         "seed": ("seed", "Seed of the noise of this row."),
+        "floor": _FLOOR,
         "response": ("criterion", "Response of this row under the criterion, in the criterion's unit."),
         "kl_clean_pert": ("nats", "KL(clean ‖ perturbed), mean over the affected tokens, teacher-forced."),
         "flip_rate": ("fraction", "Share of the affected tokens whose top-1 changed."),
@@ -77,8 +79,9 @@ _GRID: dict[str, dict[str, tuple[str, str]]] = {
         "kind": ("", "Kind of the write: gaussian, direction, scale, rotate or dropout."),
         "prompt_id": ("", "Prompt of this threshold, where each position has its own."),
         "pos": ("tokens", "Position that is written, where each position has a threshold of its own."),
+        "floor": _FLOOR,
         "headline": ("", "True for the estimate that is quoted, false for those beside it."),
-        "status": ("", "resolved, left-censored (below the range), right-censored (above it), not-resolved or missing."),
+        "status": ("", "resolved, left-censored (below range), right-censored (above it), not-resolved or missing."),
         "reason": ("", "Why there is no value or no interval, or a remark beside it."),
         "n": ("prompts", "Prompts that took part."),
         "n_left": ("prompts", "Prompts whose threshold lies below the tested range."),
@@ -86,7 +89,7 @@ _GRID: dict[str, dict[str, tuple[str, str]]] = {
         "n_nonmonotone": ("prompts", "Prompts whose response falls somewhere as the strength rises."),
         "n_recrossing": ("prompts", "Prompts whose response passes the level more than once."),
         "n_missing": ("prompts", "Prompts left out: nothing finite was measured, or the level lies in the noise."),
-        "n_uncertain": ("rows", "Prompts and seeds whose bracket the search could not make sure of (remark in trials)."),
+        "n_uncertain": ("rows", "Prompts and seeds whose bracket the search could not make sure of (see remark)."),
         "spread": ("ln α", "Standard deviation over prompts of the logarithm of their thresholds."),
         "method": ("", "How low and high were found: order statistics, a bootstrap, a bracket, a posterior."),
         "boot_low": ("scale", "Lower end of the bootstrap interval over prompts."),

@@ -162,7 +162,7 @@ def grid_of(
         subject: The subject.
         config: The grid.
         alphas: Strengths in place of the grid's.
-        layers: Layers in place of the grid's.
+        layers: Layers in place of the grid's; in a looped model, updates of its track counted from 0.
 
     Raises:
         UsageError: If a scale, kind or direction cannot be.
@@ -172,6 +172,8 @@ def grid_of(
         layers = Where.parse(f"layers={config.layers}").resolve_layers(subject.n_layers)
     place = {"positions": config.positions, "phase": config.phase, "component": config.component}
     place = {key: value for key, value in place.items() if value is not None}
+    if subject.turns and config.component not in (None, "resid_post"):
+        raise UsageError(f"{subject.name} is looped: --layers counts the updates of its track; leave --component out")
     given = config.direction is not None or config.contrast is not None
     if given and not set(config.kind) & {"direction", "impulse", "sine"}:
         raise UsageError("a direction was given and no kind needs it; add --kind direction")
@@ -186,10 +188,12 @@ def grid_of(
                 )
             name = kind if kind in OWN_UNIT else f"{scale}|{kind}"
             for layer in layers:
+                site = subject.where_of((place.get("component", "resid_post"), layer))
+                where = site.replace(**place | ({"component": site.component} if subject.turns else {}))
                 for seed in config.seeds:
                     bare = Perturb(
-                        0.0, scale=scale, kind=kind, seed=seed, layers=str(layer),
-                        period=config.period if kind == "sine" else None, **place,
+                        0.0, scale=scale, kind=kind, seed=seed, where=where,
+                        period=config.period if kind == "sine" else None,
                     ).defaults_filled()  # fmt: skip
                     bare = directed(subject, bare, config)
                     PerturbWriter(subject, bare)  # a site that is not there fails here

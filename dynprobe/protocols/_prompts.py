@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from dynprobe.errors import PromptError, did_you_mean
+from dynprobe.errors import PromptError, UsageError, did_you_mean
 from dynprobe.probes import Subject, tokenize
 from dynprobe.prompts import Prompt, from_texts, load_prompts, read_prompts
 from dynprobe.protocols._config import RunConfig
 
-__all__ = ["as_prompts", "choose_prompts", "token_rows"]
+__all__ = ["answer_tokens", "as_prompts", "choose_prompts", "token_rows"]
 
 
 def choose_prompts(config: RunConfig, prompts: Sequence[Any] | None = None) -> list[Prompt]:
@@ -99,6 +99,33 @@ def token_rows(
             )
         rows.append(row)
     return rows
+
+
+def answer_tokens(subject: Subject, prompt: Prompt, row: Sequence[int], chat_template: str = "none") -> tuple[int, ...]:
+    """Return the tokens of an item's answer, as they follow its prompt.
+
+    Args:
+        subject: Its tokenizer reads prompt and answer together.
+        prompt: A prompt with an answer.
+        row: Token ids of the prompt alone.
+        chat_template: As in :class:`RunConfig`.
+
+    Raises:
+        UsageError: If prompt and answer share a token, or the prompt is no plain text.
+    """
+    assert prompt.answer is not None
+    if prompt.token_ids is not None or chat_template != "none":
+        raise UsageError(
+            f"prompt {prompt.prompt_id!r} is not read as plain text, so the tokens of its answer are not known; give "
+            "texts without a chat template"
+        )
+    row, whole = list(row), tokenize(subject, [prompt.text + prompt.answer])[0]
+    if whole[: len(row)] != row or len(whole) == len(row):
+        raise UsageError(
+            f"the answer of prompt {prompt.prompt_id!r} ({prompt.text!r:.60} + {prompt.answer!r:.40}) does not begin "
+            'at a token boundary; move the space between prompt and answer into the answer (" Paris")'
+        )
+    return tuple(whole[len(row) :])
 
 
 def _learned_positions(subject: Subject) -> int | None:

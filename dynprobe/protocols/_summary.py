@@ -21,7 +21,7 @@ _RESAMPLES = 2000
 _NOT_AS_ASKED = ("not-written", "isokl-unreached")
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean over prompts, with a fixed seed."""
     if len(values) < 3:
         return float("nan"), float("nan")
@@ -51,7 +51,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
         per_prompt = rows[held].astype(np.float64).groupby(rows["prompt_id"], observed=True).mean()
         for column in held:
             values = per_prompt[column].dropna().to_numpy()
-            low, high = _interval(values)
+            low, high = interval(values)
             entry[column] = {
                 "mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
                 "low": low, "high": high, "n": len(values), "missing": every["prompt_id"].nunique() - len(values),

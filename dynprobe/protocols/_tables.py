@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.metrics import Result
+from dynprobe.probes import Tape
 from dynprobe.protocols._arms import Passage, emission_mask
 from dynprobe.protocols._columns import PASSPORT, WRITTEN
 from dynprobe.protocols._pairs import paired_columns
 from dynprobe.protocols._readout import Readout
 
-__all__ = ["Labels", "passage_tables", "repetition_rate", "row_status", "sample_id"]
+__all__ = ["Labels", "passage_tables", "places", "repetition_rate", "row_status", "sample_id"]
 
 _NGRAM = 4
 
@@ -161,17 +162,12 @@ def _depths(
     divergence: np.ndarray | None, lens: Mapping[str, np.ndarray] | None, readout: Readout | None,
 ) -> pd.DataFrame:  # fmt: skip
     n_depths, n = len(passage.tape.states), len(rows)
-    depth = np.repeat(np.arange(n_depths, dtype=np.int16), n)
     table: dict[str, Any] = {
-        "sample_id": np.tile(ids[rows], n_depths), "pos": np.tile(pos, n_depths),
-        "track": pd.Categorical.from_codes(np.zeros(n_depths * n, np.int8), pd.Index(["resid"])),
-        "depth": depth,
-        "stage": pd.Categorical.from_codes((depth > 0).astype(np.int8), pd.Index(["embed", "block"])),
-        "layer": depth - 1,
-        "iteration": np.zeros(n_depths * n, np.int16),
-        "component": pd.Categorical.from_codes((depth > 0).astype(np.int8), pd.Index(["resid_pre", "resid_post"])),
+        "sample_id": np.tile(ids[rows], n_depths), "pos": np.tile(pos, n_depths), **places(passage.tape, n_depths, n)
     }  # fmt: skip
     extra = {name: grid for name, grid in (lens or {}).items() if grid.ndim == 3}
+    nothing = np.full((n_depths, *passage.mask.shape), np.nan)  # most models have none; their tables have the columns
+    extra |= {name: np.asarray(passage.tape.energies.get(name, nothing)) for name in ("energy", "energy_prev")}
     if divergence is not None:
         extra["diverge_angle"] = divergence
     if readout is not None:
@@ -197,11 +193,37 @@ def _depths(
     return pd.concat([frame, *more], ignore_index=True)
 
 
+def places(tape: Tape, n_depths: int, n: int) -> dict[str, Any]:
+    """What each depth is, every one ``n`` times over: track, stage, layer, iteration and component.
+
+    Depth 0 belongs to no layer (−1). A plain decoder's blocks count as iteration 0.
+    """
+    turns = tape.subject.turns if tape.subject is not None else ()
+    track = tape.subject.track if tape.subject is not None else "resid"
+    depths = np.arange(n_depths, dtype=np.int16)
+    stages = ["embed", *(t.stage for t in turns)] if turns else ["embed", *["block"] * (n_depths - 1)]
+    layers = np.array([-1, *(t.layer for t in turns)], np.int16) if turns else depths - 1
+    iterations = np.array([0, *(t.iteration for t in turns)], np.int16) if turns else np.zeros(n_depths, np.int16)
+    ends = [t.component if t.iteration == t.of else "resid_post" for t in turns]
+    components = ["resid_pre", *(ends if turns else ["resid_post"] * (n_depths - 1))]
+
+    def named(values: Sequence[str]) -> pd.Categorical:
+        kinds = list(dict.fromkeys(values))
+        codes = np.array([kinds.index(v) for v in values], np.int8)
+        return pd.Categorical.from_codes(np.repeat(codes, n), pd.Index(kinds))
+
+    return {
+        "track": named([track] * n_depths), "depth": np.repeat(depths, n), "stage": named(stages),
+        "layer": np.repeat(layers.astype(np.int16), n), "iteration": np.repeat(iterations, n),
+        "component": named(components),
+    }  # fmt: skip
+
+
 def _profiles(passage: Passage, ids: np.ndarray, readout: Readout | None) -> pd.DataFrame:
     measured, n_depths = passage.measured, len(passage.tape.states)
     table: dict[str, Any] = {
         "sample_id": np.tile(ids, n_depths),
-        "track": "resid",
+        "track": passage.tape.subject.track if passage.tape.subject is not None else "resid",
         "depth": np.repeat(np.arange(n_depths, dtype=np.int16), len(ids)),
     }
     lockin = readout.lockin if readout is not None else None

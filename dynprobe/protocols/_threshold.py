@@ -22,7 +22,7 @@ import pandas as pd
 from torch import nn
 
 from dynprobe.errors import UsageError
-from dynprobe.probes import Calibration, Perturb, Subject, tokenize
+from dynprobe.probes import Calibration, Perturb, Subject
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._criteria import Criterion, criterion_named, null_level
@@ -32,6 +32,7 @@ from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
 from dynprobe.protocols._null import numerical_null, paraphrase_null, refuse_without_paraphrases
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
+from dynprobe.protocols._prompts import answer_tokens
 from dynprobe.protocols._threshold_config import BOTH_SCALES, ThresholdConfig
 from dynprobe.protocols._trials import Trials, positions_of, rows_to_try
 from dynprobe.protocols._trunk import Trunk, roads_of
@@ -146,25 +147,7 @@ def _refuse(ready: Prepared) -> None:
         if not config.alphas:
             raise UsageError("criterion task reads accuracy over prompts at fixed strengths; add --alphas 0.01:10:16")
         for index in range(len(ready.prompts)):
-            _answer(ready, index)
-
-
-def _answer(ready: Prepared, index: int) -> tuple[int, ...]:
-    """Tokens of an item's answer, as they follow its prompt."""
-    prompt, row = ready.prompts[index], list(ready.rows[index])
-    assert prompt.answer is not None
-    if prompt.token_ids is not None or ready.config.chat_template != "none":
-        raise UsageError(
-            f"prompt {prompt.prompt_id!r} is not read as plain text, so the tokens of its answer are not known; "
-            "criterion task takes texts without a chat template"
-        )
-    whole = tokenize(ready.subject, [prompt.text + prompt.answer])[0]
-    if whole[: len(row)] != row or len(whole) == len(row):
-        raise UsageError(
-            f"the answer of prompt {prompt.prompt_id!r} ({prompt.text!r:.60} + {prompt.answer!r:.40}) does not begin "
-            'at a token boundary; move the space between prompt and answer into the answer (" Paris")'
-        )
-    return tuple(whole[len(row) :])
+            answer_tokens(ready.subject, ready.prompts[index], ready.rows[index], config.chat_template)
 
 
 @dataclass(eq=False)
@@ -275,14 +258,16 @@ class _Threshold:
             return self._held[1]
         self._held = None
         texts = [
-            Text(
-                ready.prompts[i].prompt_id, tuple(ready.rows[i]), _answer(ready, i) if criterion.name == "task" else ()
-            )
+            Text(ready.prompts[i].prompt_id, tuple(ready.rows[i]), self._answer(i) if criterion.name == "task" else ())
             for i in chosen
         ]
         partners = [list(ready.rows[(i + 1) % len(ready.rows)]) for i in chosen]
         self._held = (key, self._new_trunk(texts, criterion, partners))
         return self._held[1]
+
+    def _answer(self, index: int) -> tuple[int, ...]:
+        ready = self.ready
+        return answer_tokens(ready.subject, ready.prompts[index], ready.rows[index], self.config.chat_template)
 
     def _new_trunk(self, texts: Sequence[Text], criterion: Criterion, partners: Sequence[Sequence[int]] = ()) -> Trunk:
         return Trunk(

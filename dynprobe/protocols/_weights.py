@@ -53,6 +53,7 @@ def structure_of(subject: Subject) -> dict[str, Any]:
         "blocks": subject.block_path,
         "n_layers": subject.n_layers,
         "dim": subject.dim,
+        **({"turns": [str(turn) for turn in subject.turns]} if subject.turns else {}),
         "config": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
 

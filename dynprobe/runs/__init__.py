@@ -3,6 +3,7 @@
 * :class:`RunWriter` writes a run in batches and continues an interrupted one;
 * :func:`open_run` reads one back as a :class:`Run`: pandas, SQL, pivots, hidden states as NumPy views;
 * :func:`list_runs` lists those in a folder;
+* :func:`read_trajectory` reads anyone's trajectory file as a :class:`Trajectory`; :data:`TEMPLATE` writes one;
 * :func:`identity` says which run a configuration, its prompts and weights are.
 
 The folder is the interface: any tool that reads Parquet and JSON can use it without this library. A newer layout than
@@ -10,6 +11,8 @@ this library knows is refused; secrets are never stored.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from dynprobe.runs._figures import draw_run
 from dynprobe.runs._identity import hash_prompts, identity
@@ -19,25 +22,41 @@ from dynprobe.runs._run import Run, open_run
 from dynprobe.runs._schema import COLUMNS, SCHEMA_VERSION, TABLES, Column, Table, registry_facts
 from dynprobe.runs._secrets import scrub, scrub_command
 from dynprobe.runs._states import decode_bfloat16
+from dynprobe.runs._trajectory_template import TEMPLATE
 from dynprobe.runs._writer import RunWriter
+
+if TYPE_CHECKING:
+    from dynprobe.runs._trajectory_file import Trajectory as Trajectory
+    from dynprobe.runs._trajectory_file import read_trajectory as read_trajectory
 
 __all__ = [
     "COLUMNS",
     "SCHEMA_VERSION",
     "TABLES",
+    "TEMPLATE",
     "Column",
     "Manifest",
     "Part",
     "Run",
     "RunWriter",
     "Table",
+    "Trajectory",
     "decode_bfloat16",
     "draw_run",
     "hash_prompts",
     "identity",
     "list_runs",
     "open_run",
+    "read_trajectory",
     "registry_facts",
     "scrub",
     "scrub_command",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Trajectory", "read_trajectory"):  # the one part of this room that needs torch
+        from dynprobe.runs import _trajectory_file
+
+        return getattr(_trajectory_file, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dynprobe.runs._json import dumps
 from dynprobe.runs._manifest import Manifest
+from dynprobe.runs._protocol import MAIN_TABLE, in_short, protocol_of
 from dynprobe.runs._schema import TABLES
 from dynprobe.runs._secrets import scrub_command
 from dynprobe.runs._tables import column_facts
 
-__all__ = ["as_html", "as_text", "card", "facts_lines", "perturbation"]
+__all__ = ["as_html", "as_text", "card", "facts_lines"]
 
 
 def card(folder: Path, manifest: Manifest) -> str:
@@ -37,7 +36,7 @@ def card(folder: Path, manifest: Manifest) -> str:
         "",
         "## To read it",
         "",
-        *_block(f"import dynprobe as dp\nrun = dp.open({str(folder)!r})\nrun.samples", "python"),
+        *_block(f"import dynprobe as dp\nrun = dp.open({str(folder)!r})\n{_reading(manifest)}", "python"),
     ]
     lines += _figures(manifest)
     lines += ["", "## Tables", "", "| table | rows | what |", "|---|---:|---|"]
@@ -83,7 +82,8 @@ def as_html(name: str, path: Path, manifest: Manifest, status: str) -> str:
 def facts_lines(manifest: Manifest) -> dict[str, str]:
     """Return the facts a person asks for first."""
     lines = {"model": manifest.model_name, "id": manifest.id8, "made": manifest.created}
-    lines["perturbation"] = perturbation(manifest.config) or "none"
+    lines["protocol"] = protocol_of(manifest.config)
+    lines["perturbation"] = in_short(manifest) or "none"
     for name in ("device", "dtypes", "noise_floor"):
         value = getattr(manifest, name)
         if value is not None:
@@ -95,19 +95,12 @@ def facts_lines(manifest: Manifest) -> dict[str, str]:
     return lines
 
 
-def perturbation(config: Mapping[str, Any]) -> str:
-    """Return what was written into the model, in one line.
-
-    Example:
-        >>> perturbation({"perturb": [{"alpha": 0.1, "layers": "6"}, "alpha=0.2"]})
-        'alpha=0.1,layers=6; alpha=0.2'
-    """
-    value = config.get("perturb", config.get("perturbation"))
-    items = value if isinstance(value, list | tuple) else [value] if value else []
-    return "; ".join(
-        ",".join(f"{k}={v}" for k, v in item.items() if v is not None) if isinstance(item, Mapping) else str(item)
-        for item in items
-    )
+def _reading(manifest: Manifest) -> str:
+    """The expressions that give the tables a reader wants first."""
+    table = MAIN_TABLE[protocol_of(manifest.config)]
+    if table == "trials":
+        return 'run.table("fits"), run.table("trials")'
+    return "run.samples" + (', run.table("conditions")' if protocol_of(manifest.config) == "sweep" else "")
 
 
 def _tables(manifest: Manifest) -> str:

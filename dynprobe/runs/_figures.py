@@ -27,7 +27,7 @@ def _by_prompt(run: Run, column: str, condition: str) -> tuple[np.ndarray, np.nd
     """Depths and ``[prompt, depth]`` means over tokens after position 0."""
     rows = run.table("depths", columns=["sample_id", "pos", "track", "depth", column])
     labels = run.samples[["sample_id", "prompt_id", "condition_id"]]
-    rows = rows[(rows["pos"] >= 1) & (rows["track"] == "resid")]
+    rows = rows[(rows["pos"] >= 1) & ~rows["track"].isin(["attn_out", "mlp_out"])]
     rows = rows.merge(labels[labels["condition_id"] == condition], on="sample_id")
     table = rows.groupby(["prompt_id", "depth"], observed=True)[column].mean().unstack("depth")
     table = table.dropna(axis=1, how="all")

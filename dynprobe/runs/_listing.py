@@ -7,18 +7,19 @@ from pathlib import Path
 import pandas as pd
 
 from dynprobe.errors import RunFolderError
-from dynprobe.runs._card import perturbation
 from dynprobe.runs._manifest import MANIFEST_NAME
+from dynprobe.runs._protocol import MAIN_TABLE, in_short, protocol_of
 from dynprobe.runs._run import open_run
 
 __all__ = ["list_runs"]
 
-_COLUMNS = ["path", "time", "model", "id8", "status", "perturbation", "samples"]
+_COLUMNS = ["path", "time", "model", "id8", "status", "protocol", "perturbation", "rows"]
 
 
 def list_runs(root: str | Path = "runs") -> pd.DataFrame:
     """Return one row per run directly under ``root`` (or ``root`` itself), oldest first.
 
+    ``perturbation`` says in short what was written, ``rows`` counts the samples, or the trials of a threshold run.
     A folder whose manifest cannot be read has the status ``damaged`` and no other fact.
 
     Args:
@@ -31,7 +32,7 @@ def list_runs(root: str | Path = "runs") -> pd.DataFrame:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as empty:
         ...     list(list_runs(empty).columns)
-        ['path', 'time', 'model', 'id8', 'status', 'perturbation', 'samples']
+        ['path', 'time', 'model', 'id8', 'status', 'protocol', 'perturbation', 'rows']
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -40,7 +41,7 @@ def list_runs(root: str | Path = "runs") -> pd.DataFrame:
         [folder] if (folder / MANIFEST_NAME).is_file() else sorted(p.parent for p in folder.glob(f"*/{MANIFEST_NAME}"))
     )
     rows = [_row(path) for path in found if not path.name.startswith(".")]
-    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"samples": "Int64"})
+    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"rows": "Int64"})
     return frame.sort_values(["time", "path"], na_position="last", ignore_index=True)
 
 
@@ -50,12 +51,14 @@ def _row(path: Path) -> dict[str, object]:
     except RunFolderError:
         return {"path": str(path), "status": "damaged"}
     manifest = run.manifest
+    protocol = protocol_of(manifest.config)
     return {
         "path": str(path),
         "time": manifest.created,
         "model": manifest.model_name,
         "id8": manifest.id8,
         "status": run.status,
-        "perturbation": perturbation(manifest.config),
-        "samples": manifest.rows().get("samples", 0),
+        "protocol": protocol,
+        "perturbation": in_short(manifest),
+        "rows": manifest.rows().get(MAIN_TABLE[protocol], 0),
     }

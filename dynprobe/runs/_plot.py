@@ -15,9 +15,11 @@ from dynprobe.runs._canvas import save_figure
 from dynprobe.runs._figures import depth_figure
 from dynprobe.runs._grid_data import on_a_grid
 from dynprobe.runs._plot_heatmap import heatmap_figure
+from dynprobe.runs._plot_iterate import iterations_figure
 from dynprobe.runs._plot_response import bode_figure, impulse_figure
 from dynprobe.runs._plot_sweep import response_figure
 from dynprobe.runs._plot_threshold import fragility_figure, thresholds_figure
+from dynprobe.runs._protocol import protocol_of
 from dynprobe.runs._quantity import is_sweep, is_threshold, per_position
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PICTURES", "Plots"]
 
 #: Names of the pictures.
-PICTURES = ("depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility")
+PICTURES = ("depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility", "iterations")
 #: In this order: a figure that was drawn once is laid out from where it was, and its SVG is another file.
 _FORMATS = (".svg", ".png")
 
@@ -90,16 +92,16 @@ class Plots:
         scale: str | None = None,
         save: str | Path | None = None,
     ) -> Figure:
-        """Response against α of a sweep or a threshold run, one panel per scale and layer.
+        """Response against α of a sweep or a threshold run, one panel per criterion, scale and layer.
 
         Every prompt is a thin line; the mean over prompts has a 95 % bootstrap band; controls are drawn where the run
         has them. A search shows its trials, the level of the criterion, α50 with its interval, where each prompt
         crossed, and an arrow for each prompt that did not.
 
         Args:
-            column: What answers: ``kl_clean_pert``, ``flip_rate``, ``kappa_phase_d`` …; None takes the KL, or the
-                first criterion of a threshold run.
-            layer: Layer or layers; None takes all, or six of them, evenly chosen.
+            column: What answers: ``kl_clean_pert``, ``flip_rate``, ``kappa_phase_d`` …; None takes the KL, or all
+                criteria of a threshold run.
+            layer: Layer or layers; None takes all, or six of them (of several criteria three), evenly chosen.
             scale: Noise scale; None takes all.
             save: File to write as well; its ending chooses the format.
 
@@ -152,11 +154,24 @@ class Plots:
         """
         return _kept(fragility_figure(self._run, prompt, scale), save)
 
+    def iterations(self, *, save: str | Path | None = None) -> Figure:
+        """Loss, Δ of the last update, κ, energy and accuracy against the number of iterations of an ``iterate`` run.
+
+        Args:
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run was not read at several numbers of iterations.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(iterations_figure(self._run), save)
+
     def draw(self, name: str | None = None, *, save: str | Path | None = None) -> Figure:
         """Draw a picture by its name; None takes the one that fits what the run did.
 
         Args:
-            name: One of ``depth``, ``bode``, ``impulse``, ``response``, ``heatmap``, ``thresholds``, ``fragility``.
+            name: One of ``depth``, ``bode``, ``impulse``, ``response``, ``heatmap``, ``thresholds``, ``fragility``,
+                ``iterations``.
             save: File to write as well; its ending chooses the format.
 
         Raises:
@@ -175,6 +190,8 @@ class Plots:
         """The pictures that belong to what this run did, by name, the one that fits best first."""
         if is_threshold(self._run) or is_sweep(self._run):
             return {name: getattr(self, name) for name in _of_a_grid(self._run)}
+        if protocol_of(self._run.manifest.config) == "iterate":
+            return {"iterations": self.iterations}
         specs = [str(spec) for spec in self._run.manifest.config.get("perturb") or ()]
         found: dict[str, Callable[[], Figure]] = {}
         if any("kind=sine" in spec for spec in specs):
@@ -206,7 +223,8 @@ def _of_a_grid(run: Run) -> list[str]:
     """Names of the pictures of a sweep or threshold run: a line or a map along the layers needs two of them."""
     if is_threshold(run) and per_position(run):
         return ["fragility"]
-    several = run.conditions["layer"].nunique() > 1
+    conditions = run.conditions
+    several = conditions[conditions["arm"] == "perturbed"]["layer"].nunique() > 1
     if is_threshold(run):
         return [*(["thresholds"] if several else []), "response", *(["heatmap"] if several and on_a_grid(run) else [])]
     return ["response", *(["heatmap"] if several else [])]

@@ -101,16 +101,38 @@ def wrapped_panels(groups: list[int], columns: int, height: float) -> tuple[Figu
 
 
 def legend(figure: Any, panels: list[Any], columns: int) -> None:
-    """Put one legend under all panels, each label once."""
+    """Put one legend under all panels, each label once, in at most so many columns, and only as many as fit."""
     handles: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False,
-            labelcolor="#333333", handlelength=2.4,
-        )  # fmt: skip
+    if not handles:
+        return
+    asked = min(columns, len(handles))
+    while columns > 1 and _legend_width(list(handles), columns) > figure.get_figwidth() - 0.15:
+        columns -= 1
+    more = math.ceil(len(handles) / columns) - math.ceil(len(handles) / asked)
+    figure.set_figheight(figure.get_figheight() + max(0, more) * _LINE * TICK / 72)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False,
+        labelcolor="#333333", handlelength=_HANDLE, handletextpad=_PAD, columnspacing=_SPACE,
+    )  # fmt: skip
+
+
+#: Lengths in a legend, in sizes of its font: handle, between handle and text, between columns, one line.
+_HANDLE, _PAD, _SPACE, _LINE = 2.0, 0.6, 1.0, 1.6
+
+
+def _legend_width(labels: list[str], columns: int) -> float:
+    """Width in inches of a legend that is filled column by column."""
+    from matplotlib.textpath import TextPath
+
+    def width(label: str) -> float:
+        return float(TextPath((0, 0), label, size=TICK).get_extents().width)
+
+    parts = [[labels[i] for i in part] for part in np.array_split(np.arange(len(labels)), columns) if len(part)]
+    texts = sum(max(width(label) for label in part) for part in parts)
+    return (texts + TICK * (len(parts) * (_HANDLE + _PAD) + (len(parts) - 1) * _SPACE)) / 72
 
 
 def note(panel: Any, x: float, y: float, text: str, **options: Any) -> None:

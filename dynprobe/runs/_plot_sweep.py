@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dynprobe.errors import UsageError
+from dynprobe.errors import RunFolderError, UsageError
 from dynprobe.metrics.statistics import first_crossing
 from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap
 from dynprobe.runs._grid_data import chosen, in_order, on_a_grid, responses
@@ -33,7 +33,16 @@ from dynprobe.runs._plot_axes import (
     title,
     wrapped_panels,
 )
-from dynprobe.runs._quantity import Quantity, alpha_label, caption, level_of, prompts_text, quantity, write_name
+from dynprobe.runs._quantity import (
+    Quantity,
+    alpha_label,
+    caption,
+    is_threshold,
+    level_of,
+    prompts_text,
+    quantity,
+    write_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,35 +64,39 @@ _CONTROLS = {
 def response_figure(
     run: Run, column: str | None = None, layer: int | Sequence[int] | None = None, scale: str | None = None
 ) -> Figure:
-    """Return the response against α, one panel per scale and layer.
+    """Return the response against α, one panel per criterion, scale and layer.
 
     Args:
         run: A sweep or a threshold run.
-        column: What answers; None takes the KL, or the first criterion of a threshold run.
-        layer: Layer or layers; None takes all, or six of them, evenly chosen.
+        column: What answers; None takes the KL, or all criteria of a threshold run.
+        layer: Layer or layers; None takes all, or six of them (of several criteria three), evenly chosen.
         scale: Noise scale; None takes all.
 
     Raises:
         RunFolderError: The run has no response to draw.
         UsageError: There is no such column, layer or scale, or matplotlib is missing.
     """
-    what = quantity(run, column)
-    rows = chosen(responses(run, what), run, scale)
-    layers = sorted(set(rows["layer"]))
-    wanted = _layers(run, layers, layer)
-    rows = rows[rows["layer"].isin(wanted)]
+    blocks, lacking = _blocks(run, column, scale)
+    several = len(blocks) > 1
+    layers = sorted(set(blocks[0][1]["layer"]))
+    wanted = _layers(run, layers, layer, _MOST_LAYERS // 2 if several else _MOST_LAYERS)
+    blocks = [(what, rows[rows["layer"].isin(wanted)]) for what, rows in blocks]
+    rows = pd.concat([rows for _, rows in blocks])
     writes = in_order(run, rows["write"])
-    figure, panels = wrapped_panels([len(wanted)] * len(writes), 3, 2.3)
-    level = level_of(run, what)
-    y_ends = _y_ends(rows, what, level)
-    for write, row in zip(writes, panels, strict=True):
-        own = rows[rows["write"] == write]
+    figure, panels = wrapped_panels([len(wanted)] * len(writes) * len(blocks), 3, 2.3)
+    pairs = [(what, own, write) for what, own in blocks for write in writes]
+    for (what, answers, write), row in zip(pairs, panels, strict=True):
+        level = level_of(run, what)
+        y_ends = _y_ends(answers, what, level)
+        own = answers[answers["write"] == write]
         x_ends = ends(own["alpha"].to_numpy(), log=True)
+        at_level = f", ≥ {what.with_unit(level)}" if several and math.isfinite(level) else ""
         for number, (at, panel) in enumerate(zip(wanted, row, strict=True)):
-            dress(panel, f"layer {at}" + (f", {write}" if len(writes) > 1 else ""))
+            dress(panel, f"layer {at}" + (f", {write}" if len(writes) > 1 else "") + at_level)
             log_axis(panel, "x", *x_ends)
             log_axis(panel, "y", *y_ends) if what.log else panel.set_ylim(*y_ends)
-            _panel(panel, own[own["layer"] == at], run, what, level, own["alpha"].to_numpy())
+            line = "level of the criterion" if several else f"criterion: {what.with_unit(level)}"
+            _panel(panel, own[own["layer"] == at], run, what, level, own["alpha"].to_numpy(), line)
             if number % 3 == 0:
                 panel.set_ylabel(what.label, fontsize=SMALL)
             else:
@@ -95,14 +108,34 @@ def response_figure(
     n = rows["prompt_id"].nunique()
     some = f"{len(wanted)} of {len(layers)} layers" if layer is None and len(wanted) < len(layers) else ""
     controls = "controls: means" if set(rows["series"]) & set(_CONTROLS) else ""
-    facts = ["scale " + ", ".join(writes), prompts_text(n), some, controls]
-    title(figure, caption(run, f"{what.words} against α", facts, 56 if len(wanted) == 1 else 110))
+    facts = ["scale " + ", ".join(writes), prompts_text(n), some, controls, *lacking]
+    words = "responses of each criterion" if several else blocks[0][0].words
+    title(figure, caption(run, f"{words} against α", facts, 56 if len(wanted) == 1 else 110))
     return figure
 
 
-def _layers(run: Run, known: list[int], layer: int | Sequence[int] | None) -> list[int]:
+def _blocks(run: Run, column: str | None, scale: str | None) -> tuple[list[tuple[Quantity, pd.DataFrame]], list[str]]:
+    """What is drawn, each with its rows, and a remark on each criterion that nothing is known of."""
+    searched = [str(name) for name in run.manifest.config.get("criterion") or ()] if is_threshold(run) else []
+    if column is not None or len(searched) < 2:
+        what = quantity(run, column)
+        return [(what, chosen(responses(run, what), run, scale))], []
+    found: list[tuple[Quantity, pd.DataFrame]] = []
+    lacking: list[str] = []
+    for number, name in enumerate(searched):
+        what = quantity(run, name)
+        try:
+            found.append((what, chosen(responses(run, what), run, scale)))
+        except RunFolderError:
+            if number + 1 == len(searched) and not found:
+                raise
+            lacking.append(f"no {what.words}")
+    return found, lacking
+
+
+def _layers(run: Run, known: list[int], layer: int | Sequence[int] | None, most: int) -> list[int]:
     if layer is None:
-        return spread(known, _MOST_LAYERS)
+        return spread(known, most)
     wanted = [int(item) for item in np.atleast_1d(layer)]
     unknown = [item for item in wanted if item not in known]
     if unknown or not wanted:
@@ -123,7 +156,9 @@ def _y_ends(rows: pd.DataFrame, what: Quantity, level: float) -> tuple[float, fl
     return (max(low, high / 10**DECADES), high) if what.log else (low, high)
 
 
-def _panel(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, level: float, alphas: np.ndarray) -> None:
+def _panel(
+    panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, level: float, alphas: np.ndarray, line: str
+) -> None:
     own = rows[rows["series"] == "perturbed"]
     if what.criterion is None or on_a_grid(run):
         _curves(panel, own)
@@ -137,7 +172,7 @@ def _panel(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, level: floa
     if what.signed:
         panel.axhline(0, color=GREY, linewidth=0.5)
     if math.isfinite(level):
-        panel.axhline(level, color="black", linewidth=0.8, linestyle="--", label=f"criterion: {what.with_unit(level)}")
+        panel.axhline(level, color="black", linewidth=0.8, linestyle="--", label=line)
     if what.criterion is not None and not own.empty:
         _fit(panel, own, run, what, alphas)
 
@@ -223,12 +258,12 @@ def _fit(panel: Any, rows: pd.DataFrame, run: Run, what: Quantity, alphas: np.nd
 
 
 def _in_words(fit: Any, alphas: np.ndarray) -> str:
-    """The threshold as a text: a number, or where it is not."""
+    """The threshold as a text: a number, or the side of it that is known (a median is bound by its neighbours)."""
     tested = alphas[alphas > 0]
     if str(fit["status"]) == "right-censored":
-        return f"α50 > {tested.max():.3g}"
+        return f"α50 > {fit['low'] if math.isfinite(fit['low']) else tested.max():.3g}"
     if str(fit["status"]) == "left-censored":
-        return f"α50 < {tested.min():.3g}"
+        return f"α50 < {fit['high'] if math.isfinite(fit['high']) else tested.min():.3g}"
     if not math.isfinite(fit["alpha50"]):
         return f"α50: {fit['status']}"
     if math.isnan(fit["low"]) or math.isnan(fit["high"]):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
+from dynprobe.runs._protocol import protocol_of
 
 if TYPE_CHECKING:
     from dynprobe.runs._run import Run
@@ -89,12 +90,12 @@ class Quantity:
 
 def is_threshold(run: Run) -> bool:
     """Return whether the run searched thresholds."""
-    return "criterion" in run.manifest.config and "alphas" in run.manifest.config
+    return protocol_of(run.manifest.config) == "threshold"
 
 
 def is_sweep(run: Run) -> bool:
     """Return whether the run is a sweep."""
-    return "controls" in run.manifest.config and "alphas" in run.manifest.config
+    return protocol_of(run.manifest.config) == "sweep"
 
 
 def per_position(run: Run) -> bool:

@@ -104,6 +104,8 @@ COLUMNS: dict[str, Column] = {
     "layer": Column("int32", "0-based block index.", "blocks"),
     "iteration": Column("int32", "Number of updates done in the loop, 0 before the first.", "updates"),
     "component": Column("label", "Place in the block: resid_pre, resid_mid, resid_post, attn_out, mlp_out."),
+    "energy": Column("float32", "Energy of the state under the energy of its own update; missing without one.", "1"),
+    "energy_prev": Column("float32", "Energy of the state before the update, under the same energy.", "1"),
     "grain": Column("label", "How finely the track is sampled: layer, sublayer or iteration."),
     "slot": Column("int32", "Number of the slot, 0-based.", "slots"),
     "reason": Column("label", "Why a value of the row is missing, empty where none is."),

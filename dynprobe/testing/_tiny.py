@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from dynprobe.models import byte_tokenizer
 from dynprobe.probes import Subject, discover
 
 __all__ = ["byte_tokenizer", "save_tiny_model", "tiny_gpt2", "tiny_llama"]
-
-_SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
 def _build(kind: str, layers: int, dim: int, vocab: int, seed: int) -> Any:
@@ -45,19 +44,6 @@ def tiny_llama(layers: int = 3, dim: int = 32, vocab: int = 96, seed: int = 0) -
 def tiny_gpt2(layers: int = 3, dim: int = 32, vocab: int = 96, seed: int = 0) -> Subject:
     """Return a random GPT-2 (learned positions, so padding mistakes show) as a subject without tokenizer."""
     return discover(_build("gpt2", layers, dim, vocab, seed), name="tiny-random-gpt2")
-
-
-def byte_tokenizer() -> Any:
-    """Return a fast tokenizer whose tokens are the 256 bytes and three special tokens (259 ids)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate((*_SPECIAL, *alphabet))}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def save_tiny_model(folder: str | Path, kind: str = "llama", *, layers: int = 3, dim: int = 32, seed: int = 0) -> Path:

@@ -15,7 +15,6 @@ CASES = [
     (("rn",), 2, "No such command 'rn'. Did you mean 'run'?"),
     (("run", "--modl", "x"), 2, "--modl"),
     (("run", "--model"), 2, "requires an argument"),
-    (("run",), 2, "add --model smollm2-135m"),
     (("run", "--model", "{model}", "--perturb", "alpha=0.1,scale=relnrom"), 2, "Did you mean 'relnorm'?"),
     (("run", "--model", "{model}", "--perturb", "alpha=0.1,layer=3"), 2, "layer"),
     (("run", "--model", "{model}", "--perturb", "alpha=ten"), 2, "alpha takes one number"),

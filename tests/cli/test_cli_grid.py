@@ -3,10 +3,14 @@
 import json
 from collections.abc import Iterator
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import dynprobe as dp
+from dynprobe.cli import _render_grid
 from dynprobe.protocols import _execute, _sweep, _threshold
+from dynprobe.protocols._criteria import CRITERIA
 
 TEXTS = ("--prompt", "Hello there", "--prompt", "And so on", "--prompt", "Third thing")
 SWEEP = (*TEXTS, "--alphas", "0.1,0.5", "--layers", "0+1", "--out", "runs")
@@ -48,8 +52,10 @@ def test_a_sweep_prints_its_responses(cli, model, here):
     assert (done.code, done.err) == (0, "")
     run = one_run(here / "runs")
     for part in (
-        "tiny-llama", "KL/nats", "Δκ (paired)", "0.1", "0.5", "sham rows (α = 0)", "also stored", "model:sign-flip",
-        str(run.path.relative_to(here)),
+        "tiny-llama, float32", "sweep   α 0.1, 0.5 × layers 0, 1, resid_post, positions 1:; gaussian, seed 0; controls",
+        "relnorm: α is the size of the write", "prompts 3 given in the call, chat template none, prefill only",
+        "KL/nats", "Δκ (paired)", "sham rows (α = 0)", "control sign-flip: every write with −α", "control twin",
+        "self-tests: null ok (0)", str(run.path.relative_to(here)),
     ):  # fmt: skip
         assert part in done.out, part
     assert "Traceback" not in done.out
@@ -64,6 +70,9 @@ def test_a_sweep_prints_its_responses(cli, model, here):
         assert row["n"] == 3
     again = cli("sweep", "--model", model, *SWEEP, "--controls", "sign+twin+sham")
     assert (again.code, again.out) == (0, done.out)
+    assert cli("show", run.path.relative_to(here)).out == done.out
+    listed = cli("ls", "runs").out
+    assert "2 α × 2 layers × relnorm; controls" in " ".join(listed.split())
     assert run.samples["condition_id"].nunique() == 1 + 2 * (1 + 2 + 2) + 1 + 2 * (1 + 2)
 
 
@@ -84,11 +93,19 @@ def test_a_threshold_prints_unit_criterion_and_remarks(cli, model, here):
     run = one_run(here / "runs")
     fit = run.table("fits").iloc[0]
     for part in (
-        "thresholds", "kl ≥ 0.05", "relnorm", f"{fit['alpha50']:.4g}", "prompts<6", "perturbed rows per prompt",
-        str(run.path.relative_to(here)),
+        "asked   kl ≥ 0.05 nats, search over α 0.01 … 10",
+        "writes  layer 1, resid_post, positions 1:; gaussian, seed 0", "prompts 3 given in the call",
+        "thresholds", "kl ≥ 0.05", "relnorm", f"{fit['alpha50']:.4g}", "prompts<6",
+        "perturbed rows per prompt", f"{run.summary['sham_rows']} sham rows (α = 0; a few texts of each batch",
+        "self-tests: null ok (0)", str(run.path.relative_to(here)),
     ):  # fmt: skip
         assert part in done.out, part
     assert run.summary["rows_per_prompt"] <= 7
+    assert cli("show", run.path.relative_to(here)).out == done.out
+    facts = run.columns()
+    facts = facts[facts["table"].isin(["trials", "fits"])]
+    assert set(facts[facts["description"] == ""]["column"]) == set()
+    assert facts.set_index(["table", "column"]).loc[("trials", "flip_rate"), "unit"] == "fraction"
 
 
 def test_a_threshold_as_json_with_several_criteria_on_a_grid(cli, model, here):
@@ -129,8 +146,11 @@ def test_a_fragility_map_also_of_texts_of_one_token(cli, model, here):
     assert (done.code, done.err) == (0, "")
     fits = one_run(here / "runs").table("fits")
     assert sorted(zip(fits["layer"], fits["pos"], strict=True)) == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    for place in ("0:1", "1:2"):
+    for place in ("0:1", "1:2", "layer:position"):
         assert place in done.out
+    assert "interval over prompts" not in done.out
+    if "resolved" in set(fits["status"]):
+        assert "the bracket of the search around this one text" in done.out
     nothing = cli("threshold", "--model", model, "--prompt", "x", "--scale", "relnorm", "--each-position", "--out", "b")
     assert nothing.code == 2
     assert "no position" in nothing.err
@@ -167,7 +187,7 @@ def test_accuracy_needs_items_with_answers(cli, model, here):
     none = cli(*base, *TEXTS, "--alphas", "0.1,1")
     assert none.code == 2
     assert "3 have none" in none.err
-    assert '{"text": …, "answer": …}' in none.err
+    assert '"answer": " Paris"' in none.err
 
 
 def test_a_config_file_is_read_and_near_misses_are_named(cli, model, here):
@@ -203,6 +223,7 @@ def test_a_config_file_is_read_and_near_misses_are_named(cli, model, here):
         (("sweep", "--layers", 9), "9"),
         (("sweep", "--scale", "isokl"), "is not swept"),
         (("sweep", "--kind", "direction"), "direction"),
+        (("sweep", "--kind", "sine"), "--kind sine needs its period in tokens; add --period 8"),
         (("sweep", "--alpha", 0.1), "--alpha"),
         (("threshold", "--criterion", "kll"), "Did you mean 'kl'"),
         (("threshold", "--estimand", "mean"), "add --alphas"),
@@ -244,3 +265,103 @@ def test_an_interrupted_grid_exits_130_and_the_same_command_continues(
     again = cli(command, "--model", model, *words, "--batch-size", 1)
     assert again.code == 0
     assert one_run(here / "runs").status == "complete"
+
+
+def test_controls_and_free_texts_are_printed_beside_the_perturbed_arm(cli, model, here):
+    words = (*TEXTS, "--alphas", "0.1:10:16", "--layers", "all", "--out", "runs", "--max-new-tokens", 3)
+    done = cli("sweep", "--model", model, *words, "--controls", "sham,sign,energy,scrambled")
+    assert (done.code, done.err) == (0, "")
+    run = one_run(here / "runs")
+    table = pd.DataFrame(run.summary["responses"])
+    lines = done.out.splitlines()
+    for name in ("sign-flip", "energy-matched", "scrambled"):
+        begin = next(i for i, line in enumerate(lines) if f"control {name}" in line)
+        end = next(i for i, line in enumerate(lines[begin:]) if line.startswith("└")) + begin
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[begin:end] if line.startswith("│")]
+        assert 3 <= len(rows) <= 12
+        for scale, layer, alpha, kl, beside, *_ in rows:
+            assert scale == "relnorm"
+            at = int(layer.split(" for ")[-1])
+            forced = table[
+                (table["decode_mode"] == "forced") & np.isclose(table["alpha"].abs(), abs(float(alpha)), rtol=1e-3)
+            ]
+            write = forced[(forced["arm"] == "perturbed") & (forced["variant"] == "model") & (forced["layer"] == at)]
+            assert beside == f"{write['kl_clean_pert'].item():.3g}"
+            if name == "energy-matched":
+                own = forced[(forced["arm"] == name) & (forced["matched"] == f"relnorm|gaussian|L{at}")]
+                assert layer == f"{own['layer'].item():g} for {at}"
+            elif name == "sign-flip":
+                own = forced[(forced["arm"] == name) & (forced["layer"] == at)]
+                assert float(alpha) < 0
+            else:
+                own = forced[(forced["variant"] == name) & (forced["arm"] == "perturbed") & (forced["layer"] == at)]
+            assert kl.startswith(f"{own['kl_clean_pert'].item():.3g}")
+    assert "12 of 48 lines; all of them: summary.json" in done.out
+    begin = next(i for i, line in enumerate(lines) if "texts written under the perturbation" in line)
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in lines[begin:] if line.startswith("│")]
+    assert rows[-1][0] == "clean"
+    assert len(rows) - 1 <= 12
+    samples = run.samples.merge(run.conditions.drop(columns="alpha"), on="condition_id")
+    samples = samples[samples["variant"] == "model"]
+    clean = samples[samples["arm"] == "clean"].set_index("prompt_id")["text"]
+    for _, layer, alpha, _, same, new, _ in rows[:-1]:
+        own = samples[
+            (samples["decode_mode"] == "free") & (samples["layer"] == int(layer))
+            & np.isclose(samples["alpha"], float(alpha), rtol=1e-3)
+        ]  # fmt: skip
+        equal = [text == clean[prompt] for prompt, text in zip(own["prompt_id"], own["text"], strict=True)]
+        assert same == f"{np.mean(equal):.0%}"
+        assert new == f"{own['n_new'].mean():.1f}"
+
+
+def test_what_is_printed_of_a_grid_and_of_quest(cli, model, here):
+    words = ("threshold", "--model", model, *TEXTS, "--layers", 1, "--scale", "relnorm", "--level", 0.05)
+    grid = cli(*words, "--alphas", "0.01:10:9", "--n-boot", 200, "--out", "a")
+    assert grid.code == 0
+    assert "asked   kl ≥ 0.05 nats, on the grid 9 α 0.01 … 10" in grid.out
+    assert "9.0 perturbed rows per prompt and threshold; 3 sham rows (α = 0; one per prompt)" in grid.out
+    quest = cli(*words, "--placement", "quest", "--trials", 24, "--out", "b")
+    assert quest.code == 0
+    run = one_run(here / "b")
+    asked = int((run.table("trials")["alpha"] > 0).sum())
+    assert f"{asked} perturbed rows, placed by one posterior over prompts; 3 sham rows" in quest.out
+
+
+def test_a_grid_that_stopped_says_so_and_is_no_result(cli, model, here):
+    assert cli("sweep", "--model", model, *SWEEP).code == 0
+    run = one_run(here / "runs")
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    done = cli("show", run.path).out
+    assert "continues it" not in done
+    (run.path / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    half = cli("show", run.path).out
+    assert "status interrupted: 2 of 2 batches finished; the same command continues it" in half
+    assert "sweep   α 0.1, 0.5 × layers 0, 1" in half
+    assert "KL/nats" not in half
+
+
+def test_the_help_names_the_ranges_of_the_criteria(cli):
+    text = " ".join(cli("threshold", "--help").out.split())
+    kl, kappa = CRITERIA["kl"].range, CRITERIA["kappa"].range
+    assert f"default {kl[0]:g} (kappa 1e-5)" in text
+    assert kappa[0] == 1e-5
+    assert f"default {kl[1]:g} (kappa {kappa[1]:g};" in text
+    assert {c.range for c in CRITERIA.values() if c.name != "kappa"} == {kl}
+
+
+def test_uncertain_brackets_are_remarked():
+    fit = {"n_left": 0, "n_right": 2, "n_nonmonotone": float("nan"), "n_uncertain": 3, "reason": None}
+    assert _render_grid._remarks(fit) == "2 above range, 3 uncertain"
+    del fit["n_uncertain"]
+    assert _render_grid._remarks(fit) == "2 above range"
+
+
+@pytest.mark.parametrize(
+    ("status", "low", "high", "said"),
+    [
+        ("left-censored", -np.inf, 0.5, "< 0.5"), ("right-censored", 3.0, np.inf, "> 3"),
+        ("right-censored", np.nan, np.inf, "above range"), ("missing", np.nan, np.nan, "missing"),
+    ],
+)  # fmt: skip
+def test_of_a_censored_threshold_the_known_side_is_said(status, low, high, said):
+    assert _render_grid._value({"status": status, "low": low, "high": high, "alpha50": np.nan}) == said

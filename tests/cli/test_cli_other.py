@@ -26,7 +26,8 @@ def test_an_unfinished_run_says_so(cli, finished, here):
     manifest = json.loads((half / "manifest.json").read_text())
     (half / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
     (half / "summary.json").unlink()
-    assert "status interrupted: 1 batches finished; the same command continues it" in cli("show", half).out
+    assert "status interrupted: 1 of 1 batches finished; the same command continues it" in cli("show", half).out
+    assert "continues it" not in cli("show", finished).out
     wrong = cli("show", half, "--figure", "f.xyz")
     assert wrong.code == 2
     assert "f.xyz" in wrong.err

@@ -8,7 +8,7 @@ import slow
 import torch
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics import _output, compute, lens_output, output_metrics, paired_output
+from dynprobe.metrics import _output, compute, lens_output, output_metrics, paired_arms, paired_output
 
 
 @pytest.mark.parametrize("vocab", [2, 5, 191, 767, 768, 769, 1000, 1919, 3000])
@@ -24,6 +24,7 @@ def test_top_two(vocab):
     torch.testing.assert_close(first, expected[:, 0], rtol=0, atol=0)
     torch.testing.assert_close(second, expected[:, 1], rtol=0, atol=0)
     assert where.tolist() == [int(np.argmax(row)) for row in x.numpy()]
+    assert _output._best(x, _output._group_tops(x)).tolist() == where.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -90,6 +91,55 @@ def test_equal_logits_give_exact_zero():
     assert (out["flip"] == 0).all()
 
 
+#: Sizes of arms that take every road: nothing written, the series, expm1, exp, float64.
+SIZES = (0.0, 1e-5, 1e-3, 0.1, 0.3, 1.0, 4.0, 40.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 3, 191, 193, 769, 5000])
+def test_arms_together_equal_arms_alone(vocab, dtype, monkeypatch):
+    g = torch.Generator().manual_seed(vocab)
+    clean = (torch.randn(7, vocab, generator=g) * 3).to(dtype)
+    arms = [(clean.float() + size * torch.randn(7, vocab, generator=g)).to(dtype) for size in SIZES]
+    arms[3][2, 0] = float("nan")
+    monkeypatch.setattr(_output, "CHUNK_BYTES", 3 * vocab * 8)
+    together = paired_arms(clean, arms)
+    backwards = paired_arms(clean, torch.stack(arms[::-1]))
+    for k, arm in enumerate(arms):
+        alone = paired_output(clean[None], arm[None])
+        for key, grid in together.items():
+            assert grid[k].tobytes() == alone[key][0].tobytes() == backwards[key][-1 - k].tobytes()
+    assert (together["kl_clean_pert"][0] == 0).all()
+    assert (together["flip"][0] == 0).all()
+    assert np.isnan(together["kl_clean_pert"]).sum() == 1
+    assert (np.isnan(together["flip"]) == np.isnan(together["kl_clean_pert"])).all()
+    for k, t in ((4, 1), (7, 6)):
+        found = together["flip"][k, t]
+        assert found == float(clean[t].double().numpy().argmax() != arms[k][t].double().numpy().argmax())
+
+
+@pytest.mark.parametrize("shift", [0.0, 8.0, -700.0])
+@pytest.mark.parametrize("sharp", [1.0, 8.0])
+def test_float32_keeps_its_digits_at_every_size(shift, sharp):
+    """From 1e-10 to 10 nats, flat and sharp rows, and whatever is added to all logits of an arm."""
+    g = torch.Generator().manual_seed(3)
+    clean = torch.randn(4, 20000, generator=g) * sharp
+    sizes = (1e-4, 1e-3, 5e-3, 2e-2, 0.1, 0.3, 1.0, 3.0, 5.0)
+    arms = [clean + size * torch.randn(4, 20000, generator=g) + shift for size in sizes]
+    found = paired_arms(clean, arms)["kl_clean_pert"]
+    for k, arm in enumerate(arms):
+        for t in range(4):
+            c, a = (torch.log_softmax(x[t].double(), -1).numpy().astype(np.longdouble) for x in (clean, arm))
+            expected = float((np.exp(c) * (c - a)).sum())
+            assert found[k, t] == pytest.approx(expected, rel=1e-4, abs=2e-15)
+
+
+def test_arms_of_no_positions_and_no_arms():
+    clean = torch.randn(3, 900, generator=torch.Generator().manual_seed(8))
+    assert paired_arms(clean, [])["kl_clean_pert"].shape == (0, 3)
+    assert paired_arms(clean[:0], [clean[:0]] * 2)["flip"].shape == (2, 0)
+
+
 def test_pieces_and_layout_do_not_matter(monkeypatch):
     g = torch.Generator().manual_seed(5)
     x, y = torch.randn(2, 3, 4, 1000, generator=g)
@@ -119,6 +169,8 @@ def test_refusals():
         (lambda: output_metrics(x, torch.zeros(2, 2)), "targets"),
         (lambda: output_metrics(x, torch.full((1, 2), 5)), "vocabulary"),
         (lambda: paired_output(x, x[:, :1]), "one shape"),
+        (lambda: paired_arms(x[0], [x[0], x[0, :1]]), "same shape"),
+        (lambda: paired_arms(x[0], [x[0], x[0].double()]), "one dtype"),
     ):
         with pytest.raises(MetricError, match=text):
             call()

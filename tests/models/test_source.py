@@ -21,7 +21,7 @@ def test_known_name_comes_first_and_needs_no_path(tmp_path: Path, monkeypatch: p
     assert source.weights_id == Path(source.location).name == "smollm2-135m-instruct-q4_1-dequantised"
     assert any("./" in note for note in source.notes)
     assert not source.local_files_only
-    assert list(known_models()) == ["smollm2-135m"]
+    assert list(known_models()) == ["smollm2-135m", "tiny-llama", "tiny-cem", "tiny-csm"]
     with pytest.raises(ModelNotFoundError, match=r"no config\.json \(found nothing, it is empty\)"):
         resolve("./smollm2-135m")
 

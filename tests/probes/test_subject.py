@@ -51,10 +51,10 @@ def test_architectures_are_found_by_structure(name: str) -> None:
 
 def test_sites() -> None:
     llama = subject("llama")
-    assert llama.module_at("resid_post", 2) == (llama.blocks[2], "output")
-    assert llama.module_at("resid_pre", 0) == (llama.blocks[0], "input")
+    assert llama.module_at("resid_post", 2)[:2] == (llama.blocks[2], "output")
+    assert llama.module_at("resid_pre", 0)[:2] == (llama.blocks[0], "input")
     assert llama.module_at("resid_pre", 2) == llama.module_at("resid_post", 1)  # one state, one place
-    assert llama.module_at("mlp_out", 1) == (llama.blocks[1].mlp, "output")
+    assert llama.module_at("mlp_out", 1)[:2] == (llama.blocks[1].mlp, "output")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_rescaled_models_have_no_state_between_blocks_but_the_output() -> None:
     rwkv = discover(build("rwkv", num_hidden_layers=8), name="rwkv8")
     assert rwkv.n_layers == 8
     assert not rwkv.chained
-    assert rwkv.module_at("resid_pre", 0) == (rwkv.blocks[0], "input")
+    assert rwkv.module_at("resid_pre", 0)[:2] == (rwkv.blocks[0], "input")
     with pytest.raises(SiteError, match=r"changes the state between its blocks.*resid_post of layer 5"):
         rwkv.module_at("resid_pre", 6)
 

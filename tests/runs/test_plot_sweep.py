@@ -232,6 +232,45 @@ def test_a_search_shows_its_trials_and_its_fit(searched):
     assert not by_gid(panel, "interval")  # four prompts have no 95 % order interval, and none is drawn
 
 
+def test_several_criteria_have_a_panel_each(out):
+    run = threshold(
+        tiny_llama(), ROWS, scale="relnorm", layers=[1], criterion=["kl", "flip"], alphas=[0.1, 0.5, 2.0, 8.0],
+        n_boot=200, out=out,
+    )  # fmt: skip
+    figure = run.plot.response()
+    kl, flip = panels_of(figure)
+    assert "nats" in kl.get_ylabel()
+    assert "top-1" in flip.get_ylabel()
+    trials = run.table("trials").query("alpha > 0")
+    for panel, name, level in ((kl, "kl", 1.0), (flip, "flip", 0.5)):
+        means = trials[trials["criterion"] == name].groupby("alpha", observed=True)["response"].mean()
+        (mean,) = by_gid(panel, "mean")
+        np.testing.assert_allclose(mean.get_ydata(), means)
+        (line,) = labelled(panel, "level of the criterion")
+        assert set(line.get_ydata()) == {level}
+    assert len(panels_of(run.plot.response("flip"))) == 1
+    assert "responses of each criterion" in words(figure)
+
+
+@pytest.mark.parametrize("criterion", [["kl"], ["kl", "flip"]])
+def test_the_legend_lies_inside_the_figure(out, criterion):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    run = threshold(
+        tiny_llama(), [*ROWS, *([t + 1 for t in row] for row in ROWS)], scale="relnorm", layers=[1],
+        criterion=criterion, alphas=[0.1, 0.5, 2.0, 8.0], level=0.2 if len(criterion) == 1 else None, n_boot=200,
+        out=out,
+    )  # fmt: skip
+    figure = run.plot.response()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y0 >= 0
+
+
 def test_thresholds_are_those_of_the_fits(searched):
     (panel,) = panels_of(searched.plot.thresholds())
     (line,) = by_gid(panel, "alpha50")
@@ -263,7 +302,7 @@ def test_intervals_and_censored_ends(tmp_path):
     assert len(ticks.get_xdata()) == 2  # a and b cross; c and d point out; e has nothing
     (panel,) = panels_of(run.plot.response(layer=3))
     assert not by_gid(panel, "alpha50")
-    assert any("α50 > 10" in text.get_text() for text in panel.texts)
+    assert any(text.get_text() == "α50 > 3" for text in panel.texts)  # a median may be bound inside the range
 
     (panel,) = panels_of(run.plot.thresholds())
     lines = [segment for c in by_gid(panel, "interval") for segment in c.get_segments()]
@@ -372,7 +411,11 @@ def test_show_draws_the_fitting_picture(swept, searched, placed, tmp_path, capsy
         file = tmp_path / f"{name}.svg"
         assert main(["show", str(run.path), "--figure", str(file)]) == 0
         assert file.read_bytes() == (run.path / "figures" / f"{name}.svg").read_bytes()
+    capsys.readouterr()
     assert main(["show", str(swept.path), "--figure", str(tmp_path / "h.png"), "--plot", "heatmap"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == str(tmp_path / "h.png")
+    assert second == "drawn: heatmap; other pictures of this run: --plot response"
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert main(["show", str(swept.path), "--figure", str(tmp_path / "h.png"), "--plot", "heatmp"]) == 2

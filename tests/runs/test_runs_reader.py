@@ -195,16 +195,69 @@ def test_list_runs(run_folder, make):
     (root / "broken").mkdir()
     (root / "broken/manifest.json").write_text("{")
     frame = list_runs(root).set_index("id8")
-    assert frame.loc["0123abcd", ["status", "samples", "perturbation"]].tolist() == ["complete", 4, "alpha=0.1"]
-    assert frame.loc["ffffffff", ["status", "samples", "perturbation"]].tolist() == [
-        "interrupted",
-        0,
-        "alpha=1,layers=6",
-    ]
+    shown = ["status", "protocol", "rows", "perturbation"]
+    assert frame.loc["0123abcd", shown].tolist() == ["complete", "run", 4, "alpha=0.1"]
+    assert frame.loc["ffffffff", shown].tolist() == ["interrupted", "run", 0, "alpha=1,layers=6"]
     assert frame["status"].tolist().count("damaged") == 1
     assert len(list_runs(run_folder)) == 1
     with pytest.raises(RunFolderError, match="There is no folder"):
         list_runs(root / "none")
+
+
+GRID = {"scale": ["relnorm", "mad"], "kind": ["gaussian"], "layers": "0+2", "seeds": [0]}
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "protocol", "said"),
+    [
+        (
+            GRID | {"alphas": [0.1, 0.2], "controls": ["sham", "sign"]}, [{"layer": 0}, {"layer": 2}, {"layer": 0}],
+            "sweep", "2 α × 2 layers × relnorm,mad; controls sham, sign",
+        ),
+        (
+            GRID | {"alphas": [0.1], "controls": ["sham"], "kind": ["direction"], "seeds": [0, 1]}, None, "sweep",
+            "1 α × layers 0+2 × 2 seeds × relnorm,mad direction",
+        ),
+        (
+            GRID | {"alphas": [], "criterion": ["kl", "flip"]}, [{"write": "relnorm|gaussian|L15"}], "threshold",
+            "kl,flip, relnorm,mad × layer 15",
+        ),
+        (
+            GRID | {"alphas": [0.1, 1.0], "criterion": ["kl"], "each_position": True}, None, "threshold",
+            "kl, relnorm,mad × layers 0+2, each position, grid of 2 α",
+        ),
+        (GRID | {"alphas": [], "criterion": ["kl"], "placement": "quest"}, [{"write": "x"}], "threshold",
+         "kl, relnorm,mad × layers 0+2, quest"),
+    ],
+)  # fmt: skip
+def test_grids_say_what_they_are(tmp_path, make, config, plan, protocol, said):
+    fields = {"batch_plan": plan} if plan else {}
+    with make["begin"](tmp_path, config=config, manifest_fields=fields) as writer:
+        rows = {"samples": ["sample_id", "condition_id"], "trials": ["write"]}[
+            "trials" if "criterion" in config else "samples"
+        ]
+        frame = pd.DataFrame({"prompt_id": ["a", "b", "c"], "alpha": [0.1, 0.2, 0.3]}).assign(
+            **{name: ["x", "y", "z"] for name in rows}
+        )
+        writer.write_batch(0, {"trials" if "criterion" in config else "samples": frame})
+    (row,) = list_runs(tmp_path).to_dict("records")
+    assert (row["protocol"], row["perturbation"], row["rows"]) == (protocol, said, 3)
+    run = open_run(writer.folder)
+    assert f"protocol     {protocol}" in repr(run)
+    assert f"perturbation {said}" in repr(run)
+    assert said in run._repr_html_()
+
+
+def test_the_card_of_a_threshold_run_opens_its_fits(tmp_path, make):
+    config = GRID | {"alphas": [], "criterion": ["kl"]}
+    with make["begin"](tmp_path, config=config) as writer:
+        writer.write_batch(0, {"trials": pd.DataFrame({"prompt_id": ["a"], "alpha": [0.1]})})
+        writer.write_batch(1, {"trials": pd.DataFrame({"prompt_id": ["b"], "alpha": [0.1]})})
+        writer.finish({})
+    card = (writer.folder / "README.md").read_text(encoding="utf-8")
+    assert 'run.table("fits"), run.table("trials")' in card
+    assert "- protocol: threshold" in card
+    assert "- perturbation: kl, relnorm,mad × layers 0+2" in card
 
 
 def test_summary_damaged(run_folder):

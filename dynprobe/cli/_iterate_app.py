@@ -1,0 +1,60 @@
+"""``iterate``: a looped model at several numbers of iterations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dynprobe.cli import _options as option
+from dynprobe.cli._app import app, given_flags
+
+__all__: list[str] = []
+
+_ITERATE = """
+Examples:
+
+  dynprobe iterate --model tiny-csm
+
+  dynprobe iterate --model tiny-csm --iterations 1,2,4,8,16 --split-by tiny-llama
+
+  dynprobe iterate --model tiny-cem --iterations 1,2,3,4 --perturb alpha=0.1,iterations=1
+"""
+
+
+@app.command("iterate", epilog=_ITERATE)
+def _iterate(
+    context: typer.Context,
+    model: option.Model = None,
+    iterations: Annotated[
+        str, typer.Option(help="Numbers of iterations: 3,5,10. Default 3,5,10,15,20,25,30,40,45; CEM 1 … 8.")
+    ] = "",
+    split_by: Annotated[
+        str | None, typer.Option(help="Model of the same tokenizer whose loss says which tokens are hard.")
+    ] = None,
+    tol: Annotated[float, typer.Option(help="Relative Δ below which a text counts as converged.")] = 0.03,
+    patience: Annotated[int, typer.Option(help="Updates in a row that must stay below --tol.")] = 2,
+    perturb: Annotated[
+        list[str] | None, typer.Option(help="Perturbation, e.g. alpha=0.1,iterations=1; an arm of its own at each T.")
+    ] = None,
+    prompt: option.Prompt = None,
+    prompts: option.Prompts = None,
+    category: option.Category = None,
+    limit: option.Limit = None,
+    chat_template: option.ChatTemplate = "none",
+    padding: option.Padding = "auto",
+    batch_size: option.BatchSize = "auto",
+    dtype: option.Dtype = "float32",
+    device: option.Device = "auto",
+    revision: option.Revision = None,
+    trust_remote_code: option.TrustRemoteCode = False,
+    out: option.Out = "runs",
+    config: option.Config = None,
+    force: option.Force = False,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Read texts at several numbers of iterations: loss, Δ, κ, energy, accuracy against T."""
+    from dynprobe.cli._grid_commands import iterate_command
+
+    iterate_command(given_flags(context, dict(context.params)))

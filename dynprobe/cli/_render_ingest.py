@@ -1,0 +1,85 @@
+"""What is printed of a trajectory file, and of a run that was made of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dynprobe.cli._console import console as new_console
+
+if TYPE_CHECKING:
+    from dynprobe.runs import Run, Trajectory
+
+__all__ = ["imported", "trajectory"]
+
+_MODES = {
+    "trajectory": "full trajectory",
+    "final_per_depth": "last states of one run per depth (final_per_depth)",
+}
+_MOST = 6
+
+
+def trajectory(found: Trajectory) -> None:
+    """Print what is in a file and what is missing."""
+    console = new_console()
+    console.print(f"{found.path}: valid", soft_wrap=True)
+    for line in _lines(found.describe()):
+        console.print(f"  {line}", soft_wrap=True)
+    console.print(f"  next      dynprobe import {found.path}", soft_wrap=True)
+
+
+def imported(found: Run) -> list[str]:
+    """Return the lines that say where an imported run comes from."""
+    facts = (found.manifest.model_extra or {}).get("trajectory") or {}
+    config = found.manifest.config
+    named = f"model     {found.manifest.model_name}, no weights; states of {config.get('file')}"
+    lines = [f"{named}, sha256 {str(config.get('sha256'))[:16]}", *(_lines(facts) if facts else [])]
+    if len(facts.get("stages") or ()) > 1:
+        lines.append(f"samples   speak of track {config.get('track')}; --track NAME takes another")
+    return [*lines, *_convergence(found.summary.get("convergence") or {})]
+
+
+def _convergence(found: Mapping[str, Any]) -> list[str]:
+    """The contraction, and after how many iterations each tolerance was met."""
+    if not found:
+        return []
+    rho, rules = found.get("converge_rho"), {k: v for k, v in found.items() if isinstance(v, Mapping)}
+    lines = [
+        "converge  " + ("no contraction estimate" if rho is None else f"contraction {rho:.4g} per update (median)")
+    ]
+    for name, rule in rules.items():
+        known = rule["reached"] + rule["censored"]
+        if known:
+            median = rule["median"]
+            said = "not reached by half" if median is None else f"{median:g} iterations"
+            lines.append(f"          {name}: {said}, {rule['reached']} of {known} samples")
+    return lines
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
+    dims: Mapping[str, int] = facts["dims"]
+    given = set(facts["dims_in_file"])
+    shape = " × ".join(f"{size} {axis}" for axis, size in dims.items() if axis in given or size > 1)
+    lines = [f"states    {shape}, {facts['dtype']}, {_MODES.get(facts['mode'], facts['mode'])}"]
+    word = "depth" if facts["mode"] == "final_per_depth" else "iteration"
+    lines += [f"stage     {name}: {len(at)} {word}s, {_span(at)}" for name, at in facts["stages"].items()]
+    samples = list(facts["samples"])
+    some = ", ".join(samples[:_MOST]) + (" …" if len(samples) > _MOST else "")
+    padding = f", {facts['padding']} of padding" if facts["padding"] else ""
+    lines.append(f"samples   {len(samples)} ({some}), {facts['positions']} positions{padding}")
+    more = [name for name in ("energy", "delta", "token_ids") if facts[name]]
+    lines += [f"also      {', '.join(more)}"] if more else []
+    lines += [f"meta      {', '.join(f'{k}={v}' for k, v in facts['meta'].items())}"] if facts["meta"] else []
+    if facts["prefix"]:
+        worst = max(facts["prefix"].values())
+        lines.append(f"prefix    {len(facts['prefix'])} runs per depth compared, largest relative distance {worst:.2g}")
+    lines += [f"remark    {text}" for text in facts["remarks"]]
+    lines += [f"missing   {text}" for text in facts["assumed"]]
+    return lines
+
+
+def _span(at: Sequence[int]) -> str:
+    if len(at) <= _MOST:
+        return ", ".join(map(str, at))
+    gaps = "" if list(at) == list(range(at[0], at[-1] + 1)) else ", with gaps"
+    return f"{at[0]} … {at[-1]}{gaps}"

@@ -1,0 +1,273 @@
+"""``iterate``: what more iterations of a looped model buy, at fixed weights and on fixed texts.
+
+Every text is read at each number of iterations T. Where the loop feeds the readout directly (a CSM-style model), one
+long forward holds all of them: its state after T updates is the last state of a run of T. That is checked on the first
+batch against a run of its own, and where it does not hold, or where every layer has a loop of its own (CEM) so that
+more iterations below change what stands above, there is one forward per T.
+
+Two numbers that are often taken for one stand side by side: ``converged_at`` (from where on Δ stays below a tolerance)
+and ``best_iteration`` (where the loss is lowest). A model whose Δ shrinks need not predict better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from dynprobe.errors import UsageError
+from dynprobe.probes import Calibration, Perturb, Subject, make_writers, readout
+from dynprobe.protocols._arms import Passage, Text, forced
+from dynprobe.protocols._batch import Produced
+from dynprobe.protocols._conditions import resolve_perturbations
+from dynprobe.protocols._config import RunConfig
+from dynprobe.protocols._execute import Listener, Progress, execute
+from dynprobe.protocols._iterate_split import difficulty, iteration_summary
+from dynprobe.protocols._iterations import at_iterations, cut, right_answers, with_best
+from dynprobe.protocols._plan import plan_batches
+from dynprobe.protocols._prepare import Prepared, prepare
+from dynprobe.protocols._prompts import answer_tokens
+from dynprobe.protocols._tables import Labels, passage_tables
+from dynprobe.runs import Run, RunWriter
+
+__all__ = ["ITERATIONS", "IterateConfig", "iterate"]
+
+#: Numbers of iterations at which CSM results are published.
+ITERATIONS = (3, 5, 10, 15, 20, 25, 30, 40, 45)
+#: Those of a model that needs a forward for each.
+_NESTED = tuple(range(1, 9))
+#: Largest deviation of logits, in their SD, between a long run cut at T and a run of T.
+_PREFIX_LIMIT = 1e-3
+
+
+class IterateConfig(RunConfig):
+    """Settings of :func:`iterate`."""
+
+    iterations: tuple[int, ...] = Field((), description="Numbers of iterations; default 3,5,10,…,45, or 1…8 in CEM.")
+    tol: float = Field(0.03, gt=0, description="Relative Δ below which a text counts as converged.")
+    patience: int = Field(2, ge=1, description="Updates in a row that must stay below it.")
+    split_by: str | None = Field(None, description="Model whose loss says which tokens are hard; same tokenizer.")
+    max_new_tokens: int = Field(0, ge=0, le=0, description="Texts are read, not written.")
+    perturb: tuple[str, ...] = Field((), description="Perturbations, added as an arm of their own at every T.")
+
+    @field_validator("iterations", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> tuple[int, ...]:
+        items = str(value).replace("+", ",").split(",") if isinstance(value, str | int) else list(value)
+        try:
+            numbers = tuple(int(item) for item in items if str(item).strip())
+        except ValueError as error:
+            raise ValueError("whole numbers such as 3,5,10") from error
+        if any(number < 1 for number in numbers):
+            raise ValueError("numbers of iterations from 1 on; the state before the first has no update to measure")
+        return tuple(sorted(set(numbers)))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that define the numbers of this study."""
+        return {**super().identity(), "protocol": "iterate"}
+
+
+def iterate(
+    model: str | nn.Module | Subject,
+    prompts: Sequence[Any] | Path | None = None,
+    *,
+    iterations: str | int | Sequence[int] = (),
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Run:
+    """Read texts at several numbers of iterations.
+
+    Args:
+        model: A looped model: hub id, folder, known name, module, or subject.
+        prompts: Texts, token ids or prompts, or a path to a file of them; default the 24 built-in ones. Prompts with an
+            ``answer`` give accuracy too, and their loss is the answer's.
+        iterations: Numbers of iterations; default 3, 5, 10, …, 45 (1 … 8 in a model with a loop per layer).
+        listener: Called with :class:`dynprobe.protocols.Progress`.
+        **settings: Any field of :class:`IterateConfig`: ``split_by``, ``tol``, ``perturb``, ``out``, ….
+
+    Returns:
+        The run; ``run.samples`` has one row per prompt and T, ``run.summary["iterations"]`` the means with intervals.
+
+    Raises:
+        UsageError: If the model has no loop whose length can be chosen, or a setting is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> from dynprobe.models import CsmConfig, CsmForCausalLM
+        >>> model = CsmForCausalLM(CsmConfig.preset("nano"))
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     done = iterate(model, [[5, 6, 7, 8], [9, 10, 11]], iterations=[1, 3], out=out)
+        ...     [(row["iterations"], row["n"]) for row in done.summary["iterations"]]
+        [(1, 2), (3, 2)]
+    """
+    if listener is not None:
+        listener(Progress("load"))
+    ready = prepare(model, prompts, {"iterations": iterations, **settings}, kind=IterateConfig, resolve=_perturbs)
+    subject, config = ready.subject, ready.config
+    assert isinstance(config, IterateConfig)
+    numbers = config.iterations or (ITERATIONS if subject.loop is not None and subject.loop.prefix else _NESTED)
+    with at_iterations(subject, numbers[-1]):
+        pass  # a number that the model refuses is refused before anything is written
+    return execute(ready, lambda calibration, exact: _Iterate(ready, calibration, exact, numbers), listener)
+
+
+def _perturbs(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> list[Perturb]:
+    if config.states or config.lens or config.num_samples != 1:
+        raise UsageError("dynprobe iterate takes no --states, --lens or --num-samples; dynprobe run stores states")
+    return resolve_perturbations(subject, config, given)
+
+
+@dataclass(eq=False)
+class _Iterate:
+    """The experiment: one unit is a group of prompts, read at every T."""
+
+    ready: Prepared
+    calibration: Calibration | None
+    exact: bool
+    numbers: tuple[int, ...]
+    _deviation: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.config: IterateConfig = self.ready.config  # type: ignore[assignment]
+        self.subject, loop = self.ready.subject, self.ready.subject.loop
+        assert loop is not None
+        self.loop = loop
+        self.trained = loop.trained(self.subject.model) if loop.trained is not None else None
+
+    def conditions(self) -> pd.DataFrame:
+        """Return one condition per T, and one more where something is written."""
+        rows = []
+        for T in self.numbers:
+            rows.append({"condition_id": f"T{T}", "arm": "clean", "alpha": 0.0, "iterations": T})
+            for perturb in self.ready.perturbs[:1]:
+                rows.append({
+                    "condition_id": f"T{T}|perturbed", "arm": "perturbed", "iterations": T,
+                    "alpha": perturb.alpha, "scale": perturb.scale, "kind": perturb.kind, "seed": perturb.seed,
+                    "where": " & ".join(str(p.where) for p in self.ready.perturbs),
+                    "params": [str(p) for p in self.ready.perturbs],
+                })  # fmt: skip
+        return pd.DataFrame(rows).assign(decode_mode="forced")
+
+    def plan(self) -> list[Any]:
+        """Return groups of prompts."""
+        n = self.numbers[-1] * max(1, len({t.layer for t in self.subject.turns}))
+        width = (self.subject.dim or 1) * (self.subject.n_slots or 1)
+        return plan_batches(
+            [len(self._text(i).fed) for i in range(len(self.ready.rows))], max_new_tokens=0, n_layers=n, dim=width,
+            vocab=self.subject.vocab_size or 1, batch_size=self.config.batch_size, exact=self.exact, early=False,
+        )  # fmt: skip
+
+    def _text(self, index: int) -> Text:
+        prompt = self.ready.prompts[index]
+        row: Sequence[int] = self.ready.rows[index]
+        answer = () if prompt.answer is None else answer_tokens(self.subject, prompt, row, self.config.chat_template)
+        return Text(prompt.prompt_id, tuple(row), answer)
+
+    def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
+        """Read a group of prompts at every T."""
+        texts = [self._text(i) for i in unit]
+        span = "new" if any(t.new for t in texts) else "prompt"
+        tables: dict[str, list[pd.DataFrame]] = {}
+        for arm in ("", "|perturbed")[: 1 + bool(self.ready.perturbs)]:
+            for T, passage, last in self._passages(texts, bool(arm)):
+                prompts = [self.ready.prompts[i] for i in unit]
+                labels = Labels(
+                    f"T{T}{arm}", [p.prompt_id for p in prompts], [p.category for p in prompts], 0, [None] * len(unit)
+                )
+                made = passage_tables(passage, labels, span=span, perturbed=bool(arm))
+                made["samples"] = made["samples"].assign(iterations=T, **self._at_the_end(passage, T))
+                if not last and self.one_pass:  # states of a shorter run are those of the longest, which is stored
+                    del made["depths"], made["profiles"]
+                for name, table in made.items():
+                    tables.setdefault(name, []).append(table)
+        done = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+        done["samples"] = with_best(done["samples"])
+        facts: dict[str, Any] = {"one_pass": self.one_pass}
+        if self._deviation is not None:
+            facts["prefix_deviation"] = self._deviation
+        return Produced(done, facts=facts)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether one long run holds the shorter ones."""
+        return self.loop.prefix and (self._deviation is None or self._deviation <= _PREFIX_LIMIT)
+
+    def _passages(self, texts: list[Text], perturbed: bool) -> Iterator[tuple[int, Passage, bool]]:
+        which = (*self.config.measured_metrics, *self._convergence)
+        if self.loop.prefix and not perturbed:
+            with at_iterations(self.subject, self.numbers[-1]) as longest:
+                whole = forced(longest, texts, which=which)
+                if self._deviation is None and len(self.numbers) > 1:
+                    self._deviation = self._check_prefix(whole, texts)
+                if self.one_pass:
+                    for T in self.numbers[:-1]:
+                        yield T, cut(whole, T, which), False
+                    yield self.numbers[-1], whole, True
+                    return
+        for T in self.numbers:
+            with at_iterations(self.subject, T) as subject:
+                writers = make_writers(subject, self.ready.perturbs, calibration=None) if perturbed else []
+                yield T, forced(subject, texts, writers, which=which), self.numbers[-1] == T
+
+    @property
+    def _convergence(self) -> tuple[str, ...]:
+        """Convergence is a property of one loop; a model with a loop per layer has no track that converges."""
+        if len({(t.layer, t.stage) for t in self.subject.turns}) > 1:
+            return ()
+        return (f"converge.iterations/1{{of=delta_rel_prev,tol={self.config.tol:g},patience={self.config.patience}}}",)
+
+    def _check_prefix(self, whole: Passage, texts: list[Text]) -> float:
+        T = self.numbers[0]
+        assert whole.tape.subject is not None
+        cut_there = readout(whole.tape.subject, whole.tape.states[T])
+        with at_iterations(self.subject, T) as subject, torch.no_grad():
+            own = forced(subject, texts, which=())
+        assert own.logits is not None
+        real = whole.mask.to(cut_there.device)
+        spread = max(float(own.logits[real].double().std()), 1e-12)
+        return float((cut_there[real].double() - own.logits[real].double()).abs().max()) / spread
+
+    def _at_the_end(self, passage: Passage, T: int) -> dict[str, Any]:
+        """Δ of the last update with its radial and angular part, the energy, and whether the answer is right."""
+        depth, keep = passage.measured.depth, passage.measured.keep
+        last = {
+            "delta_last": depth["delta_rel_prev"][-1], "delta_last_angle": depth["angle"][-1] / np.pi,
+            "delta_last_radial": np.abs(np.log(depth["norm"][-1] / depth["norm"][-2])),
+        }  # fmt: skip
+        if "energy" in passage.tape.energies:
+            last["energy_last"] = passage.tape.energies["energy"][-1].numpy()
+        out: dict[str, Any] = {}
+        for name, grid in last.items():
+            ok = keep & np.isfinite(grid)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                out[name] = np.where(ok, grid, 0.0).sum(1) / np.where(ok.sum(1), ok.sum(1), np.nan)
+        out["trained_iterations"] = self.trained if self.trained is not None else math.nan
+        if any(t.new for t in passage.texts):
+            out["right"] = right_answers(passage)
+        return out
+
+    def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
+        """There is no first table: one unit holds every T."""
+        return {}
+
+    def summarise(self, run: Run, writer: RunWriter) -> dict[str, Any]:
+        """Means over prompts at each T, and over hard and easy tokens where a split was asked for."""
+        notes = []
+        beyond = [T for T in self.numbers if self.trained is not None and self.trained < T]
+        if beyond:
+            notes.append(f"T = {', '.join(map(str, beyond))} lie above the trained depth of {self.trained} iterations")
+        hard = None
+        if self.config.split_by is not None:
+            hard = difficulty(self.config.split_by, self.subject, self.ready.prompts, self.ready.rows)
+        return {
+            "protocol": "iterate", "trained_iterations": self.trained, "one_pass": self.one_pass,
+            "notes": notes, **iteration_summary(run, self.numbers, hard, self.config.split_by),
+        }  # fmt: skip
