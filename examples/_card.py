@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from _scores import Corpus, evaluate, evaluate_depths, snippet_nll, task_accuracy
 from _text import DATABASE_SHA256, LICENCE, PACKAGE, ngram_entropies
-from _training import Corpus, Recipe, evaluate, snippet_nll, task_accuracy
+from _training import Recipe
 
 from dynprobe.models import byte_tokenizer
 from dynprobe.prompts import SYNTHETIC_TASKS
@@ -63,7 +64,8 @@ def write_model(folder: Path, name: str, model: Any, recipe: Recipe, corpus: Cor
 
 def figures_of(model: Any, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """Measure a model on the held-out windows, beside counting on the same bytes."""
-    nll = evaluate(model, corpus, "test", recipe.length)
+    by_depth = evaluate_depths(model, corpus, "test", DEPTHS, recipe.length) if recipe.family == "csm" else {}
+    nll = by_depth[DEFAULT_DEPTH] if by_depth else evaluate(model, corpus, "test", recipe.length)
     figures: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_trained": recipe.tokens,
@@ -72,7 +74,6 @@ def figures_of(model: Any, recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
         "ngram_nll": counted(corpus, recipe.length),
     }
     if recipe.family == "csm":
-        by_depth = {T: evaluate(model, corpus, "test", recipe.length, num_iterations=T) for T in DEPTHS}
         figures["test_nll_by_iterations"] = by_depth
         figures["gain_over_one_iteration"] = 1.0 - nll / by_depth[1]
     elif recipe.family == "cem":
@@ -145,6 +146,7 @@ def _card(name: str, recipe: Recipe, figures: dict[str, Any], digest: str) -> st
     if recipe.family == "cem":
         lines += [_table("T (both recursions; trained: 2)", figures["test_nll_by_recursion"])]
     lines += ["## Synthetic tasks, held-out items, accuracy of the next byte among the possible ones (100 items)\n"]
+    lines += ["Near guessing means that the task was not learned in this budget; one standard error is up to 0.05.\n"]
     for task, found in figures["task_accuracy"].items():
         chance = SYNTHETIC_TASKS[task][1]
         lines.append(_table(f"{task}: steps (guessing {chance:.2f})", found, "{:.2f}"))

@@ -19,23 +19,19 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _text import kjv_parts
+from _scores import Corpus, cross_entropy, encode, evaluate, load_corpus
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
-from dynprobe.models import CemConfig, CemForCausalLM, CsmConfig, CsmForCausalLM, byte_tokenizer
+from dynprobe.models import CemConfig, CemForCausalLM, CsmConfig, CsmForCausalLM
 from dynprobe.prompts import SYNTHETIC_TASKS, synthetic_item
 
-__all__ = ["Corpus", "Recipe", "build", "evaluate", "load_corpus", "snippet_nll", "task_accuracy", "train"]
+__all__ = ["Corpus", "Recipe", "batch_of", "build", "evaluate", "learning_rate", "load_corpus", "loss_of", "train"]
 
-#: Windows of the reported numbers, evenly spaced over the held-out text.
-TEST_WINDOWS, VALID_WINDOWS = 512, 64
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -81,36 +77,6 @@ class Recipe:
         return self.steps * self.batch * self.length
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The text as bytes, and the ids of the tokenizer for them."""
-
-    parts: dict[str, bytes]
-    ids: dict[str, torch.Tensor]
-    windows: dict[str, np.ndarray]
-
-
-def load_corpus(scratch: Path, database: Path | None = None, length: int = 128) -> Corpus:
-    """Read the text, turn it into ids, and lay the windows on which models are judged."""
-    parts = kjv_parts(scratch, database)
-    ids = {name: _encode(text) for name, text in parts.items()}
-    windows = {
-        name: np.linspace(4, len(parts[name]) - length - 2, count).astype(np.int64)
-        for name, count in (("valid", VALID_WINDOWS), ("test", TEST_WINDOWS))
-    }
-    return Corpus(parts, ids, windows)
-
-
-def _encode(text: bytes) -> torch.Tensor:
-    return _id_of_ascii()[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()]
-
-
-@cache
-def _id_of_ascii() -> torch.Tensor:
-    tokenizer = byte_tokenizer()
-    return torch.tensor([tokenizer(chr(code)).input_ids[0] for code in range(128)])
-
-
 def build(recipe: Recipe) -> Any:
     """Return the model with fresh weights."""
     torch.manual_seed(recipe.seed)
@@ -146,7 +112,7 @@ def _tasks(rng: np.random.Generator, size: int, index: int) -> torch.Tensor:
         steps = int(rng.integers(1, SYNTHETIC_TASKS[task][0] + 1))
         text += synthetic_item(task, steps, index=1000 * index + number, split="train").text
         number += 1
-    return _encode(text.encode())[:size]
+    return encode(text.encode())[:size]
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -161,7 +127,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def loss_of(model: Any, recipe: Recipe, ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is differentiated, and the plain next-byte loss."""
     if recipe.family != "csm":
-        plain = _cross_entropy(model(input_ids=ids[:, :-1], use_cache=False).logits, ids)
+        plain = cross_entropy(model(input_ids=ids[:, :-1], use_cache=False).logits, ids)
         return plain, plain.detach()
     rng = np.random.default_rng([recipe.seed, step, 7])
     first = step < recipe.shallow * recipe.steps
@@ -170,55 +136,13 @@ def loss_of(model: Any, recipe: Recipe, ids: torch.Tensor, step: int) -> tuple[t
     out = model(
         input_ids=ids[:, :-1], use_cache=False, num_iterations=depth, grad_iterations=4, output_hidden_states=True
     )
-    plain = _cross_entropy(out.logits, ids)
+    plain = cross_entropy(out.logits, ids)
     if first:
         earlier = int(rng.integers(max(0, depth - 4), depth))
-        return plain + 0.3 * _cross_entropy(model.readout(out.hidden_states[earlier]), ids), plain.detach()
+        return plain + 0.3 * cross_entropy(model.readout(out.hidden_states[earlier]), ids), plain.detach()
     unit = model.model.refine.unit
     change = unit(out.hidden_states[-1]) - unit(out.hidden_states[-2])
     return plain + 20.0 * change.square().mean(), plain.detach()
-
-
-def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-@torch.no_grad()
-def evaluate(model: Any, corpus: Corpus, part: str, length: int = 128, **call: Any) -> float:
-    """Return the mean negative log likelihood in nats per byte over the windows of a part of the text.
-
-    A window is ``length`` bytes predicted from the bytes before them in the window and one byte in front.
-    """
-    model.eval()
-    losses = []
-    for starts in np.array_split(corpus.windows[part], max(1, len(corpus.windows[part]) // 16)):
-        ids = torch.stack([corpus.ids[part][at - 1 : at + length] for at in starts.tolist()])
-        losses.append((_cross_entropy(model(input_ids=ids[:, :-1], use_cache=False, **call).logits, ids), len(ids)))
-    model.train()
-    return float(sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses))
-
-
-@torch.no_grad()
-def snippet_nll(model: Any, text: bytes, length: int = 160) -> float:
-    """Return the loss on a text cut into windows of ``length`` + 1 bytes, the first of each given."""
-    ids = _encode(text).view(-1, length + 1)
-    return float(_cross_entropy(model(input_ids=ids[:, :-1], use_cache=False).logits, ids))
-
-
-@torch.no_grad()
-def task_accuracy(model: Any, task: str, steps: int, count: int = 100, **call: Any) -> float:
-    """Return the share of held-out items of one difficulty whose next byte is the right one, among the choices."""
-    model.eval()
-    items = [synthetic_item(task, steps, index=i, split="test") for i in range(count)]
-    tokenizer = byte_tokenizer()
-    ids = torch.tensor(tokenizer([item.prompt for item in items]).input_ids)
-    logits = model(input_ids=ids, use_cache=False, **call).logits[:, -1]
-    right = 0
-    for row, item in zip(logits, items, strict=True):
-        options = torch.tensor([tokenizer(c).input_ids[0] for c in item.choices])
-        right += item.choices[int(row[options].argmax())] == item.answer
-    model.train()
-    return right / count
 
 
 def train(recipe: Recipe, corpus: Corpus, folder: Path, *, every: int = 100, stop_at: int | None = None) -> Any:

@@ -44,7 +44,7 @@ def corpus(training: Any) -> Any:
     text = b"".join(b"%d times %d is %d\n" % (a, b, a * b) for a in range(60) for b in range(40))
     parts = {"train": text, "valid": text[:4000], "test": text[5000:9000]}
     windows = {name: np.arange(4, 1500, 100) for name in ("valid", "test")}
-    return training.Corpus(parts, {k: training._encode(v) for k, v in parts.items()}, windows)
+    return training.Corpus(parts, {k: training.encode(v) for k, v in parts.items()}, windows)
 
 
 def small(training: Any, family: str, **more: Any) -> Any:
@@ -67,6 +67,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights(training: Any, corpus: Any, f
     lines = [[json.loads(row) for row in (tmp_path / f / "progress.jsonl").open()] for f in ("whole", "parts")]
     assert [row["step"] for row in lines[1]] == [3, 6]
     assert [row["valid_nll"] for row in lines[0]] == [row["valid_nll"] for row in lines[1]]
+
+
+def test_all_depths_of_one_pass_are_those_of_runs_apart(training: Any, corpus: Any) -> None:
+    import _scores
+
+    model = training.build(small(training, "csm")).eval()
+    together = _scores.evaluate_depths(model, corpus, "test", (0, 2, 5), 24)
+    apart = {T: training.evaluate(model, corpus, "test", 24, num_iterations=T) for T in (0, 2, 5)}
+    assert together == pytest.approx(apart, rel=1e-5)
+    assert len(set(apart.values())) == 3
 
 
 def test_another_recipe_is_refused(training: Any, corpus: Any, tmp_path: Path) -> None:
@@ -96,7 +106,7 @@ def test_ids_are_those_of_the_tokenizer(training: Any, corpus: Any) -> None:
     from dynprobe.models import byte_tokenizer
 
     text = corpus.parts["test"][:500]
-    assert training._encode(text).tolist() == byte_tokenizer()(text.decode()).input_ids
+    assert training.encode(text).tolist() == byte_tokenizer()(text.decode()).input_ids
 
 
 def test_ngram_entropies_equal_a_slow_count(training: Any) -> None:

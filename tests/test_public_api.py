@@ -10,8 +10,8 @@ import dynprobe as dp
 
 NAMES = [
     "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "calibrate", "capture", "cli", "discover",
-    "doctor", "errors", "fetch", "ingest", "load", "metrics", "models", "open", "perturb", "plan", "probes", "prompts",
-    "protocols", "readout", "record", "resume", "run", "runs", "sweep", "testing", "threshold",
+    "doctor", "errors", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "perturb", "plan",
+    "probes", "prompts", "protocols", "readout", "record", "resume", "run", "runs", "sweep", "testing", "threshold",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.
 HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "transformers", "scipy", "safetensors", "yaml")

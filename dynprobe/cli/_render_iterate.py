@@ -56,6 +56,8 @@ def iterate(found: Run) -> None:
 
 def _converged(converged: dict[str, Any], found: Run) -> str:
     tol = found.manifest.config.get("tol")
+    if converged["censored"] is None:
+        return "converged_at: not measured (every layer has a loop of its own)"
     if pd.isna(converged["median"]):
         return f"converged_at (Δ < {tol}): not within the longest run"
     censored = f", {converged['censored']} not within the longest run" if converged["censored"] else ""

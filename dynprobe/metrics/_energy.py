@@ -121,7 +121,7 @@ def _interaction(
     if not heads.size:
         return Result(math.nan, "empty", math.nan, q.shape[1], 0, metric_id, dtype=dtype)
     ok = np.isfinite(heads).all(0)
-    tokens = np.where(ok, heads.mean(0), np.nan)
+    tokens = np.where(ok, heads.sum(0), np.nan)
     value = float(tokens[ok].mean()) if 2 * ok.sum() >= len(ok) else math.nan
     reason = None if math.isfinite(value) else "coverage"
     per_head = heads[:, ok].mean(1) if ok.any() else np.full(len(heads), np.nan)
@@ -158,13 +158,13 @@ def _align(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id
 register(
     MetricSpec(
         id="energy.interaction/1",
-        sentence="Interaction energy of attention: minus the log-sum-exp of a query's logits, mean over heads.",
+        sentence="Interaction energy of attention: minus the log-sum-exp of a query's logits, sum over heads.",
         formula=(
-            "ε_i = (1/K) Σ_k −τ log Σ_j exp(q_ikᵀk_jk/τ + b_ijk), 1/τ = scale (default 1/√dh), b causal by default; q "
-            "and k as they meet (rotated, normalised); value = mean over queries; CEM's own ε is the sum over heads"
+            "ε_i = Σ_k −τ log Σ_j exp(q_ikᵀk_jk/τ + b_ijk), 1/τ = scale (default 1/√dh), b causal by default; q "
+            "and k as they meet (rotated, normalised); value = mean over queries"
         ),
         input="queries[head,query,dh], keys[head,key,dh]",
-        value_range="(−∞, ∞); ≤ −max_j (qᵀk + τb)",
+        value_range="(−∞, ∞); ≤ −Σ_k max_j (qᵀk + τb)",
         unit="qᵀk",
         invariances=frozenset({"R"}),
         source="Causal Energy Minimization, arXiv 2605.07588, eq. 1",

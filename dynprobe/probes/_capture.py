@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
-from dynprobe.probes._dispatch import attach_to
+from dynprobe.probes._dispatch import attach_to, calls_of
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument, Site, sites_to_read
 from dynprobe.probes._last import last_only
@@ -59,7 +59,12 @@ def as_subject(model: nn.Module | Subject) -> Subject:
 
 
 def _still_there(model: nn.Module, found: dict[str, Any]) -> bool:
-    """Whether the blocks are the ones that were found (layers may have been cut or replaced since)."""
+    """Whether the blocks are the ones that were found (layers may have been cut or replaced since).
+
+    A loop is looked at anew: how often it runs is a setting that shows nowhere else.
+    """
+    if found["turns"]:
+        return False
     try:
         return blocks_by_pattern(model, found["block_path"]) == found["blocks"]
     except SiteError:
@@ -73,11 +78,17 @@ def _halt_after(subject: Subject, read: Sequence[Site]) -> Any:
         raise _Halt
 
     layer = max((layer - (component == "resid_pre") for component, layer in read), default=subject.n_layers - 1)
-    if subject.turns:
-        return attach_to(subject.door(layer + 1), read=halt)  # the last of the readers there
     if layer < 0:
+        if subject.turns:
+            return attach_to(subject.door(0), read=halt)  # the last of the readers there
         return subject.blocks[0].register_forward_pre_hook(halt)
-    return subject.blocks[layer].register_forward_hook(halt)
+
+    def halt_at_turn(module: nn.Module, *_: Any) -> None:
+        if calls_of(module) == subject.turns[layer].call + 1:
+            raise _Halt
+
+    # Behind all other hooks, so that whatever reads the last state (its energy) has read it.
+    return subject.blocks[layer].register_forward_hook(halt_at_turn if subject.turns else halt)
 
 
 def capture(

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from dynprobe.probes._outputs import hidden_argument, hidden_of, replace_argument, replace_hidden
 from dynprobe.probes._turns import Place
 
-__all__ = ["Attachment", "attach", "attach_to", "calls_of", "live_hooks"]
+__all__ = ["Attachment", "attach", "attach_to", "calls_of", "hooks_of_others", "live_hooks"]
 
 Reader = Callable[[Tensor], None]
 Writer = Callable[[Tensor], Tensor]
@@ -165,3 +165,18 @@ def calls_of(module: nn.Module) -> int | None:
     """Number of calls of a looped module in the latest forward, or None where nobody listens to it."""
     gates = [gate for gate in _GATES.get(module, {}).values() if gate.roots]
     return max((gate.calls for gate in gates), default=None)
+
+
+def hooks_of_others(root: nn.Module) -> list[int]:
+    """Return the forward hooks that somebody else keeps on ``root`` and its sub-modules, by their ids.
+
+    Those that transformers leaves behind once it was asked for ``output_hidden_states`` only look and are not counted.
+    """
+    ours = {g.handle.id for m in root.modules() for g in _GATES.get(m, {}).values() if g.handle is not None}
+    ours |= {h.id for m in root.modules() for g in _GATES.get(m, {}).values() for h in g.roots.values()}
+    return [
+        id(hook)
+        for module in root.modules()
+        for number, hook in (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
+        if number not in ours and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+    ]

@@ -69,9 +69,10 @@ class EnergyTap:
         if turn is None:
             return
         with torch.no_grad():
-            ends = [self._energy(module, s, args, kwargs) for s in (hidden_argument(args, kwargs), hidden_of(output))]
-        if ends[0] is not None and ends[1] is not None:
-            self._steps[-1][turn] = torch.stack([end.detach().double().cpu() for end in ends])
+            before = self._energy(module, hidden_argument(args, kwargs), args, kwargs)
+            after = self._energy(module, hidden_of(output), args, kwargs)
+        if before is not None and after is not None:
+            self._steps[-1][turn] = torch.stack([end.detach().double().cpu() for end in (before, after)])
 
     def joined(self, lay: Callable[[Tensor, int], Tensor], n_depths: int) -> dict[str, Tensor]:
         """Return ``energy`` and ``energy_prev`` ``[depths, batch, pos]``, NaN where a turn has no energy.

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dynprobe.errors import ModelError
 from dynprobe.probes._turns import Loop
 
 __all__ = ["KNOWN_LOOPS", "known_loop"]
@@ -35,9 +36,18 @@ def _cem(model: Any) -> Loop | None:
     def choose(one: Any, T: int) -> None:
         one.set_steps(T, T)
 
+    def restore(one: Any) -> Callable[[], None]:
+        core = one.base_model
+        steps = core.steps_attention, core.steps_mlp
+
+        def back() -> None:
+            core.steps_attention, core.steps_mlp = steps
+
+        return back
+
     return Loop(
         tuple(modules), track="resid", iterations=lambda m: max(m.base_model.steps_attention, m.base_model.steps_mlp),
-        set_iterations=choose, trained=lambda m: max(m.config.steps_attention, m.config.steps_mlp),
+        set_iterations=choose, restore=restore, trained=lambda m: max(m.config.steps_attention, m.config.steps_mlp),
         components=((kinds[0], "resid_mid"),) if len(kinds) > 1 else (), energy=_cem_energy,
     )  # fmt: skip
 
@@ -51,6 +61,11 @@ def _cem_energy(step: Any, state: Tensor, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _csm(model: Any) -> Loop:
+    if model.config.carry == "refined":
+        raise ModelError(
+            "a CSM-style model with carry='refined' refines one position after the other, each from where the one "
+            "before ended, so that its iterations are not one track over the text; dynprobe reads carry='memory'"
+        )
     path = next(name for name, module in model.named_modules() if type(module).__name__ == "CsmRefinement")
 
     def choose(one: Any, T: int) -> None:

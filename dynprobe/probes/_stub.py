@@ -33,7 +33,8 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
         state_after: What block ``i`` hands on; None passes its input through (nothing looks at it).
 
     Raises:
-        ModelError: If it is not known what the blocks return, because no trial forward could be run.
+        ModelError: If it is not known what the blocks return, because no trial forward could be run; or if a loop made
+            fewer updates than were stubbed.
     """
     if len(subject.wrappers) < below:
         raise ModelError(
@@ -60,6 +61,8 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
             stubs.append(stub)
             object.__setattr__(block, "forward", stub)
         yield
+        for stub in stubs if subject.turns else ():
+            stub.check()
     finally:
         if handle is not None:
             handle.remove()
@@ -87,6 +90,11 @@ class _Stub:
     def restart(self) -> None:
         """Count calls anew."""
         self._calls = 0
+
+    def check(self) -> None:
+        """Refuse a forward that ended before all recorded states were handed on: what came out is of another state."""
+        if 0 < self._calls <= max(self._numbers):
+            raise changed_loop(self._name, self.total)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = self._calls if self._forward is not None else 0

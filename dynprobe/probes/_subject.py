@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dynprobe._types import COMPONENTS
 from dynprobe.errors import ModelError, SiteError, UsageError, did_you_mean
-from dynprobe.probes._dispatch import live_hooks
+from dynprobe.probes._dispatch import hooks_of_others, live_hooks
 from dynprobe.probes._loops import known_loop
 from dynprobe.probes._outputs import Wrapper
 from dynprobe.probes._trial import TrialError, watch, watch_loop
@@ -146,12 +146,7 @@ class Subject:
         """Hooks that others keep inside the blocks: with them a block is another block. None while ours are on too."""
         if live_hooks(self.model):
             return None
-        return tuple(
-            id(hook)
-            for block in self.blocks
-            for module in block.modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        )
+        return tuple(number for block in dict.fromkeys(self.blocks) for number in hooks_of_others(block))
 
     def accepts(self, argument: str) -> bool:
         """Whether the model's forward names this argument."""
@@ -264,8 +259,11 @@ class Subject:
         }
 
     def _turns_in_words(self) -> str:
-        layers, stages = {t.layer for t in self.turns}, {t.stage: t.of for t in self.turns}
-        loops = " + ".join(f"{of} × {stage}" for stage, of in stages.items())
+        layers = {t.layer for t in self.turns}
+        stages: dict[str, set[int]] = {}
+        for turn in self.turns:  # layers may differ: an ordinary sub-layer runs once
+            stages.setdefault(turn.stage, set()).add(turn.of)
+        loops = " + ".join(f"{'/'.join(map(str, sorted(of)))} × {stage}" for stage, of in stages.items())
         return f"{len(layers)} layers × ({loops})" if self.turns[0].layer >= 0 else loops
 
     def __repr__(self) -> str:
@@ -383,12 +381,11 @@ def discover(
 
 def _with_turns(subject: Subject, loop: Loop | str, trial_input: Tensor | None) -> Subject:
     """Fill in what a trial of a looped model shows."""
-    subject.loop = loop if isinstance(loop, Loop) else Loop(((loop, "core", -1),))
-    trial, subject.turns = watch_loop(subject.model, subject.loop, trial_input)
+    described = loop if isinstance(loop, Loop) else Loop(((loop, "core", -1),))
+    trial, subject.turns = watch_loop(subject.model, described, trial_input)
     subject.loop = trial.loop
-    subject.block_path = "+".join(dict.fromkeys(path.split(".")[-1] for path, _, _ in subject.loop.modules))
-    if len(subject.loop.modules) == 1:
-        subject.block_path = subject.loop.modules[0][0]
+    paths = [path for path, _, _ in described.modules]
+    subject.block_path = paths[0] if len(paths) == 1 else "+".join(dict.fromkeys(p.split(".")[-1] for p in paths))
     for fact in ("blocks", "dim", "state_dtype", "chained", "final_norm", "mutates", "wrappers"):
         setattr(subject, fact, getattr(trial, fact))
     return subject

@@ -158,7 +158,8 @@ class Tape:
     def __getitem__(self, key: tuple[str, int] | str) -> Tensor:
         """Return a component of a layer: ``tape["mlp_out", 6]``, ``tape["blocks.6.hook_mlp_out"]``.
 
-        TransformerLens's names of components work too (``tape["hook_mlp_out", 6]``).
+        TransformerLens's names of components work too (``tape["hook_mlp_out", 6]``). Where layers hold loops, it is the
+        state in which the loop has ended.
 
         Raises:
             SiteError: If the layer or component is not on the tape.
@@ -168,6 +169,9 @@ class Tape:
         layers = where.layers if number is None else (number,)
         if layers is None or where.component is None or len(where.component) != 1 or where.component == ("all",):
             raise SiteError(f"{key!r} names no one place; write tape['mlp_out', 6] or tape['blocks.6.hook_mlp_out']")
+        if self.subject is not None and self.subject.turns:  # a layer is several depths there
+            site, number = self.subject.sites(where.replace(layers=layers), writing=True)[0]
+            return self.states[number + (site == "resid_post")]
         component, layer = str(where.component[0]), self._layer(int(layers[0]))  # type: ignore[arg-type]
         if component in ("resid_pre", "resid_post"):
             return self.states[layer + (component == "resid_post")]

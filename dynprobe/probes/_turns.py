@@ -53,6 +53,8 @@ class Loop:
             state of a run of k turns.
         iterations: ``fn(model)``: the number of iterations that a call makes now.
         set_iterations: ``fn(model, T)``: let later calls make T iterations; None where that cannot be chosen.
+        restore: ``fn(model)``: look at what ``set_iterations`` changes, and return a function without arguments that
+            puts it back; None where ``set_iterations(model, iterations(model))`` does so.
         trained: ``fn(model)``: iterations that the model was trained with, or None where it is not known.
         components: Stage → component that its last state is, for models with layers.
         start: Path of the module whose output is the state before the first turn, where a turn takes in more than the
@@ -68,6 +70,7 @@ class Loop:
     prefix: bool = False
     iterations: Callable[[Any], int] | None = None
     set_iterations: Callable[[Any, int], None] | None = None
+    restore: Callable[[Any], Callable[[], None]] | None = None
     trained: Callable[[Any], int | None] | None = None
     components: tuple[tuple[str, str], ...] = ()
     start: str | None = None
@@ -153,6 +156,8 @@ def _entering(turns: Sequence[Turn], where: Where, name: str, layered: bool) -> 
         if where.layers not in (None, (0,)) or where.iterations is not None:
             _on_iterations(where.replace(component=None), name)
         return [("resid_pre", 0)]
+    if where.iterations is not None:
+        raise UsageError("component=resid_pre is the state before a layer's first loop; leave iterations out")
     layers = where.resolve_layers(1 + max(t.layer for t in turns))
     return [_before(next(i for i, t in enumerate(turns) if t.layer == layer)) for layer in layers]
 
@@ -170,6 +175,6 @@ def changed_loop(name: str, expected: int) -> ModelError:
     """Return the error of a loop whose length is another one than when its model was looked at."""
     return ModelError(
         f"a module of {name} was not called {expected} times in a forward, as it was when the model was looked at: "
-        "its number of iterations was changed since, or it halts by itself. Look at it again (subject = dp.load(model)), "
-        "or use dp.iterate"
+        "its number of iterations was changed since, or it halts by itself. Look at it again (dp.load(model)), or use "
+        "dp.iterate"
     )

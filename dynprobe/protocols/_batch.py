@@ -273,12 +273,18 @@ class BatchRunner:
                 depth, state = layer, passage.tape.states[layer]
             else:
                 depth, state = layer + 1, passage.tape.updates[component, layer]
-            keys = pd.DataFrame(
-                {
-                    "sample_id": ids, "pos": passage.positions[rows, columns].astype(np.int32),
-                    "track": "resid" if component.startswith("resid") else component, "depth": np.int32(depth),
-                    "layer": np.int32(layer if component != "resid_pre" else depth - 1), "component": component,
+            where: dict[str, Any] = {
+                "track": self.subject.track if component.startswith("resid") else component, "depth": np.int32(depth),
+                "layer": np.int32(layer if component != "resid_pre" else depth - 1), "component": component,
+            }  # fmt: skip
+            if self.subject.turns:  # a site's number there is a turn's
+                turn = self.subject.turns[depth - 1] if depth else None
+                where |= {
+                    "layer": np.int32(-1 if turn is None else turn.layer),
+                    "component": "resid_pre" if turn is None else turn.component,
+                    "stage": "embed" if turn is None else turn.stage,
+                    "iteration": np.int32(0 if turn is None else turn.iteration),
                 }
-            )  # fmt: skip
+            keys = pd.DataFrame({"sample_id": ids, "pos": passage.positions[rows, columns].astype(np.int32), **where})
             out.append((keys, state.detach()[rows, columns].cpu()))
         return out

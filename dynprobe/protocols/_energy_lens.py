@@ -48,7 +48,7 @@ class EnergyLensResult:
     """What the lens saw.
 
     Attributes:
-        table: One row per layer (and iteration, for a CEM). ``energy``: ε per token, mean over heads. ``cos``,
+        table: One row per layer (and iteration, for a CEM). ``energy``: ε per token, sum over heads. ``cos``,
             ``slope``: of −∇ε and the update, where an update follows. ``…_low``, ``…_high``: interval over prompts.
             ``cos_other_heads``, ``cos_other_layers``: nulls. ``…_random``: the twin's; ``cos_gain``: cos less the
             twin's, prompt by prompt. ``circuit``, ``tying_qo``, ``tying_kv``, ``subspace_qo``, ``subspace_kv``: of the

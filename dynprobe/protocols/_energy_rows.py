@@ -56,7 +56,7 @@ def look(subject: Subject, rows: Sequence[Sequence[int]], first: int) -> Seen:
         for d in read:
             key = d.layer, d.iteration
             nothing = np.full(d.energy.shape[1], np.nan)
-            values = {"energy": d.energy.mean(0), "cos": nothing, "slope": nothing, "cos_other_heads": nothing}
+            values = {"energy": d.energy.sum(0), "cos": nothing, "slope": nothing, "cos_other_heads": nothing}
             values["cos_other_layers"] = elsewhere.get(key, nothing)
             if d.force is not None and d.update is not None:
                 values["cos"], values["slope"] = alignment(d.force, d.update, eps)

@@ -75,11 +75,13 @@ def crossings_of(trials: pd.DataFrame, level: float, floor: float) -> tuple[list
         floor: Numerical noise floor of the response.
     """
     found, prompts = [], []
-    if abs(level) < _FACTOR * floor and not (trials["alpha"] > 0).any():  # a search does not look into the noise
-        names = sorted(trials["prompt_id"].astype(str).unique())
-        lost = Crossing(math.nan, math.nan, math.nan, "not-resolved", f"level<{_FACTOR:g}×floor")
-        return [lost] * len(names), names
     searched = trials[trials["alpha"] > 0]
+    # A search does not look into the noise of a text's group, and for no level at all; such a text is not left out.
+    untried = sorted({*trials["prompt_id"].astype(str)} - {*searched["prompt_id"].astype(str)})
+    if untried:
+        why = f"level<{_FACTOR:g}×floor" if math.isfinite(level) else "no level"
+        found += [Crossing(math.nan, math.nan, math.nan, "not-resolved", why)] * len(untried)
+        prompts += untried
     # By name: categories sort as they came, and then an interval would depend on the order of the prompts.
     for (prompt, _), rows in searched.groupby([searched["prompt_id"].astype(str), "seed"], observed=True, sort=True):
         found.append(first_crossing(rows["alpha"].to_numpy(), rows["response"].to_numpy(), level, floor=floor))
@@ -103,8 +105,6 @@ def fits_table(trials: pd.DataFrame, config: Any) -> pd.DataFrame:
         level, floor = float(group["level"].iloc[0]), float(group["floor"].max())
         curve = Curve(group[group["alpha"] > 0], group[group["alpha"] == 0], level, floor)
         place = f"|{named['prompt_id']}|{named['pos']}" if config.each_position else ""
-        if place and curve.trials.empty:
-            continue
         uncertain = len(group[group["remark"].notna()].groupby(["prompt_id", "pos", "seed"], observed=True))
         for number, fit in enumerate(_fits(curve, str(named["criterion"]), config)):
             rows.append(

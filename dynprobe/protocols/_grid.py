@@ -188,7 +188,7 @@ def grid_of(
                 )
             name = kind if kind in OWN_UNIT else f"{scale}|{kind}"
             for layer in layers:
-                site = subject.where_of((place.get("component", "resid_post"), layer))
+                site = subject.where_of((config.component or "resid_post", layer))
                 where = site.replace(**place | ({"component": site.component} if subject.turns else {}))
                 for seed in config.seeds:
                     bare = Perturb(

@@ -114,15 +114,23 @@ def iterate(
     subject, config = ready.subject, ready.config
     assert isinstance(config, IterateConfig)
     numbers = config.iterations or (ITERATIONS if subject.loop is not None and subject.loop.prefix else _NESTED)
-    with at_iterations(subject, numbers[-1]):
-        pass  # a number that the model refuses is refused before anything is written
+    for T in numbers if ready.perturbs else numbers[-1:]:  # what is refused is refused before anything is written
+        with at_iterations(subject, T) as other:
+            make_writers(other, ready.perturbs)
     return execute(ready, lambda calibration, exact: _Iterate(ready, calibration, exact, numbers), listener)
 
 
 def _perturbs(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> list[Perturb]:
     if config.states or config.lens or config.num_samples != 1:
         raise UsageError("dynprobe iterate takes no --states, --lens or --num-samples; dynprobe run stores states")
-    return resolve_perturbations(subject, config, given)
+    found = resolve_perturbations(subject, config, given)
+    for perturb in found:
+        if perturb.scale in ("coordstd", "cov"):
+            raise UsageError(
+                f"scale={perturb.scale} is calibrated at the iterations that the model makes now, and dynprobe iterate "
+                "changes their number; take relnorm, mad or abs"
+            )
+    return found
 
 
 @dataclass(eq=False)
@@ -184,7 +192,8 @@ class _Iterate:
                 )
                 made = passage_tables(passage, labels, span=span, perturbed=bool(arm))
                 made["samples"] = made["samples"].assign(iterations=T, **self._at_the_end(passage, T))
-                if not last and self.one_pass:  # states of a shorter run are those of the longest, which is stored
+                # Clean states of a shorter run are those of the longest, which is stored; a written arm's need not be.
+                if not (arm or last) and self.one_pass:
                     del made["depths"], made["profiles"]
                 for name, table in made.items():
                     tables.setdefault(name, []).append(table)
@@ -240,7 +249,7 @@ class _Iterate:
         depth, keep = passage.measured.depth, passage.measured.keep
         last = {
             "delta_last": depth["delta_rel_prev"][-1], "delta_last_angle": depth["angle"][-1] / np.pi,
-            "delta_last_radial": np.abs(np.log(depth["norm"][-1] / depth["norm"][-2])),
+            "delta_last_radial": _radial(passage),
         }  # fmt: skip
         if "energy" in passage.tape.energies:
             last["energy_last"] = passage.tape.energies["energy"][-1].numpy()
@@ -266,8 +275,16 @@ class _Iterate:
             notes.append(f"T = {', '.join(map(str, beyond))} lie above the trained depth of {self.trained} iterations")
         hard = None
         if self.config.split_by is not None:
-            hard = difficulty(self.config.split_by, self.subject, self.ready.prompts, self.ready.rows)
+            texts = [self._text(i) for i in range(len(self.ready.rows))]
+            hard = difficulty(self.config.split_by, self.subject, self.ready.prompts, texts)
         return {
             "protocol": "iterate", "trained_iterations": self.trained, "one_pass": self.one_pass,
             "notes": notes, **iteration_summary(run, self.numbers, hard, self.config.split_by),
         }  # fmt: skip
+
+
+def _radial(passage: Passage) -> np.ndarray:
+    """|ln of the growth of the norm| of the last update, ``[batch, pos]``; the mean over slots where there are some."""
+    before, after = (torch.linalg.vector_norm(passage.tape.states[d].double(), dim=-1) for d in (-2, -1))
+    grown = (after / before).log().abs().cpu()
+    return np.asarray(grown.mean(-1) if grown.dim() == 3 else grown)

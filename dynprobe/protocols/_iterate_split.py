@@ -8,6 +8,7 @@ another model, which had its own luck. The split by the model's own first loss i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,15 +33,15 @@ _MEANS = (
 
 
 def difficulty(
-    model: str | Subject, subject: Subject, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]
+    model: str | Subject, subject: Subject, prompts: Sequence[Prompt], texts: Sequence[Text]
 ) -> pd.DataFrame:
-    """Return the loss of another model at every position of every prompt.
+    """Return the loss of another model at every position of every text.
 
     Args:
         model: The other model.
         subject: The model under study; both must read a text as the same tokens.
         prompts: The prompts.
-        rows: Their token ids.
+        texts: Their token ids, with those of their answers.
 
     Raises:
         UsageError: If the two models do not share a tokenizer.
@@ -51,16 +52,16 @@ def difficulty(
             f"--split-by {other.name} has {other.vocab_size} tokens and {subject.name} has {subject.vocab_size}; a "
             "token is hard or easy only where both models read the same ones"
         )
-    for prompt, row in zip(prompts[:3], rows, strict=False):
+    for prompt, text in zip(prompts, texts, strict=True):
         if other.tokenizer is not None and prompt.token_ids is None and prompt.text:
             theirs = list(other.tokenizer(prompt.text)["input_ids"])
-            if theirs != list(row):
+            if theirs != list(text.prompt):
                 raise UsageError(
                     f"--split-by {other.name} reads prompt {prompt.prompt_id!r} as other tokens than {subject.name}"
                 )
     parts = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        passage = forced(other, [Text(prompt.prompt_id, tuple(row))], which=())
+    for prompt, text in zip(prompts, texts, strict=True):
+        passage = forced(other, [text], which=())
         known = passage.mask[0].numpy()
         nll = passage.outputs["nll"][0][known]
         parts.append(pd.DataFrame({"prompt_id": prompt.prompt_id, "pos": passage.positions[0][known], "other": nll}))
@@ -92,7 +93,7 @@ def iteration_summary(
                 out["categories"].append({"iterations": T, "category": str(category), **_means(rows)})
     clean = samples[arms == f"T{numbers[-1]}"]
     out["best_iteration"] = _middle(clean["best_iteration"])
-    out["converged_at"] = {**_middle(clean["converged_at"]), "censored": int(clean["converged_at"].isna().sum())}
+    out["converged_at"] = {**_middle(clean["converged_at"]), "censored": _censored(clean)}
     tokens = run.table("tokens")
     parts = tokens["sample_id"].astype(str).str.extract(r"^(?P<prompt_id>.*)\|T(?P<T>\d+)\|0$")
     tokens = tokens.assign(prompt_id=parts["prompt_id"], T=pd.to_numeric(parts["T"]))
@@ -126,20 +127,33 @@ def _middle(values: pd.Series) -> dict[str, float]:
     return {"median": float(np.median(known)), "low": float(low), "high": float(high)}
 
 
+def _censored(rows: pd.DataFrame) -> int | None:
+    """Number of texts that did not converge within the run; None where convergence was not measured."""
+    name = next((str(c) for c in rows if str(c).startswith("converge_iterations")), None)
+    if name is None:
+        return None
+    reasons = [json.loads(text) if isinstance(text, str) else {} for text in rows["reasons"]]
+    return sum(found.get(name) == "censored" for found in reasons)
+
+
 def _split(wide: pd.DataFrame, numbers: Sequence[int], by: pd.Series, name: str) -> list[dict[str, Any]]:
-    """Perplexity of the terciles of ``by``, and its change against the first T with an interval over prompts."""
+    """Perplexity of the terciles of ``by``, and its change against the first T: the quotient of both perplexities − 1.
+
+    The interval draws prompts, each with all its tokens.
+    """
     edges = np.quantile(by, [1 / 3, 2 / 3])
     bucket = np.searchsorted(edges, by.to_numpy(), side="right")
     rows = []
     for number, label in enumerate(_BUCKETS):
         chosen = wide[bucket == number]
         for T in numbers:
-            gain = (chosen[T] - chosen[numbers[0]]).groupby(level="prompt_id").mean().to_numpy(np.float64)
-            low, high = interval(gain)
+            gain = (chosen[T] - chosen[numbers[0]]).groupby(level="prompt_id").agg(["mean", "size"])
+            mean, size = gain["mean"].to_numpy(np.float64), gain["size"].to_numpy(np.float64)
+            low, high = interval(mean, size)
             rows.append(
                 {
                     "split": name, "bucket": label, "iterations": T, "n_tokens": len(chosen), "n_prompts": len(gain),
-                    "ppl": float(np.exp(chosen[T].mean())), "change": float(np.exp(gain.mean()) - 1),
+                    "ppl": float(np.exp(chosen[T].mean())), "change": float(np.exp(np.average(mean, weights=size)) - 1),
                     "change_low": math.exp(low) - 1, "change_high": math.exp(high) - 1,
                 }
             )  # fmt: skip

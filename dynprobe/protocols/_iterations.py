@@ -34,16 +34,24 @@ def at_iterations(subject: Subject, T: int) -> Iterator[Subject]:
             f"{subject.name} has no loop whose number of iterations can be chosen; dynprobe iterate takes CEM, "
             "CSM-style and looped models (dynprobe run reads the layers of others)"
         )
-    before = loop.iterations(subject.model)
+    before, choose = loop.iterations(subject.model), loop.set_iterations
+    back = loop.restore(subject.model) if loop.restore is not None else lambda: choose(subject.model, before)
     try:
         with warnings.catch_warnings():  # what lies above the trained depth is said once, in the summary
             warnings.simplefilter("ignore", UserWarning)
-            loop.set_iterations(subject.model, T)
-        yield discover(
+            choose(subject.model, T)
+        other = discover(
             subject.model, loop=loop, tokenizer=subject.tokenizer, name=subject.name, facts=dict(subject.facts)
         )
+        made = max(turn.of for turn in other.turns)
+        if made != T:
+            raise UsageError(
+                f"{subject.name} made {made} iterations where {T} were asked for: it halts by itself (in a CSM-style "
+                "model, set config.halt_tol = None), or none of its loops has a length that can be chosen"
+            )
+        yield other
     finally:
-        loop.set_iterations(subject.model, before)
+        back()
 
 
 def cut(whole: Passage, T: int, which: Sequence[str]) -> Passage:

@@ -21,12 +21,13 @@ _RESAMPLES = 2000
 _NOT_AS_ASKED = ("not-written", "isokl-unreached")
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over prompts, with a fixed seed."""
+def interval(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean over prompts, with a fixed seed; ``weights`` weigh the prompts."""
     if len(values) < 3:
         return float("nan"), float("nan")
     draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    means = values[draws].mean(axis=1) if weights is None else np.average(values[draws], axis=1, weights=weights[draws])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

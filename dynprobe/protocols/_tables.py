@@ -196,7 +196,8 @@ def _depths(
 def places(tape: Tape, n_depths: int, n: int) -> dict[str, Any]:
     """What each depth is, every one ``n`` times over: track, stage, layer, iteration and component.
 
-    Depth 0 belongs to no layer (−1). A plain decoder's blocks count as iteration 0.
+    Layer, component and iteration are those that name the depth as a place (``layers=0,component=resid_mid,
+    iterations=1``). Depth 0 belongs to no layer (−1). A plain decoder's blocks count as iteration 0.
     """
     turns = tape.subject.turns if tape.subject is not None else ()
     track = tape.subject.track if tape.subject is not None else "resid"
@@ -204,10 +205,9 @@ def places(tape: Tape, n_depths: int, n: int) -> dict[str, Any]:
     stages = ["embed", *(t.stage for t in turns)] if turns else ["embed", *["block"] * (n_depths - 1)]
     layers = np.array([-1, *(t.layer for t in turns)], np.int16) if turns else depths - 1
     iterations = np.array([0, *(t.iteration for t in turns)], np.int16) if turns else np.zeros(n_depths, np.int16)
-    ends = [t.component if t.iteration == t.of else "resid_post" for t in turns]
-    components = ["resid_pre", *(ends if turns else ["resid_post"] * (n_depths - 1))]
+    components = ["resid_pre", *((t.component for t in turns) if turns else ["resid_post"] * (n_depths - 1))]
 
-    def named(values: Sequence[str]) -> pd.Categorical:
+    def named(values: Sequence[str]) -> Any:
         kinds = list(dict.fromkeys(values))
         codes = np.array([kinds.index(v) for v in values], np.int8)
         return pd.Categorical.from_codes(np.repeat(codes, n), pd.Index(kinds))

@@ -220,6 +220,8 @@ class _Threshold:
             trials.quest(level, config)
         elif math.isfinite(level):
             trials.search(level, floor, config)
+        if not config.alphas and config.placement != "quest":
+            trials.note_untried()
         table = pd.DataFrame(trials.table)
         names = [self.ready.prompts[i].prompt_id for i in unit["prompts"]]
         table.insert(0, "prompt_id", [names[text] for text in table.pop("text")])

@@ -122,6 +122,13 @@ class Trials:
             responses = np.concatenate([responses, tiny])
         return 0.0 if self.criterion.name == "task" else float(np.nanmax(responses, initial=0.0))
 
+    def note_untried(self) -> None:
+        """Try every row that no round has tried with no write, so that it stands in the table as one without answer."""
+        tried = {trial["row"] for trial in self.table}
+        rest = [row for row in range(len(self.rows)) if row not in tried]
+        if rest:
+            self.evaluate(rest, [0.0] * len(rest), -1)
+
     def grid(self, alphas: Sequence[float]) -> None:
         """Try every row under every strength."""
         rows = np.repeat(np.arange(len(self.rows)), len(alphas))

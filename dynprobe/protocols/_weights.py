@@ -13,7 +13,8 @@ import json
 from typing import Any
 
 from dynprobe import models
-from dynprobe.probes import Subject, live_hooks
+from dynprobe.probes import Subject
+from dynprobe.probes._dispatch import hooks_of_others
 
 __all__ = ["foreign_hooks", "structure_of", "weights_of"]
 
@@ -60,5 +61,4 @@ def structure_of(subject: Subject) -> dict[str, Any]:
 
 def foreign_hooks(subject: Subject) -> int:
     """Number of forward hooks on the model that are not dynprobe's: they change numbers and have no hash."""
-    held = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in subject.model.modules())
-    return held - live_hooks(subject.model)
+    return len(hooks_of_others(subject.model))

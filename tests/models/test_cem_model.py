@@ -375,7 +375,7 @@ def test_tied_embeddings(tmp_path: Path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_read_like_any_decoder(layout):
     model = tiny(torch.float32, **LAYOUTS[layout])
-    subject = dp.discover(model)
+    subject = dp.discover(model, layers="model.layers.*")
     assert subject.block_path == "model.layers.*"
     assert (subject.n_layers, subject.dim) == (model.config.num_hidden_layers, 24)
     assert (subject.final_norm, subject.head, subject.embedding) == ("model.norm", "lm_head", "model.embed_tokens")

@@ -249,12 +249,59 @@ def test_tapes_name_iterations(csm: Subject, cem: Subject) -> None:
     assert torch.equal(tape.at(layer=1), tape.states[10])
     some = dp.capture(cem, ROWS, where="layers=1,iterations=1:3", logits=None)
     assert some.depths == (6, 7, 8, 9)
+    assert torch.equal(tape["resid_post", 0], tape.states[5])
+    assert torch.equal(tape["blocks.1.hook_resid_post"], tape.states[10])
+    assert torch.equal(tape["resid_mid", 1], tape.states[7])
+    assert torch.equal(tape["resid_pre", 1], tape.states[5])
+    with pytest.raises(UsageError, match=r"iterations and no layers; write iterations=3"):
+        dp.capture(csm, ROWS)["resid_post", 3]
+
+
+@pytest.mark.parametrize("which", ["csm", "cem"])
+def test_a_capture_that_stops_early_has_the_energies_of_what_it_read(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    subject: Subject = request.getfixturevalue(which)
+    whole = dp.capture(subject, ROWS, logits="all")
+    for where, depth in (("layers=all", subject.n_layers), ("iterations=2" + ",layers=0" * (which == "cem"), None)):
+        tape = dp.capture(subject, ROWS, where=where, logits=None)
+        depth = max(tape.depths) if depth is None else depth
+        for name in ("energy", "energy_prev"):
+            torch.testing.assert_close(
+                tape.energies[name][: depth + 1], whole.energies[name][: depth + 1], rtol=0, atol=0, equal_nan=True
+            )
+            assert tape.energies[name][depth + 1 :].isnan().all()
+
+
+def test_a_bare_model_is_looked_at_anew_when_its_loop_has_another_length() -> None:
+    model = CsmForCausalLM(CsmConfig.preset("nano", num_iterations=1)).eval()
+    for T in (1, 4, 2):
+        model.config.num_iterations = T
+        with dp.record(model) as tape:
+            model(torch.tensor([ROWS[0]]))
+        assert tape.depths == tuple(range(T + 1))
+
+
+def test_a_readout_through_a_loop_that_halts_is_refused() -> None:
+    """Stubbed updates do not move, so such a loop halts at once, and the head would see another state."""
+    torch.manual_seed(0)
+    model = CsmForCausalLM(CsmConfig.preset("nano", num_iterations=30, halt_tol=0.05)).eval()
+    subject = discover(model, name="csm")
+    with pytest.raises(ModelError, match=r"halts by itself"):
+        dp.readout(subject, torch.randn(1, 3, 16, 32))
+    assert "forward" not in vars(model.model.refine)
+
+
+def test_a_loop_over_positions_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"refines one position after the other"):
+        discover(CsmForCausalLM(CsmConfig.preset("nano", carry="refined")).eval())
 
 
 @pytest.mark.parametrize(
     ("which", "spec", "error", "match"),
     [
         ("csm", "alpha=0.1,layers=3", UsageError, r"iterations and no layers; write iterations=3"),
+        ("cem", "alpha=0.1,layers=1,iterations=1,component=resid_pre", UsageError, r"leave iterations out"),
         ("csm", "alpha=0.1,iterations=9", SiteError, r"iterations=9 is out of range: this model has 7"),
         ("csm", "alpha=0.1,slots=16", SiteError, r"slots=16 is out of range"),
         ("csm", "alpha=0.1,component=mlp_out", SiteError, r"mlp_out was asked for; the loops of csm end in resid_post"),

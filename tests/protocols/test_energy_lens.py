@@ -45,7 +45,7 @@ def test_table_is_the_metrics_of_the_descents(llama):
         found = lens.descend(row)
         for d in found:
             aligned = compute("energy.align/1", d.force[1:], d.update[1:])
-            energy = d.energy[:, 1:].mean(0)
+            energy = d.energy[:, 1:].sum(0)
             here = tokens.loc[p, d.layer, 0]
             assert list(here.index) == list(range(1, len(row)))
             np.testing.assert_allclose(here["cos"], aligned.per_unit, rtol=1e-9)
@@ -65,7 +65,8 @@ def test_table_is_the_metrics_of_the_descents(llama):
     assert len(heads) == 12
     for layer, row in table.iterrows():
         for name in ("circuit", "tying_qo", "tying_kv", "subspace_qo", "subspace_kv", "energy"):
-            assert heads.loc[layer][name].mean() == pytest.approx(row[name], rel=1e-9)
+            over = heads.loc[layer][name].sum() if name == "energy" else heads.loc[layer][name].mean()
+            assert over == pytest.approx(row[name], rel=1e-9)
     for name, metric in result.metric_ids.items():
         assert name in table
         assert dp.metrics.spec(metric).id in metric
@@ -193,7 +194,6 @@ def test_cem_energies_are_its_own():
     model = cem(steps_attention=2, diagonal="per_head", preconditioner="diag_low_rank")
     result = energy_lens(model, ROWS, first=0, baseline=None, n_boot=200)
     tokens = result.tokens.set_index(["prompt", "layer", "iteration"])
-    heads = model.config.num_attention_heads
     for p, row in enumerate(ROWS):
         with torch.no_grad():
             out = model(
@@ -202,7 +202,7 @@ def test_cem_energies_are_its_own():
             )  # fmt: skip
         for layer in range(2):
             for t in range(3):
-                own = out.energies["attention"][layer][t, 0].numpy() / heads
+                own = out.energies["attention"][layer][t, 0].numpy()
                 np.testing.assert_allclose(tokens.loc[p, layer, t]["energy"], own, rtol=1e-5)
             for t in range(2):
                 slope = out.dynamics.attn[layer].slope[t, 0].numpy()

@@ -52,6 +52,14 @@ def test_a_run_under_the_callers_own_hook_is_never_reused(tmp_path):
     assert runs[0].manifest.model_extra["foreign_hooks"] == 1
 
 
+def test_hooks_that_transformers_leaves_behind_are_not_the_callers_own(tmp_path):
+    subject = tiny_llama()
+    first = dp.run(subject, ROWS, max_new_tokens=0, out=tmp_path)
+    subject.model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in subject.model.modules())
+    assert dp.run(subject, ROWS, max_new_tokens=0, out=tmp_path).path == first.path
+
+
 def test_other_blocks_of_the_same_weights_have_their_own_calibration(llama):
     outer = calibrated(llama)
     inner_subject = dp.load(llama.model, layers="model.layers.*.self_attn.o_proj", tokenizer=llama.tokenizer)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import dynprobe as dp
-from dynprobe.errors import UsageError
+from dynprobe.errors import SiteError, UsageError
 from dynprobe.models import CemConfig, CemForCausalLM, CsmConfig, CsmForCausalLM
 from dynprobe.probes import Subject, discover
 from dynprobe.prompts import Prompt
 from dynprobe.protocols import _iterate, _iterate_split
+from dynprobe.protocols._arms import Text
 from dynprobe.protocols._iterations import at_iterations
 from dynprobe.testing import byte_tokenizer, tiny_llama
 
@@ -109,12 +110,42 @@ def test_angle_and_length_make_up_delta(study: Any) -> None:
     assert (samples["delta_last"] > lower).all()
 
 
+def test_the_radial_part_is_that_of_each_slot(csm: Subject, study: Any) -> None:
+    """One slot may grow while another shrinks: the growth of their mean norm is not their mean growth."""
+    with at_iterations(csm, 2) as subject:
+        for sample, row in study.samples.query("condition_id == 'T2'").set_index("prompt_id").iterrows():
+            text = study.prompts.set_index("prompt_id").loc[sample, "text"]
+            tape = dp.capture(subject, [text])
+            before, after = (tape.states[d][0, 1:].double().norm(dim=-1) for d in (1, 2))
+            assert row["delta_last_radial"] == pytest.approx(float((after / before).log().abs().mean()), rel=1e-5)
+
+
+def test_a_loop_of_two_lengths_is_left_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CemForCausalLM(CemConfig.preset("nano", steps_attention=2, steps_mlp=1)).eval()
+    run = dp.iterate(model, [[5, 6, 7], [8, 9, 10, 11]], iterations=[1, 3], out=tmp_path)
+    assert (model.model.steps_attention, model.model.steps_mlp) == (2, 1)
+    assert run.samples["nll"].notna().all()
+    # Every layer has a loop of its own: nothing was measured that could converge, so nothing is censored either.
+    assert run.summary["converged_at"]["censored"] is None
+
+
+def test_a_model_that_halts_by_itself_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CsmForCausalLM(CsmConfig.preset("nano", num_iterations=30, halt_tol=0.05)).eval()
+    with pytest.raises(UsageError, match=r"made \d+ iterations where 30 were asked for: it halts by itself"):
+        dp.iterate(model, [[5, 6, 7], [8, 9, 10, 11]], iterations=[2, 30], out=tmp_path)
+
+
 def test_an_arm_is_written_at_every_t(csm: Subject, tmp_path: Path) -> None:
     run = dp.iterate(csm, TEXTS, iterations=[2, 4], perturb="alpha=0.3,iterations=1", out=tmp_path)
     assert set(run.samples["condition_id"].astype(str)) == {"T2", "T4", "T2|perturbed", "T4|perturbed"}
     pushed = run.samples[run.samples["condition_id"].astype(str).str.contains("perturbed")]
     np.testing.assert_allclose(pushed["alpha_relnorm"], 0.3, rtol=1e-4)
     assert {row["arm"] for row in run.summary["iterations"]} == {"clean", "perturbed"}
+    # A clean run of 2 is the beginning of one of 4 and not stored again; a written one need not be.
+    stored = set(run.depths["sample_id"].astype(str).str.split("|", n=1).str[1].str.rsplit("|", n=1).str[0])
+    assert stored == {"T4", "T2|perturbed", "T4|perturbed"}
 
 
 def test_answers_are_right_or_wrong(csm: Subject, tmp_path: Path) -> None:
@@ -138,7 +169,7 @@ def test_hardness_is_read_off_another_model(csm: Subject, tmp_path: Path, monkey
     run = dp.iterate(csm, TEXTS, iterations=[1, 4], split_by="other", out=tmp_path)
     rows = pd.DataFrame(run.summary["hardness"])
     assert set(rows["split"]) == {"own_loss", "other"}
-    theirs = _iterate_split.difficulty("other", csm, run_prompts(TEXTS), tokens_of(TEXTS))
+    theirs = _iterate_split.difficulty("other", csm, run_prompts(TEXTS), texts_of(TEXTS))
     tokens = run.table("tokens")
     at = {T: tokens[tokens["sample_id"].astype(str).str.contains(rf"\|T{T}\|")] for T in (1, 4)}
     joined = [
@@ -152,6 +183,9 @@ def test_hardness_is_read_off_another_model(csm: Subject, tmp_path: Path, monkey
         row = rows[(rows["split"] == "other") & (rows["bucket"] == "hard") & (rows["iterations"] == T)].iloc[0]
         assert row["n_tokens"] == len(hard)
         assert row["ppl"] == pytest.approx(np.exp(hard["nll"].mean()), rel=1e-5)
+    for _, bucket in rows.groupby(["split", "bucket"]):
+        one, four = (bucket[bucket["iterations"] == T].iloc[0] for T in (1, 4))
+        assert four["change"] == pytest.approx(four["ppl"] / one["ppl"] - 1, rel=1e-4, abs=1e-6)
     monkeypatch.setattr(_iterate_split, "load_subject", lambda _: tiny_llama())
     with pytest.raises(UsageError, match=r"a token is hard or easy only where both models read the same ones"):
         dp.iterate(csm, TEXTS, iterations=[1, 3], split_by="llama", out=tmp_path)
@@ -163,8 +197,8 @@ def run_prompts(texts: list[str]) -> list[Prompt]:
     return from_texts(texts)
 
 
-def tokens_of(texts: list[str]) -> list[list[int]]:
-    return [byte_tokenizer()(t)["input_ids"] for t in texts]
+def texts_of(texts: list[str]) -> list[Text]:
+    return [Text(t, tuple(byte_tokenizer()(t)["input_ids"])) for t in texts]
 
 
 def test_a_split_by_the_own_loss_finds_a_gain_in_pure_noise() -> None:
@@ -211,10 +245,12 @@ def test_a_study_goes_on_where_it_stopped(csm: Subject, tmp_path: Path, monkeypa
         ({"iterations": "three"}, r"whole numbers such as 3,5,10"),
         ({"iterations": [1], "states": True}, r"takes no --states"),
         ({"iterations": [1], "max_new_tokens": 3}, r"max_new_tokens"),
+        ({"iterations": [2, 5], "perturb": "alpha=0.1,iterations=4"}, r"iterations=4 is out of range"),
+        ({"iterations": [2], "perturb": "alpha=0.1,scale=coordstd"}, r"take relnorm, mad or abs"),
     ],
 )
 def test_what_cannot_be_is_refused(csm: Subject, tmp_path: Path, settings: dict[str, Any], match: str) -> None:
-    with pytest.raises(UsageError, match=match):
+    with pytest.raises((UsageError, SiteError), match=match):
         dp.iterate(csm, TEXTS, out=tmp_path, **settings)
     assert not list(tmp_path.iterdir())
 

@@ -54,7 +54,7 @@ def test_rows_say_where_they_stand(runs: dict[str, Any]) -> None:
     assert depths["iteration"].tolist()[:6] == [0, 1, 2, 1, 2, 3]
     assert depths["layer"].tolist() == [-1, *[0] * 5, *[1] * 5]
     assert depths["component"].tolist()[:6] == [
-        "resid_pre", "resid_post", "resid_mid", "resid_post", "resid_post", "resid_post",
+        "resid_pre", "resid_mid", "resid_mid", "resid_post", "resid_post", "resid_post",
     ]  # fmt: skip
     depths = runs["csm"].depths.drop_duplicates("depth").sort_values("depth")
     assert depths["iteration"].tolist() == list(range(6))
@@ -68,15 +68,31 @@ def test_rows_say_where_they_stand(runs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("which", ["csm", "cem"])
 def test_free_texts_have_energies_at_every_position(runs: dict[str, Any], which: str) -> None:
-    """Decoding reads them step by step; the same text in one forward has the same ones."""
-    run = runs[which]
+    """Decoding reads them step by step; where the texts are the same, they are those of one forward."""
+    depths = runs[which].depths
+    arm = depths["sample_id"].astype(str).str.extract(r"^(?P<prompt>.*)\|(?P<arm>[a-z.]+)\|0$")
+    depths = depths.assign(prompt=arm["prompt"], arm=arm["arm"]).query("depth > 0 and pos > 0")
     free, forced = (
-        run.depths[run.depths["sample_id"].astype(str).str.contains(rf"\|{arm}\|")].set_index(["sample_id", "pos", "depth"])
-        for arm in ("perturbed.free", "perturbed.forced")
+        depths[depths["arm"] == f"perturbed.{a}"].set_index(["prompt", "pos", "depth"]) for a in ("free", "forced")
     )
-    new = free.reset_index().query("phase == 'decode'") if "phase" in free else free.reset_index()
-    assert new["energy"].notna().all()
-    assert len(forced)
+    assert free["energy"].notna().all()
+    n_prompt = runs[which].samples.groupby("prompt_id", observed=True)["n_prompt"].first()
+    both = free.join(forced["energy"], rsuffix="_forced", how="inner").reset_index()
+    both = both[both["pos"] < both["prompt"].map(n_prompt).astype(int)]  # the prompt is the same text in both
+    np.testing.assert_allclose(both["energy"], both["energy_forced"], rtol=1e-3, atol=1e-5)
+
+
+def test_stored_states_are_labelled_like_depths(csm: Subject, cem: Subject, tmp_path: Path) -> None:
+    for name, subject, where in (("csm", csm, "iterations=2"), ("cem", cem, "layers=1,iterations=1")):
+        run = dp.run(
+            subject, TEXTS, max_new_tokens=0, states=True, where=where, perturb="alpha=0.1", out=tmp_path / name
+        )
+        keys, states = run.states()
+        label = ["track", "stage", "layer", "iteration", "component"]
+        theirs = run.depths.drop_duplicates("depth").set_index("depth")[label].astype(str)
+        found = keys.drop_duplicates("depth").set_index("depth")[label].astype(str)
+        assert found.equals(theirs.loc[found.index])
+        assert states.shape[1:] == ((16, 32) if name == "csm" else (64,))
 
 
 def test_slots_have_no_order_and_say_so(runs: dict[str, Any]) -> None:

@@ -254,6 +254,17 @@ def test_a_level_in_the_noise_is_not_resolved(made_up: Any, tmp_path: Path, answ
     assert headline(dp.threshold(tiny_llama(), made_up, scale="relnorm", out=tmp_path / "b"))["status"] == "resolved"
 
 
+def test_texts_whose_level_is_in_the_noise_are_counted_all(llama: Any, tmp_path: Path) -> None:
+    """The noise floor is told by a few of them; the population is all of them."""
+    texts = [[5 + i, 6, 7, 8 + i] for i in range(9)]
+    settings: dict[str, Any] = {"scale": "relnorm", "level": 1e-14, "n_boot": 200}
+    row = headline(dp.threshold(llama, texts, out=tmp_path / "a", **settings))
+    assert (row["status"], row["n_missing"]) == ("not-resolved", 9)
+    each = dp.threshold(llama, texts, each_position=True, out=tmp_path / "b", **settings).table("fits")
+    assert len(each) == 9 * 3
+    assert set(each["status"]) == {"not-resolved"}
+
+
 @pytest.mark.parametrize("loud", [0.0, 1e-6])
 def test_the_floor_is_the_largest_response_to_nothing_or_next_to_nothing(
     made_up: Any, tmp_path: Path, answer: Any, loud: float

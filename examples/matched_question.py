@@ -1,0 +1,108 @@
+"""Do Δ over CSM-style iterations and κ over Transformer layers move together across the same prompts?
+
+    python examples/matched_question.py [--prompts 128] [--out runs]
+
+Three zoo models that learned the same text read the same held-out passages. For each passage: Δ of the CSM-style model
+(mean over its iterations, and at the last one) with its angular and its radial part apart, and κ over the layers of the
+Llama and over the turns of the CEM. Correlations are over passages: Spearman's ρ with a 95 % bootstrap interval, and
+partial ρ with the Llama's own loss on the passage held fixed, since a hard passage may move everything at once.
+
+Readiness is not among the columns yet. One model of each kind with one training seed: the interval is over passages and
+says nothing about other models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+import dynprobe as dp
+
+RESAMPLES = 2000
+LENGTH = 96
+
+
+def passages(n: int) -> list[str]:
+    """Held-out text of the zoo, cut into passages of equal length that share no character."""
+    text = (resources.files("dynprobe.models") / "zoo" / "held_out.txt").read_text(encoding="utf-8")
+    starts = np.linspace(0, len(text) - LENGTH, n).astype(int)
+    if len(starts) > 1 and np.diff(starts).min() < LENGTH:
+        raise SystemExit(f"the held-out text has room for {len(text) // LENGTH} passages, {n} were asked for")
+    return [text[s : s + LENGTH] for s in starts]
+
+
+def measured(name: str, texts: list[str], out: Path) -> pd.DataFrame:
+    """One row per passage: κ, loss, and what a step changes in direction and in length."""
+    run = dp.run(name, texts, max_new_tokens=0, out=out, quiet=True)
+    rows = run.depths
+    rows = rows[(rows["pos"] >= 1) & rows["angle"].notna()].copy()
+    norms = run.depths.set_index(["sample_id", "pos", "depth"])["norm"]
+    before = norms.reindex(pd.MultiIndex.from_arrays([rows["sample_id"], rows["pos"], rows["depth"] - 1]))
+    rows["radial"] = np.abs(np.log(rows["norm"].to_numpy() / before.to_numpy()))
+    rows["angular"] = rows["angle"] / np.pi
+    last = rows[rows["depth"] == rows["depth"].max()]
+    names = {"delta_rel_prev": "delta", "angular": "angular", "radial": "radial"}
+    found = rows.groupby("sample_id", observed=True)[list(names)].mean().rename(columns=names)
+    found = found.join(
+        last.groupby("sample_id", observed=True)[list(names)]
+        .mean()
+        .rename(columns={k: f"{v}_last" for k, v in names.items()})
+    )
+    samples = run.samples.set_index("sample_id")
+    found = found.join(samples[["prompt_id", "kappa_phase", "nll"]])
+    return found.set_index("prompt_id").sort_index()
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation."""
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def partial(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float:
+    """Rank correlation of x and y with z held fixed."""
+    xy, xz, yz = spearman(x, y), spearman(x, z), spearman(y, z)
+    return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+
+
+def interval(statistic: Any, *columns: np.ndarray) -> dict[str, float]:
+    """A statistic with its bootstrap interval over passages."""
+    rng, n = np.random.default_rng(0), len(columns[0])
+    draws = [statistic(*(c[i] for c in columns)) for i in rng.integers(0, n, size=(RESAMPLES, n))]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"rho": statistic(*columns), "low": float(low), "high": float(high)}
+
+
+def main() -> None:
+    """Measure, correlate, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    texts = passages(given.prompts)
+    tables = {name: measured(f"tiny-{name}", texts, given.out) for name in ("csm", "llama", "cem")}
+    lines, rows = ["| CSM-style | against | ρ [95 %] | ρ at fixed loss [95 %] |", "|---|---|---|---|"], []
+    loss = tables["llama"]["nll"].to_numpy()
+    for other in ("llama", "cem"):
+        kappa = tables[other]["kappa_phase"].to_numpy()
+        for column in ("delta", "delta_last", "angular", "radial", "angular_last", "radial_last"):
+            values = tables["csm"][column].to_numpy()
+            plain, fixed = interval(spearman, values, kappa), interval(partial, values, kappa, loss)
+            rows.append({"csm": column, "against": f"κ of tiny-{other}", "plain": plain, "partial": fixed})
+            cells = [f"{r['rho']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]" for r in (plain, fixed)]
+            lines.append(f"| {column} | κ phase of tiny-{other} | {cells[0]} | {cells[1]} |")
+    print(f"{given.prompts} held-out passages of {LENGTH} bytes\n")
+    print("\n".join(lines))
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
