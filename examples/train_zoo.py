@@ -1,6 +1,6 @@
 """Train the models of the zoo: ``tiny-llama``, ``tiny-cem``, ``tiny-csm`` on the same bytes in the same order.
 
-    python examples/train_zoo.py                      # all three, about 45 minutes on one core
+    python examples/train_zoo.py                      # all three, under an hour on one core
     python examples/train_zoo.py --only tiny-cem      # one
     python examples/train_zoo.py --write              # put what is trained into dynprobe/models/zoo, with its card
 

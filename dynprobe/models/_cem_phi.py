@@ -21,6 +21,8 @@ _C = math.pi**2 / 12
 # −Li₂(−e^{−a}) = L + L²/4 + Σ c_n L^n over odd n ≥ 3
 _ODD = (1 / 36, -1 / 3600, 1 / 211_680, -1 / 10_886_400, 1 / 526_901_760, -4.0647616451e-11)
 _SMALL = 0.05
+#: Numbers that are worked on at a time.
+_CHUNK = 2**15
 
 
 def silu_integral(x: Tensor) -> Tensor:
@@ -41,22 +43,33 @@ def silu_integral(x: Tensor) -> Tensor:
     return _SiluIntegral.apply(x)
 
 
+def _series(x: Tensor, out: Tensor) -> None:
+    """Write φ(x) into ``out``; what is needed in between stays in the cache."""
+    terms = _ODD if x.dtype == torch.float64 else _ODD[:4]
+    a = x.abs()
+    L = a.neg().exp_().log1p_()
+    square = L.square()
+    odd = torch.full_like(L, terms[-1])
+    for coefficient in reversed(terms[:-1]):
+        odd.mul_(square).add_(coefficient)
+    psi = odd.mul_(square).mul_(L).add_(square, alpha=0.25).add_(L).sub_(_C).add_(a.mul(L))
+    torch.clamp(x, min=0, out=out)
+    out.square_().mul_(0.5).addcmul_(torch.sign(x), psi)
+    near = a < _SMALL
+    if bool(near.any()):
+        y = x * x
+        out.copy_(torch.where(near, y * (0.25 + x * (1 / 12 - y / 240 + y * y / 3360)), out))
+
+
 class _SiluIntegral(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        a = wide.abs()
-        L = torch.log1p(torch.exp(-a))
-        square = L * L
-        odd = torch.zeros_like(L)
-        for coefficient in reversed(_ODD):
-            odd = coefficient + square * odd
-        psi = a * L + (L + square / 4 + L * square * odd) - _C
-        far = 0.5 * functional.relu(wide).square() + torch.sign(wide) * psi
-        y = wide * wide
-        near = y * (0.25 + wide * (1 / 12 - y / 240 + y * y / 3360))
-        return torch.where(a < _SMALL, near, far).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        out = torch.empty_like(wide)
+        for piece, target in zip(wide.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True):
+            _series(piece, target)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

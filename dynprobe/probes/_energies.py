@@ -36,6 +36,7 @@ class EnergyTap:
         self._calls: dict[int, int] = {}
         self._listening = False
         self._steps: list[dict[int, Tensor]] = []
+        self._last: tuple[Tensor | None, Tensor | None, nn.Module | None] = (None, None, None)
         self._handles: list[Any] = []
 
     def open(self) -> None:
@@ -59,6 +60,7 @@ class EnergyTap:
     def end(self) -> None:
         """The forward is over."""
         self._listening = False
+        self._last = (None, None, None)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self._listening:
@@ -69,8 +71,12 @@ class EnergyTap:
         if turn is None:
             return
         with torch.no_grad():
-            before = self._energy(module, hidden_argument(args, kwargs), args, kwargs)
-            after = self._energy(module, hidden_of(output), args, kwargs)
+            taken, given = hidden_argument(args, kwargs), hidden_of(output)
+            # Inside one loop a turn takes in what the turn before handed out, under the same energy.
+            before = self._last[1] if self._last[0] is taken and self._last[2] is module else None
+            before = self._energy(module, taken, args, kwargs) if before is None else before
+            after = self._energy(module, given, args, kwargs)
+            self._last = (given, after, module)
         if before is not None and after is not None:
             self._steps[-1][turn] = torch.stack([end.detach().double().cpu() for end in (before, after)])
 

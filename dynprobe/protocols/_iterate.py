@@ -23,6 +23,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
+from dynprobe import metrics
 from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject, make_writers, readout
 from dynprobe.protocols._arms import Passage, Text, forced
@@ -210,7 +211,7 @@ class _Iterate:
         return self.loop.prefix and (self._deviation is None or self._deviation <= _PREFIX_LIMIT)
 
     def _passages(self, texts: list[Text], perturbed: bool) -> Iterator[tuple[int, Passage, bool]]:
-        which = (*self.config.measured_metrics, *self._convergence)
+        which = (*metrics.CORE, *self.config.metrics, *self._convergence)
         if self.loop.prefix and not perturbed:
             with at_iterations(self.subject, self.numbers[-1]) as longest:
                 whole = forced(longest, texts, which=which)
