@@ -43,6 +43,8 @@ def resolve_perturbations(
     """
     items = config.perturb if given is None else given
     found = [_seeded(item, p, config.seed).defaults_filled() for item in items for p in parse_many(item)]
+    if subject.loop is not None and subject.loop.layered:  # iterations alone leave the layer open
+        found = [p if p.where.layers is not None else p.replace(layers="50%") for p in found]
     need = [p for p in found if p.kind == "direction" and p.direction is None]
     could = [p for p in found if p.kind in TAKES_DIRECTION and p.direction is None]
     if config.direction is not None and config.contrast is not None:

@@ -95,6 +95,15 @@ def test_stored_states_are_labelled_like_depths(csm: Subject, cem: Subject, tmp_
         assert states.shape[1:] == ((16, 32) if name == "csm" else (64,))
 
 
+def test_the_layer_of_a_write_is_spelt_out(runs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    where = runs["cem"].conditions.query("condition_id == 'perturbed.forced'")["where"].iloc[0]
+    assert where.startswith("layers=50%,iterations=1,")
+    from dynprobe.cli import _render
+
+    _render.run(runs["cem"])
+    assert "resume by the slow road" in capsys.readouterr().out
+
+
 def test_slots_have_no_order_and_say_so(runs: dict[str, Any]) -> None:
     samples = runs["csm"].samples.query("condition_id == 'clean'")
     assert samples["limen_ratio"].isna().all()
