@@ -2,11 +2,11 @@
 
     python examples/matched_question.py [--prompts 128] [--out runs]
 
-Three zoo models that learned the same text read the same held-out passages. For each passage: Δ of the CSM-style model
-(mean over its iterations, and at the last one) with its angular part (angle/π) and its radial part (|Δ ln| of the norm,
-mean over slots) apart, and κ over the layers of the Llama and over the turns of the CEM. Correlations are over
-passages: Spearman's ρ with a 95 % bootstrap interval, and partial ρ with the Llama's own loss on the passage held fixed, since a
-hard passage may move everything at once.
+Three zoo models that learned the same text read the same held-out passages. For each passage: Δ of the CSM-style
+model (mean over its iterations, and at the last one) with its angular part (angle/π) and its radial part (|Δ ln| of
+the norm, mean over slots) apart, and κ over the layers of the Llama and over the turns of the CEM. Correlations are
+over passages: Spearman's ρ with a 95 % bootstrap interval, and partial ρ with the Llama's own loss on the passage
+held fixed, since a hard passage may move everything at once.
 
 Readiness is not among the columns yet. One model of each kind with one training seed: the interval is over passages and
 says nothing about other models.
