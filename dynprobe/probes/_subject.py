@@ -103,6 +103,11 @@ class Subject:
         return self.loop.slots if self.loop is not None else None
 
     @property
+    def width(self) -> int:
+        """Numbers in the state of one position, all slots together; 1 where it is not known."""
+        return (self.dim or 1) * (self.n_slots or 1)
+
+    @property
     def track(self) -> str:
         """Name of the state that is refined."""
         return self.loop.track if self.loop is not None else "resid"

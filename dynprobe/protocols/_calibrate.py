@@ -126,7 +126,7 @@ def _prompts(prompts: Sequence[str] | Sequence[Prompt] | None) -> list[Prompt]:
 def _passages(subject: Subject, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]) -> list[Passage]:
     plan = plan_batches(
         [len(r) for r in rows], max_new_tokens=0, n_layers=subject.n_layers,
-        dim=subject.dim or 1, vocab=subject.vocab_size or 1,
+        dim=subject.width, vocab=subject.vocab_size or 1,
     )  # fmt: skip
     return [
         forced(subject, [Text(prompts[i].prompt_id, tuple(rows[i])) for i in batch], span="all", which=_SIGNALS)

@@ -168,9 +168,9 @@ class _Iterate:
     def plan(self) -> list[Any]:
         """Return groups of prompts."""
         n = self.numbers[-1] * max(1, len({t.layer for t in self.subject.turns}))
-        width = (self.subject.dim or 1) * (self.subject.n_slots or 1)
         return plan_batches(
-            [len(self._text(i).fed) for i in range(len(self.ready.rows))], max_new_tokens=0, n_layers=n, dim=width,
+            [len(self._text(i).fed) for i in range(len(self.ready.rows))], max_new_tokens=0, n_layers=n,
+            dim=self.subject.width,
             vocab=self.subject.vocab_size or 1, batch_size=self.config.batch_size, exact=self.exact, early=False,
         )  # fmt: skip
 

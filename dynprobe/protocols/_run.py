@@ -108,7 +108,7 @@ def _batches(ready: Prepared, exact: bool) -> list[list[int]]:
     subject, config = ready.subject, ready.config
     return plan_batches(
         [len(r) for r in ready.rows], max_new_tokens=config.max_new_tokens, n_layers=subject.n_layers,
-        dim=subject.dim or 1, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=exact,
+        dim=subject.width, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=exact,
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def plan(
     ready = prepare(model, prompts, settings)
     subject, config, perturbed = ready.subject, ready.config, bool(ready.perturbs)
     lengths = [len(r) for r in ready.rows]
-    n_layers, dim, vocab = subject.n_layers, subject.dim or 1, subject.vocab_size or 1
+    n_layers, dim, vocab = subject.n_layers, subject.width, subject.vocab_size or 1
     batches = _batches(ready, config.padding == "none")
     per_token = per_step = None
     if measure:

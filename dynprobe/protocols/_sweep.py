@@ -194,7 +194,7 @@ class _Sweep:
         subject, config = self.ready.subject, self.config
         groups = plan_batches(
             [len(r) for r in self.ready.rows], max_new_tokens=config.max_new_tokens, n_layers=subject.n_layers,
-            dim=subject.dim or 1, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=self.exact,
+            dim=subject.width, vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=self.exact,
             early=False,
         )  # fmt: skip
         return [

@@ -186,7 +186,7 @@ class _Threshold:
         subject = self.ready.subject
         lengths = [len(r) for r in self.ready.rows]
         groups = plan_batches(
-            lengths, max_new_tokens=0, n_layers=subject.n_layers, dim=subject.dim or 1, vocab=subject.vocab_size or 1,
+            lengths, max_new_tokens=0, n_layers=subject.n_layers, dim=subject.width, vocab=subject.vocab_size or 1,
             batch_size=self.config.batch_size, exact=self.exact, early=False,
         )  # fmt: skip
         if self.config.placement == "quest":  # one posterior learns from all prompts

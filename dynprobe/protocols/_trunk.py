@@ -142,7 +142,7 @@ class Trunk:
 
     def _group_size(self, below: int) -> int:
         depths = self.subject.n_layers + 1 if self.which else 1
-        per_row = 4 * self.mask.shape[1] * ((self.subject.vocab_size or 1) + depths * (self.subject.dim or 1))
+        per_row = 4 * self.mask.shape[1] * ((self.subject.vocab_size or 1) + depths * self.subject.width)
         fitting = max(1, _GROUP_BYTES // per_row)
         return fitting if self.most_rows is None else min(fitting, self.most_rows)
 
