@@ -1,12 +1,12 @@
 """Do Δ over CSM-style iterations and κ over Transformer layers move together across the same prompts?
 
-    python examples/matched_question.py [--prompts 128] [--out runs]
+    python examples/matched_question.py [--out runs]
 
-Three zoo models that learned the same text read the same held-out passages. For each passage: Δ of the CSM-style
-model (mean over its iterations, and at the last one) with its angular part (angle/π) and its radial part (|Δ ln| of
-the norm, mean over slots) apart, and κ over the layers of the Llama and over the turns of the CEM. Correlations are
-over passages: Spearman's ρ with a 95 % bootstrap interval, and partial ρ with the Llama's own loss on the passage
-held fixed, since a hard passage may move everything at once.
+Three zoo models that learned the same text read the same passages (60 prompts, 26 cuts of held-out text). For each
+passage: Δ of the CSM-style model (mean over its iterations, and at the last one) with its angular part (angle/π) and
+its radial part (|Δ ln| of the norm, mean over slots) apart, and κ over the layers of the Llama and over the turns of
+the CEM. Correlations are over passages: Spearman's ρ with a 95 % bootstrap interval, and partial ρ with the Llama's
+own loss on the passage held fixed, since a hard passage may move everything at once.
 
 Readiness is not among the columns yet. One model of each kind with one training seed: the interval is over passages and
 says nothing about other models.
@@ -25,18 +25,17 @@ import pandas as pd
 from scipy import stats
 
 import dynprobe as dp
+from dynprobe.prompts import from_texts, load_prompts
 
 RESAMPLES = 2000
 LENGTH = 96
 
 
-def passages(n: int) -> list[str]:
-    """Held-out text of the zoo, cut into passages of equal length that share no character."""
+def passages() -> list[str]:
+    """The sixty built-in prompts, and the zoo's held-out text cut into passages that share no character."""
     text = (resources.files("dynprobe.models") / "zoo" / "held_out.txt").read_text(encoding="utf-8")
-    starts = np.linspace(0, len(text) - LENGTH, n).astype(int)
-    if len(starts) > 1 and np.diff(starts).min() < LENGTH:
-        raise SystemExit(f"the held-out text has room for {len(text) // LENGTH} passages, {n} were asked for")
-    return [text[s : s + LENGTH] for s in starts]
+    starts = range(0, len(text) - LENGTH + 1, LENGTH)
+    return [p.text for p in load_prompts(source="all")] + [text[s : s + LENGTH] for s in starts]
 
 
 def measured(name: str, texts: list[str], out: Path) -> pd.DataFrame:
@@ -83,23 +82,26 @@ def interval(statistic: Any, *columns: np.ndarray) -> dict[str, float]:
 def main() -> None:
     """Measure, correlate, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    texts = passages(given.prompts)
+    texts = passages()
     tables = {name: measured(f"tiny-{name}", texts, given.out) for name in ("csm", "llama", "cem")}
-    lines, rows = ["| CSM-style | against | ρ [95 %] | ρ at fixed loss [95 %] |", "|---|---|---|---|"], []
-    loss = tables["llama"]["nll"].to_numpy()
-    for other in ("llama", "cem"):
-        kappa = tables[other]["kappa_phase"].to_numpy()
-        for column in ("delta", "delta_last", "angular", "radial", "angular_last", "radial_last"):
-            values = tables["csm"][column].to_numpy()
-            plain, fixed = interval(spearman, values, kappa), interval(partial, values, kappa, loss)
-            rows.append({"csm": column, "against": f"κ of tiny-{other}", "plain": plain, "partial": fixed})
-            cells = [f"{r['rho']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]" for r in (plain, fixed)]
-            lines.append(f"| {column} | κ phase of tiny-{other} | {cells[0]} | {cells[1]} |")
-    print(f"{given.prompts} held-out passages of {LENGTH} bytes\n")
+    ids = {p.prompt_id for p in from_texts(texts[: len(load_prompts(source="all"))])}
+    prompts = tables["llama"].index.isin(ids)
+    lines = ["| CSM-style | against | texts | ρ [95 %] | ρ at fixed loss [95 %] |", "|---|---|---|---|---|"]
+    rows = []
+    for name, chosen in (("all", np.ones(len(prompts), bool)), ("prompts", prompts), ("held-out text", ~prompts)):
+        loss = tables["llama"]["nll"].to_numpy()[chosen]
+        for other in ("llama", "cem"):
+            kappa = tables[other]["kappa_phase"].to_numpy()[chosen]
+            for column in ("delta", "delta_last", "angular", "radial"):
+                values = tables["csm"][column].to_numpy()[chosen]
+                plain, fixed = interval(spearman, values, kappa), interval(partial, values, kappa, loss)
+                rows.append({"csm": column, "against": other, "texts": name, "plain": plain, "partial": fixed})
+                cells = [f"{r['rho']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]" for r in (plain, fixed)]
+                lines.append(f"| {column} | κ of tiny-{other} | {name} ({chosen.sum()}) | {cells[0]} | {cells[1]} |")
+    print(f"{len(texts)} passages\n")
     print("\n".join(lines))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1))
