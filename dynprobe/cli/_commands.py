@@ -153,13 +153,16 @@ def fetch_command(name: str, force: bool, wheel: Path | None) -> None:
 
 
 def show_command(run: Path | None, columns: bool, figure: Path | None, as_json: bool, plot: str | None = None) -> None:
-    """``dynprobe show RUN``."""
+    """``dynprobe show RUN``; ``RUN`` is a folder, or the id of a run under ``runs/``."""
     from dynprobe.runs import open_run
+    from dynprobe.runs._find import find_run
 
     if run is None:
         raise UsageError("name a run folder (dynprobe ls lists them), or type: dynprobe show --metrics")
     if plot is not None and figure is None:
         raise UsageError(f"--plot {plot} needs a file to draw into; add --figure {plot}.png")
+    if not run.exists() and Path("runs").is_dir():  # ls prints ids too
+        run = find_run(Path("runs"), str(run)) or run
     found = open_run(run)
     if as_json:
         print_json(

@@ -19,6 +19,17 @@ def test_show(cli, finished):
     assert "kappa.phase/1" in columns.out
 
 
+def test_a_run_is_shown_by_the_id_that_ls_prints(cli, finished, here, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(here)
+    name = dp.open(finished).manifest.id8
+    assert "There is no run folder" in cli("show", name).err  # and no folder of runs to look in
+    shutil.copytree(finished, here / "runs" / "one")
+    assert "perturbed.forced" in cli("show", name).out
+    assert "There is no run folder" in cli("show", "00000000").err
+
+
 def test_an_unfinished_run_says_so(cli, finished, here):
     import shutil
 
