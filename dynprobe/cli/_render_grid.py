@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["sweep", "threshold"]
 
 _MOST_LINES, _MOST_CONTROL_LINES, _MOST_TEXT = 40, 12, 44
+#: Below so many values a 99 % quantile lies between the two largest.
+_FEW_VALUES = 100
 #: Controls: arm or variant → heading, and what it is to be compared with the perturbed arm for.
 _CONTROLS = {
     "sign-flip": ("every write with −α", "equal where the response is even in α"),
@@ -245,6 +247,11 @@ def threshold(found: Run) -> None:
     if not places and len(rest) > _MOST_LINES:
         console.print(f"  {len(rest) - _MOST_LINES} further estimates: run.table('fits')")
     console.print(_rows(found), soft_wrap=True)
+    values = found.summary.get("null_values")
+    if values:
+        few = "; of so few that is their maximum" if values < _FEW_VALUES else ""
+        kind = found.manifest.config.get("null", "numerical")
+        console.print(f"level of kappa: 99 % quantile of {values} values of the {kind} null{few}", soft_wrap=True)
 
 
 def _rows(found: Run) -> str:

@@ -56,8 +56,7 @@ def stubbed(subject: Subject, below: int, state_after: Callable[[int], Tensor | 
     try:
         for block, numbers in answers.items():
             replaced.append((block, block.__dict__.get("forward", _ABSENT)))
-            stub = _Stub(subject, numbers, state_after, block.forward if subject.turns else None)
-            stub.total = subject.blocks.count(block)
+            stub = _Stub(subject, block, numbers, state_after)
             stubs.append(stub)
             object.__setattr__(block, "forward", stub)
         yield
@@ -79,13 +78,13 @@ class _Stub:
     def __init__(
         self,
         subject: Subject,
+        block: nn.Module,
         numbers: Mapping[int, int],
         state_after: Callable[[int], Tensor | None],
-        forward: Callable[..., Any] | None,
     ) -> None:
         self._wrappers, self._numbers, self._state_after = subject.wrappers, numbers, state_after
-        self._forward, self._calls = forward, 0
-        self._name, self.total = subject.name, 1
+        self._forward: Callable[..., Any] | None = block.forward if subject.turns else None
+        self._name, self._total, self._calls = subject.name, subject.blocks.count(block), 0
 
     def restart(self) -> None:
         """Count calls anew."""
@@ -94,15 +93,15 @@ class _Stub:
     def check(self) -> None:
         """Refuse a forward that ended before all recorded states were handed on: what came out is of another state."""
         if 0 < self._calls <= max(self._numbers):
-            raise changed_loop(self._name, self.total)
+            raise changed_loop(self._name, self._total)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = self._calls if self._forward is not None else 0
         self._calls += 1
         if now not in self._numbers:
             assert self._forward is not None
-            if now >= self.total:
-                raise changed_loop(self._name, self.total)
+            if now >= self._total:
+                raise changed_loop(self._name, self._total)
             return self._forward(*args, **kwargs)
         recorded = self._state_after(self._numbers[now])
         wrap = self._wrappers[self._numbers[now]]

@@ -25,7 +25,7 @@ from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._batch import Produced
-from dynprobe.protocols._criteria import Criterion, criterion_named, null_level
+from dynprobe.protocols._criteria import NULL_SEEDS, Criterion, criterion_named, null_level
 from dynprobe.protocols._execute import Listener, Progress, execute
 from dynprobe.protocols._fits import fits_table
 from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
@@ -291,5 +291,11 @@ class _Threshold:
         return {
             "protocol": "threshold", "fits": fits.to_dict("records"),
             "rows_per_prompt": float(per_prompt.mean()) if len(per_prompt) else math.nan,
-            "sham_rows": int((trials["alpha"] == 0).sum()),
+            "sham_rows": int((trials["alpha"] == 0).sum()), "null_values": self._null_values(),
         }  # fmt: skip
+
+    def _null_values(self) -> int | None:
+        """How many values the quantile of a null is read from; None where no criterion has one."""
+        if self.config.level is not None or all(criterion_named(c).level is not None for c in self.config.criterion):
+            return None
+        return len(self.ready.rows) * (2 if self.config.null == "paraphrase" else NULL_SEEDS)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import dynprobe as dp
+from dynprobe.cli import _render
 from dynprobe.errors import DynprobeError, InterruptedRunError, SiteError, UsageError
 from dynprobe.metrics.statistics import first_crossing
 from dynprobe.prompts import Prompt, from_texts
@@ -512,7 +513,9 @@ def test_several_criteria_each_have_their_own_threshold(llama: Any, prompts: Any
         assert kappa[alpha] == pytest.approx(row["kappa_phase_d"], rel=1e-3, abs=1e-7)
 
 
-def test_the_null_of_paraphrases_is_the_spread_of_clean_kappa(llama: Any, prompts: Any, tmp_path: Path) -> None:
+def test_the_null_of_paraphrases_is_the_spread_of_clean_kappa(
+    llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = ["a quick brown fox", "over the lazy dog", "how vexingly quick"]
     said = ["a fast brown fox", "across an idle dog again", "how daftly quick"]
     given = [Prompt(f"q{i}", t, paraphrase=o) for i, (t, o) in enumerate(zip(texts, said, strict=True))]
@@ -525,7 +528,14 @@ def test_the_null_of_paraphrases_is_the_spread_of_clean_kappa(llama: Any, prompt
         alone |= {prompt.text: clean[prompt.prompt_id] for prompt in from_texts(group)}
     apart = np.array([alone[o] - alone[t] for t, o in zip(texts, said, strict=True)])
     assert headline(run)["level"] == pytest.approx(np.quantile([*apart, *-apart], 0.99), rel=1e-4)
-    assert run.path != dp.threshold(llama, given, **settings).path
+    assert run.summary["null_values"] == 6
+    numerical = dp.threshold(llama, given, **settings)
+    assert run.path != numerical.path
+    assert numerical.summary["null_values"] == 3 * 8
+    capsys.readouterr()
+    _render.run(run)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "99 % quantile of 6 values of the paraphrase null; of so few that is their maximum" in said
     with pytest.raises(UsageError, match=r"paraphrase for every prompt, and 1 have none \(first: 'x'\)"):
         dp.threshold(llama, [*given, Prompt("x", "no other words")], null="paraphrase", **settings)
 
