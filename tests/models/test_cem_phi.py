@@ -63,3 +63,13 @@ def test_it_never_falls_below_zero_and_float32_is_good():
     rounded = x.float()
     exact = silu_integral(rounded.double())
     assert ((silu_integral(rounded).double() - exact).abs() <= 1e-6 * exact + 1e-7).all()
+
+
+def test_pieces_make_up_the_whole():
+    """Long tensors are worked on piece by piece, whatever their layout, and each piece is what it is alone."""
+    x = torch.linspace(-9, 9, 210_003, dtype=torch.float32).view(3, -1)
+    whole = silu_integral(x)
+    assert torch.equal(whole, torch.cat([silu_integral(part) for part in x.split(1)]))
+    assert torch.equal(silu_integral(x.mT), whole.mT)
+    assert torch.equal(silu_integral(x[:, ::7]), whole[:, ::7])
+    assert silu_integral(x[:0]).shape == (0, 70_001)
