@@ -10,7 +10,14 @@
 - One iterated state, every residual, contraction and iterations to tolerance at once: :func:`convergence`,
   and their ids, :func:`convergence_ids`.
 - Two runs on the same tokens: :func:`paired`, :func:`diverge`, :func:`response`, :func:`relaxation`, :func:`lockin`.
-- Thresholds and their intervals: :mod:`dynprobe.metrics.statistics`.
+- While a model generates, one token at a time: :func:`phase_lag`, :func:`norm_step`, :func:`step_zmax`,
+  :func:`step_z`, :func:`readiness`, :func:`readiness_gmean`, :func:`str_kernel` with :func:`str_sigma`,
+  :func:`token_cosine` with :class:`RecyncDetector` and :func:`recync_detect` → :class:`Crises`.
+- Kinds of steps: :func:`bad_labels` with :func:`bad_limits`, :func:`hmm_states` with :func:`state_features`; what they
+  spell: :func:`symbols`, :func:`motifs`, :func:`path_edit_distance`.
+- Certainty and rivalry: :func:`cycles_margin`, :func:`cycles_ct`, :func:`reopening`. Linear read-out:
+  :func:`functional_capacity`.
+- Thresholds, recovery, detectors and their intervals: :mod:`dynprobe.metrics.statistics`.
 
 A number that cannot be computed is NaN with a reason. Every definition has a versioned id and a digest.
 """
@@ -19,16 +26,23 @@ from __future__ import annotations
 
 from dynprobe.metrics import _catalogue as _catalogue
 from dynprobe.metrics import statistics as statistics
+from dynprobe.metrics._bad_states import StateLimits, bad_labels, bad_limits
 from dynprobe.metrics._compute import compute
 from dynprobe.metrics._convergence_call import TOLERANCES, convergence, convergence_ids
+from dynprobe.metrics._cycles import Cycles, LabelledRun, cycles_ct, cycles_margin
 from dynprobe.metrics._frame import frame
+from dynprobe.metrics._functional_capacity import FunctionalCapacity, above_chance, functional_capacity
+from dynprobe.metrics._hmm_states import HmmStates, hmm_states, state_features
 from dynprobe.metrics._lens import Translators, prediction_depth, read_translators
 from dynprobe.metrics._lists import CORE, DEFAULT
 from dynprobe.metrics._lockin import Lockin, lockin
 from dynprobe.metrics._measure import Measurement, measure
+from dynprobe.metrics._motifs import Motif, motifs
 from dynprobe.metrics._output import lens_output, output_metrics, paired_arms, paired_output
 from dynprobe.metrics._paired import diverge, paired
 from dynprobe.metrics._phase_z import phase_z
+from dynprobe.metrics._readiness import readiness, readiness_gmean
+from dynprobe.metrics._recync import Crises, RecyncDetector, recync_detect, token_cosine
 from dynprobe.metrics._registry import (
     Column,
     MetricSpec,
@@ -41,45 +55,81 @@ from dynprobe.metrics._registry import (
     spec,
 )
 from dynprobe.metrics._relax import relaxation
+from dynprobe.metrics._reopening import Reopening, reopening
 from dynprobe.metrics._request import requested
 from dynprobe.metrics._response import response
 from dynprobe.metrics._result import Result
+from dynprobe.metrics._signals import norm_step, phase_lag, step_z, step_zmax
 from dynprobe.metrics._slots import measure_slots
+from dynprobe.metrics._str_kernel import str_kernel, str_sigma
+from dynprobe.metrics._symbols import Symbols, path_edit_distance, symbols
 
 __all__ = [
     "CORE",
     "DEFAULT",
     "TOLERANCES",
     "Column",
+    "Crises",
+    "Cycles",
+    "FunctionalCapacity",
+    "HmmStates",
+    "LabelledRun",
     "Lockin",
     "Measurement",
     "MetricSpec",
+    "Motif",
     "ParsedId",
+    "RecyncDetector",
+    "Reopening",
     "Result",
+    "StateLimits",
+    "Symbols",
     "Translators",
+    "above_chance",
+    "bad_labels",
+    "bad_limits",
     "column_name",
     "columns",
     "compute",
     "convergence",
     "convergence_ids",
+    "cycles_ct",
+    "cycles_margin",
     "diverge",
     "format_id",
     "frame",
+    "functional_capacity",
+    "hmm_states",
     "ids",
     "lens_output",
     "lockin",
     "measure",
     "measure_slots",
+    "motifs",
+    "norm_step",
     "output_metrics",
     "paired",
     "paired_arms",
     "paired_output",
     "parse_id",
+    "path_edit_distance",
+    "phase_lag",
     "phase_z",
     "prediction_depth",
     "read_translators",
+    "readiness",
+    "readiness_gmean",
+    "recync_detect",
     "relaxation",
+    "reopening",
     "requested",
     "response",
     "spec",
+    "state_features",
+    "step_z",
+    "step_zmax",
+    "str_kernel",
+    "str_sigma",
+    "symbols",
+    "token_cosine",
 ]

@@ -43,6 +43,15 @@ MODULES = (
     "_energy_tying",
     "_plateau",
     "_criteria",
+    "_readiness",
+    "_signals",
+    "_str_kernel",
+    "_recync",
+    "_recovery_metrics",
+    "_bad_states",
+    "_hmm_states",
+    "_cycles",
+    "_functional_capacity",
 )
 
 

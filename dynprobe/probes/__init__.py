@@ -6,11 +6,13 @@ from dynprobe.probes._dispatch import live_hooks
 from dynprobe.probes._fork import Fork, Roads, lowest_block
 from dynprobe.probes._generate import Sampling, generate, ignored_defaults
 from dynprobe.probes._inputs import Batch, make_batch, tokenize
-from dynprobe.probes._instrument import Instrument, Site, Writer, sites_to_read
+from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._load import load
 from dynprobe.probes._outputs import identical
 from dynprobe.probes._perturb import Perturb
+from dynprobe.probes._reading import sites_to_read
 from dynprobe.probes._resume import logits_of, readout, resume
+from dynprobe.probes._roles import Site, Steerer, Writer
 from dynprobe.probes._rows import RowsWriter
 from dynprobe.probes._selftest import (
     SELF_TESTS,
@@ -23,7 +25,8 @@ from dynprobe.probes._selftest import (
 )
 from dynprobe.probes._subject import Subject, discover
 from dynprobe.probes._tape import States, Tape
-from dynprobe.probes._turns import Loop, Turn
+from dynprobe.probes._trained import warn_beyond
+from dynprobe.probes._turns import Loop, Start, Turn
 from dynprobe.probes._where import Where
 from dynprobe.probes._writers import CallableWriter, PerturbWriter, make_writers
 
@@ -43,7 +46,9 @@ __all__ = [
     "RowsWriter",
     "Sampling",
     "Site",
+    "Start",
     "States",
+    "Steerer",
     "Subject",
     "Tape",
     "Turn",
@@ -73,4 +78,5 @@ __all__ = [
     "resume",
     "sites_to_read",
     "tokenize",
+    "warn_beyond",
 ]

@@ -28,7 +28,7 @@ from dynprobe.probes._scales import SiteStats
 
 __all__ = ["CALIBRATION_SCHEMA", "QUANTILE_LEVELS", "Calibration", "load_calibration"]
 
-CALIBRATION_SCHEMA = "1.1"
+CALIBRATION_SCHEMA = "1.2"
 _TENSORS, _HEADER = "calibration.safetensors", "calibration.json"
 _RANK = 1e-12  # eigenvalues below this share of the largest are rounding
 QUANTILE_LEVELS = np.round(np.linspace(0.0, 1.0, 201), 3)
@@ -42,7 +42,9 @@ class Calibration:
         tensors: ``mean``, ``std``, ``mad`` ``[L+1, dim]`` (of coordinates over tokens, position 0 left out; SD with
             ddof 1, MAD without the factor 1.4826); ``pcs [L+1, k, dim]`` with ``pc_var [L+1, k]``; ``kappa_mu``,
             ``kappa_sigma`` ``[L+1]`` (mean and SD over prompts of each step's κ; row d is the step into depth d) and
-            ``kappa_token_mu``, ``kappa_token_sigma`` (the same over tokens); ``cov_basis.D [dim, r]`` and
+            ``kappa_token_mu``, ``kappa_token_sigma`` (the same over tokens); ``norm_step_mu``, ``norm_step_sigma``
+            (of |ln ‖x_d‖ − ln ‖x_{d−1}‖| over tokens), ``norm_q99`` (of ‖x_d‖); ``str_sigma []`` (median distance among
+            four consecutive states of one text at depth L, all such windows together); ``cov_basis.D [dim, r]`` and
             ``cov_sqrt.D [r]`` for depths D whose covariance was asked for.
         signals: Per streaming signal its quantiles at :data:`QUANTILE_LEVELS`.
         header: ``hash``, ``weights``, ``dtype``, ``prompts`` (hash), ``n_prompts``, ``n_tokens``, ``n_layers``,

@@ -21,10 +21,12 @@ from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
 from dynprobe.probes._dispatch import attach_to, calls_of
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
-from dynprobe.probes._instrument import Instrument, Site, sites_to_read
+from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._last import last_only
 from dynprobe.probes._noise import row_key_from_tokens
+from dynprobe.probes._reading import sites_to_read
 from dynprobe.probes._resume import logits_of, select_last
+from dynprobe.probes._roles import Site
 from dynprobe.probes._subject import Subject, blocks_by_pattern, discover, evaluating
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes._noise import row_key_from_tokens
 
-__all__ = ["Clock", "Step"]
+__all__ = ["CACHES", "Clock", "Step"]
 
-_CACHES = ("past_key_values", "cache_params", "state")
+#: Names under which models take and return what they keep of earlier tokens.
+CACHES = ("past_key_values", "cache_params", "state")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Clock:
         if source.dim() == 2 and not source.is_floating_point():
             with torch.inference_mode(False):
                 token_ids = source.detach().to("cpu", copy=True)
-        cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+        cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
         held = _held(cache)
         mask = call.get("attention_mask")
         if mask is None and self._given_mask is not None and self._given_mask.shape == (batch, columns):
@@ -131,7 +132,7 @@ class Clock:
 
     def end(self, output: Any) -> None:
         """Note the cache that a forward returned; the next one may bring it back."""
-        self._cache = next((c for name in _CACHES if (c := getattr(output, name, None)) is not None), self._cache)
+        self._cache = next((c for name in CACHES if (c := getattr(output, name, None)) is not None), self._cache)
 
     def select(self, kept: np.ndarray) -> None:
         """Go on with some of the rows: the others have left the batch, and the cache with them."""
@@ -139,6 +140,12 @@ class Clock:
         self._rows = rows[kept]
         self._seen, self._prompt = self._seen[kept], self._prompt[kept]
         self._keys = tuple(self._keys[i] for i in kept)
+
+    def rewind(self, columns: int) -> None:
+        """Take back the last columns of every row: one real token each; the cache was cut by as many."""
+        self._seen = self._seen - columns
+        self._width -= columns
+        self._index -= columns
 
     def release(self) -> None:
         """Let go of the cache; the next forward starts a new sequence."""

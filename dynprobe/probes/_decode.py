@@ -45,6 +45,7 @@ def decode(
     adjust: Adjust | None = None,
     instrument: Instrument | None = None,
     pad: int = 0,
+    forced: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, end token included.
 
@@ -56,6 +57,7 @@ def decode(
         adjust: Changes the scores before the largest is taken.
         instrument: Told which rows go on.
         pad: Token fed to a row that has ended and not yet left.
+        forced: The text of each row, fed token by token instead of what the model would choose; a row ends with it.
 
     Raises:
         TypeError: If the model returns no cache that rows can be taken out of.
@@ -71,10 +73,14 @@ def decode(
         scores = logits_of(output)[:, -1].to(torch.float32, copy=True)
         tokens = (adjust(scores, alive) if adjust is not None else scores).argmax(-1)
         before = ended[alive]
+        if forced is not None:
+            given = [forced[row][step] if step < len(forced[row]) else pad for row in alive]
+            tokens = torch.tensor(given, device=tokens.device)
         for place, token in enumerate(tokens.tolist()):
+            row = alive[place]
             if not before[place]:
-                new[alive[place]].append(token)
-                ended[alive[place]] = token in ends
+                new[row].append(token)
+                ended[row] = step == len(forced[row]) - 1 if forced is not None else token in ends
         if ended.all() or step == n_new - 1:
             break
         cache: Any = getattr(output, "past_key_values", None)

@@ -2,8 +2,9 @@
 
 PyTorch runs hooks in the order they were registered, so a user who opens ``dp.record`` before ``dp.perturb`` would
 record states that the perturbation has not touched yet. The dispatcher removes that trap: on one module all writers
-run first, in the order they were attached, then all readers. It also counts firings and is gone from the module when
-its last client leaves, which is what the ``fired`` self-test verifies.
+run first, in the order they were attached, then all readers; among the writers those that steer come last, so that a
+controller meets the perturbed state whichever of the two was opened first. It also counts firings and is gone from the
+module when its last client leaves, which is what the ``fired`` self-test verifies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dynprobe.probes._outputs import hidden_argument, hidden_of, replace_argument, replace_hidden
-from dynprobe.probes._turns import Place
+from dynprobe.probes._turns import Lens, Place
 
 __all__ = ["Attachment", "attach", "attach_to", "calls_of", "hooks_of_others", "live_hooks"]
 
@@ -36,6 +37,7 @@ class _Gate:
     module: weakref.ref[nn.Module]
     side: str
     writers: list[tuple[Writer, int | None]] = field(default_factory=list)
+    steerers: list[tuple[Writer, int | None]] = field(default_factory=list)
     readers: list[tuple[Reader, int | None]] = field(default_factory=list)
     handle: RemovableHandle | None = None
     roots: dict[int, RemovableHandle] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class _Gate:
                 self.handle = module.register_forward_hook(self._on_output)
 
     def close_if_idle(self) -> None:
-        if not self.writers and not self.readers and self.handle is not None:
+        if not self.writers and not self.steerers and not self.readers and self.handle is not None:
             self.handle.remove()
             self.handle = None
             for handle in self.roots.values():
@@ -73,7 +75,7 @@ class _Gate:
 
     def _pass(self, state: Tensor) -> Tensor:
         now, self.calls = self.calls, self.calls + 1
-        for write, call in tuple(self.writers):
+        for write, call in (*self.writers, *self.steerers):
             if call is None or call == now:
                 state = write(state)
         for read, call in tuple(self.readers):
@@ -105,7 +107,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Take the client off the module; a second call does nothing."""
-        clients: list[Any] = self.gate.writers if self.role == "write" else self.gate.readers
+        clients: list[Any] = getattr(self.gate, self.role)
         if self.client is not None:
             clients.remove(self.client)
             self.client = None
@@ -120,6 +122,7 @@ def attach(
     root: nn.Module | None = None,
     read: Reader | None = None,
     write: Writer | None = None,
+    steers: bool = False,
 ) -> Attachment:
     """Put one reader or one writer on a module's input or output.
 
@@ -130,6 +133,7 @@ def attach(
         root: The module whose calls are forwards; needed with ``call``.
         read: Called with the state after all writers; its return value is ignored.
         write: Called with the state, returns the state to use instead (the same object for no change).
+        steers: Let it write after all writers that do not steer, whenever they were attached.
 
     Returns:
         The attachment; call ``remove()`` on it.
@@ -142,18 +146,40 @@ def attach(
     if call is not None and root is not None:
         gate.count_from(root)
     if write is not None:
-        writer = write, call
-        gate.writers.append(writer)
-        return Attachment(gate, writer, "write")
+        writer, role = (write, call), "steerers" if steers else "writers"
+        getattr(gate, role).append(writer)
+        return Attachment(gate, writer, role)
     assert read is not None
     reader = read, call
     gate.readers.append(reader)
-    return Attachment(gate, reader, "read")
+    return Attachment(gate, reader, "readers")
 
 
-def attach_to(place: Place, *, read: Reader | None = None, write: Writer | None = None) -> Attachment:
+def attach_to(
+    place: Place, *, read: Reader | None = None, write: Writer | None = None, steers: bool = False
+) -> Attachment:
     """Put one reader or one writer on a place of the track."""
-    return attach(place.module, side=place.side, call=place.call, root=place.root, read=read, write=write)
+    lens = place.lens
+    if lens is not None and read is not None:
+        read = _seen_through(lens, read)
+    if lens is not None and write is not None:
+        write = _written_through(lens, write)
+    return attach(
+        place.module, side=place.side, call=place.call, root=place.root, read=read, write=write, steers=steers
+    )
+
+
+def _seen_through(lens: Lens, read: Reader) -> Reader:
+    return lambda whole: read(lens.get(whole))
+
+
+def _written_through(lens: Lens, write: Writer) -> Writer:
+    def put(whole: Tensor) -> Tensor:
+        state = lens.get(whole)
+        after = write(state)
+        return whole if after is state else lens.put(whole, after)
+
+    return put
 
 
 def live_hooks(root: nn.Module) -> int:

@@ -57,6 +57,10 @@ class EnergyTap:
         self._calls.clear()
         self._listening = True
 
+    def rewind(self, columns: int) -> None:
+        """Forget the last forwards: their tokens were taken back."""
+        del self._steps[-columns:]
+
     def end(self) -> None:
         """The forward is over."""
         self._listening = False

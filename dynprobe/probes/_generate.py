@@ -149,6 +149,44 @@ def _refuse_mixed_rows(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         )
 
 
+def check_writes(subject: Subject, batch: Batch) -> None:
+    """Refuse what cannot write a text that depends on nothing but the row.
+
+    Raises:
+        ModelError: If the model cannot generate, or draws its states at random.
+        UsageError: If a row is padded on the right.
+    """
+    if not hasattr(subject.model, "generate"):
+        raise ModelError(f"{subject.name} ({type(subject.model).__name__}) has no generate(); use --max-new-tokens 0")
+    if not bool(batch.mask[:, -1].all()):
+        raise UsageError("generation needs padding on the left (or none): the new token follows the last column")
+    if subject.loop is not None and subject.loop.arguments is not None:
+        raise ModelError(
+            f"{subject.name} draws the first state of every new token at random, so a text that it generates is "
+            "another one each time; read texts instead (--max-new-tokens 0)"
+        )
+
+
+def choosers(sampling: Sampling, row_keys: Sequence[str], lengths: Sequence[int]) -> list[Any]:
+    """Return what scores go through before the largest is taken: temperature, nucleus, keyed noise; greedy has none.
+
+    Args:
+        sampling: How tokens are chosen.
+        row_keys: Names of the rows.
+        lengths: Real tokens of each row before the first that is chosen.
+    """
+    if sampling.temperature == 0:
+        return []
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    processors: list[Any] = []
+    if sampling.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_p < 1.0:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return [*processors, _GumbelMax(sampling, row_keys, lengths)]
+
+
 def generate(
     subject: Subject, batch: Batch, sampling: Sampling, instrument: Instrument | None = None
 ) -> list[list[int]]:
@@ -167,19 +205,8 @@ def generate(
         ModelError: If the model cannot generate, or mixes the rows of a batch.
         UsageError: If a row is padded on the right.
     """
-    if not hasattr(subject.model, "generate"):
-        raise ModelError(f"{subject.name} ({type(subject.model).__name__}) has no generate(); use --max-new-tokens 0")
-    if not bool(batch.mask[:, -1].all()):
-        raise UsageError("generation needs padding on the left (or none): the new token follows the last column")
-    processors: list[Any] = []
-    if sampling.temperature > 0:
-        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-        if sampling.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_p < 1.0:
-            processors.append(TopPLogitsWarper(sampling.top_p))
-        processors.append(_GumbelMax(sampling, batch.row_keys, [int(n) for n in batch.lengths]))
+    check_writes(subject, batch)
+    processors = choosers(sampling, batch.row_keys, [int(n) for n in batch.lengths])
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if subject.accepts("attention_mask"):
         inputs["attention_mask"] = batch.mask.long()
@@ -191,7 +218,7 @@ def generate(
         with torch.no_grad():
             if _shrinks(subject, batch, ends):
                 with evaluating(subject.model), instrument or nullcontext():
-                    adjust = _adjust(processors) if processors else None
+                    adjust = adjusting(processors) if processors else None
                     return decode(
                         subject, batch, sampling.max_new_tokens, sorted(ends), adjust, instrument, pad_token(subject)
                     )
@@ -200,7 +227,7 @@ def generate(
         handle.remove()
 
 
-def _adjust(processors: Sequence[Any]) -> Adjust:
+def adjusting(processors: Sequence[Any]) -> Adjust:
     """The processors as the shrinking loop calls them: with the rows that are still there."""
 
     def adjust(scores: Tensor, rows: np.ndarray) -> Tensor:

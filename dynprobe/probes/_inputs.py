@@ -57,6 +57,8 @@ class Batch:
             inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp_min(0)
         if subject.accepts("use_cache"):
             inputs["use_cache"] = cache
+        if subject.loop is not None and subject.loop.arguments is not None:
+            return subject.loop.arguments(subject.model, inputs, self.mask)
         return inputs
 
 

@@ -9,88 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from dynprobe.errors import ModelError, SelfTestError, UsageError
+from dynprobe.errors import ModelError, SelfTestError
+from dynprobe.probes._beams import Beams
 from dynprobe.probes._clock import Clock, Step
 from dynprobe.probes._dispatch import Attachment, attach_to, calls_of
 from dynprobe.probes._energies import EnergyTap
+from dynprobe.probes._joined import joined_passport, joined_tape
 from dynprobe.probes._outputs import ordinary
-from dynprobe.probes._passport import Passport
+from dynprobe.probes._roles import HasPassport, Rewinds, Site, Steerer, StepListener, Writer
 from dynprobe.probes._subject import Subject
-from dynprobe.probes._tape import States, Tape
+from dynprobe.probes._tape import Tape
 from dynprobe.probes._turns import changed_loop
-from dynprobe.probes._where import Where
 
-__all__ = ["Instrument", "Site", "StepListener", "Writer", "sites_to_read"]
-
-Site = tuple[str, int]
-
-
-class Writer(Protocol):
-    """What writes at sites: a perturbation, a controller.
-
-    ``write(state, site, step)`` gets the state at one site, ``[batch, columns, dim]``, and returns the state to use
-    instead (the very same object for no change).
-    """
-
-    @property
-    def sites(self) -> Sequence[Site]:
-        """The sites it writes at."""
-
-    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
-        """Return the state to use instead."""
-
-
-@runtime_checkable
-class HasPassport(Protocol):
-    """A writer that knows how much it wrote."""
-
-    def passport(self, fed: np.ndarray | None = None) -> Passport | None:
-        """Return the size of what was written."""
-
-    def asked(self, fed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many states of each row were asked to be written, and how many were left alone."""
-
-
-class StepListener(Protocol):
-    """What wants to see the root module's output after each forward."""
-
-    def __call__(self, step: Step, output: Any) -> None:
-        """Take note of one forward's output."""
-
-
-def sites_to_read(subject: Subject, where: Where) -> list[Site]:
-    """Resolve a reading spec to sites; ``layers=all`` of the residual stream includes depth 0.
-
-    Raises:
-        SiteError: If a layer or component does not exist.
-        UsageError: If the spec names a part of a row: a tape holds whole rows.
-    """
-    for key in ("positions", "phase", "slots") if subject.turns else ("positions", "phase", "iterations", "slots"):
-        if getattr(where, key) is not None:
-            raise UsageError(
-                f"{key} was given in where={str(where)!r}; reading keeps whole rows of a model with layers. Name "
-                "layers and component there, and pick from the tape: tape.at(layer=6, pos=-1)"
-            )
-    if subject.turns:
-        return subject.sites(where)
-    layers = where.resolve_layers(subject.n_layers)
-    sites: list[Site] = []
-    for component in where.components():
-        if component == "resid_mid" and subject.sequential:
-            sites += [(c, layer) for layer in layers for c in ("resid_pre", "attn_out")]
-            continue
-        if component == "resid_post" and len(layers) == subject.n_layers:
-            sites.append(("resid_pre", 0))
-        sites += [(component, layer) for layer in layers]
-    for component, layer in sites:
-        subject.module_at(component, layer)
-    return list(dict.fromkeys(sites))
+__all__ = ["Instrument"]
 
 
 class Instrument:
@@ -137,8 +73,10 @@ class Instrument:
         self._tap = EnergyTap(subject) if energies and loop is not None and loop.energy is not None else None
         self._captured: dict[Site, list[tuple[Tensor, int]]] = {site: [] for site in self.read}
         self._masks: list[np.ndarray] = []
+        self.steerers = tuple(writer for writer in self.writers if isinstance(writer, Steerer))
         self._attachments: list[Attachment] = []
         self._handles: list[Any] = []
+        self._beams = Beams(self.root, self._reorder)
 
     def __enter__(self) -> Instrument:
         try:
@@ -147,7 +85,12 @@ class Instrument:
             for writer in self.writers:
                 for site in writer.sites:
                     place = self.subject.module_at(*site)
-                    self._attachments.append(attach_to(place, write=self._writing(writer, site)))
+                    steers = isinstance(writer, Steerer)
+                    self._attachments.append(attach_to(place, write=self._writing(writer, site), steers=steers))
+            for steerer in self.steerers:
+                for site in steerer.observes:
+                    place = self.subject.module_at(*site)
+                    self._attachments.append(attach_to(place, read=self._showing(steerer, site)))
             for site in self.read:
                 self._attachments.append(attach_to(self.subject.module_at(*site), read=self._reading(site)))
             if self._tap is not None:
@@ -163,6 +106,37 @@ class Instrument:
     def select(self, kept: np.ndarray) -> None:
         """Go on with some of the rows of the running sequence; the tape keeps the place of those that left."""
         self.clock.select(kept)
+        self._reorder(kept)
+
+    def _reorder(self, rows: np.ndarray) -> None:
+        for steerer in self.steerers:
+            steerer.select(rows)
+
+    def rewind(self, columns: int) -> None:
+        """Take the last ``columns`` decode steps back, of one token each; the caller has cut the cache likewise.
+
+        Raises:
+            ModelError: If the sequence has not so many decode steps.
+        """
+        if not 0 <= columns < len(self.steps) or any(
+            s.positions.shape[1] != 1 for s in self.steps[-columns:][:columns]
+        ):
+            raise ModelError(f"{columns} decode steps were to be taken back; there are {len(self.steps) - 1}")
+        if not columns:
+            return
+        self.clock.rewind(columns)
+        del self.steps[-columns:]
+        for site, held in self._captured.items():
+            del held[-columns:]
+            self.fired[site, "read"] = self.fired.get((site, "read"), 0) - columns
+        for writer in self.writers:
+            for site in writer.sites:
+                self.fired[site, "write"] = self.fired.get((site, "write"), 0) - columns
+        if self._tap is not None:
+            self._tap.rewind(columns)
+        for party in (*self.writers, *self._listeners):
+            if isinstance(party, Rewinds):
+                party.rewind(columns)
 
     def close(self) -> None:
         """Take everything off the model."""
@@ -172,6 +146,7 @@ class Instrument:
             handle.remove()
         self._attachments.clear()
         self._handles.clear()
+        self._beams.release()
         if self._tap is not None:
             self._tap.close()
         self.clock.release()
@@ -183,13 +158,15 @@ class Instrument:
             self._captured = {site: [] for site in self.read}
             self.fired.clear()
         self.steps.append(self.step)
+        for steerer in self.steerers:
+            steerer.begin(self.step)
         if self._tap is not None:
             self._tap.begin(new=self.step.index == 0)
         if self._all_logits and kwargs.get("logits_to_keep"):
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
-    def _end(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def _end(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         assert self.step is not None
         for module in dict.fromkeys(self.subject.blocks) if self.subject.turns else ():
             if calls_of(module) not in (None, self.subject.blocks.count(module)):
@@ -197,7 +174,14 @@ class Instrument:
         self.clock.end(output)
         for listener in self._listeners:
             listener(self.step, output)
+        after = output
+        for steerer in self.steerers:
+            changed = steerer.end(self.step, after)
+            after = after if changed is None else changed
+        if self.steerers:
+            self._beams.follow(output)
         self.end_step()
+        return None if after is output else after
 
     def end_step(self) -> None:
         """Close the current forward; called by hand where it was stopped on purpose after its last wanted state.
@@ -246,6 +230,13 @@ class Instrument:
 
         return write
 
+    def _showing(self, steerer: Steerer, site: Site) -> Any:
+        def show(state: Tensor) -> None:
+            if self.step is not None:
+                steerer.observe(self._shaped(state), site, self.step)
+
+        return show
+
     def _reading(self, site: Site) -> Any:
         def read(state: Tensor) -> None:
             if self.step is None:
@@ -292,35 +283,8 @@ class Instrument:
             raise ModelError("nothing was recorded: the model was not called inside the with block")
         if self.step is not None:
             raise ModelError("the last forward did not finish, so there is no whole trajectory; call the model again")
-        by_depth, updates = {}, {}
-        with torch.inference_mode(False):  # joining inside the user's inference mode would make inference tensors
-            joined = {site: self._join(held) for site, held in self._captured.items() if held}
-            for (component, layer), state in joined.items():
-                if component in ("resid_pre", "resid_post"):
-                    by_depth[layer + (component == "resid_post")] = state
-                else:
-                    updates[component, layer] = state
-            n = len(self.steps[0].positions)
-            positions = torch.cat([laid_out(torch.from_numpy(s.positions), s.rows, n, -1) for s in self.steps], 1)
-            ids = [laid_out(s.token_ids, s.rows, n) for s in self.steps if s.token_ids is not None]
-            return Tape(
-                states=States(by_depth, self.subject.n_layers),
-                mask=positions >= 0,
-                positions=positions,
-                token_ids=torch.cat(ids, 1) if len(ids) == len(self.steps) else None,
-                n_prompt=torch.from_numpy(self.steps[0].n_prompt.copy()),
-                logits=None if logits is None else ordinary(logits),
-                updates=updates,
-                row_keys=self.steps[0].row_keys,
-                subject=self.subject,
-                passport=self.passport(),
-                energies=self._energies(n),
-            )
-
-    def _energies(self, n: int) -> dict[str, Tensor]:
-        if self._tap is None:
-            return {}
-        return self._tap.joined(lambda v, i: laid_out(v, self.steps[i].rows, n, np.nan), self.subject.n_layers + 1)
+        held = {site: [state for state, _ in states] for site, states in self._captured.items()}
+        return joined_tape(self.subject, self.steps, held, logits, self.passport(), self._tap)
 
     def passport(self, fed: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Mean size of all writes, per row and unit; empty without a perturbation.
@@ -328,28 +292,4 @@ class Instrument:
         Args:
             fed: Tokens of each row's text ``[batch]``; what was written to a row after its end does not count.
         """
-        notes = [writer.passport(fed) for writer in self.writers if isinstance(writer, HasPassport)]
-        total: Passport | None = None
-        for note in notes:
-            if note is not None:
-                total = note if total is None else total.add(note)
-        if total is None:
-            return {}
-        counts = [writer.asked(fed) for writer in self.writers if isinstance(writer, HasPassport)]
-        asked, alone = (np.sum([np.broadcast_to(c[i], (len(total.n_states),)) for c in counts], axis=0) for i in (0, 1))
-        return {**total.rows(), "n_asked": asked, "n_left_alone": alone}
-
-    def _join(self, held: list[tuple[Tensor, int]]) -> Tensor:
-        if len(held) == 1:
-            return held[0][0]
-        n = len(self.steps[0].positions)
-        return torch.cat([laid_out(x, s.rows, n) for (x, _), s in zip(held, self.steps, strict=True)], dim=1)
-
-
-def laid_out(values: Tensor, rows: np.ndarray | None, n_rows: int, fill: float = 0) -> Tensor:
-    """Values of some rows in their place among all rows; ``fill`` stands for the rows that had left."""
-    if rows is None:
-        return values
-    out = values.new_full((n_rows, *values.shape[1:]), fill)
-    out[torch.from_numpy(rows).to(values.device)] = values
-    return out
+        return joined_passport([writer for writer in self.writers if isinstance(writer, HasPassport)], fed)

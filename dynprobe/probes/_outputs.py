@@ -24,6 +24,7 @@ __all__ = [
     "ordinary",
     "replace_argument",
     "replace_hidden",
+    "replace_logits",
     "wrapper_like",
 ]
 
@@ -181,6 +182,13 @@ def logits_of(output: object) -> Tensor:
         f"the model returned {type(output).__name__} without logits; load it as a language model, or ask for none with "
         "logits=None"
     )
+
+
+def replace_logits(output: Any, logits: Tensor) -> Any:
+    """Return a model's output with other logits, in a container of the same type."""
+    if isinstance(output, Tensor):
+        return logits
+    return type(output)(**{**_items(output), "logits": logits})
 
 
 def identical(a: Tensor, b: Tensor) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dynprobe.errors import UsageError
 from dynprobe.probes._clock import Step
-from dynprobe.probes._instrument import Site
 from dynprobe.probes._passport import Passport
+from dynprobe.probes._roles import Site
 from dynprobe.probes._writers import PerturbWriter
 
 __all__ = ["RowsWriter"]
@@ -63,6 +63,12 @@ class RowsWriter:
             if written is not before:
                 after = after.index_copy(0, index, written)
         return after
+
+    def rewind(self, columns: int) -> None:
+        """Forget what was written to the last tokens of every row: they were taken back."""
+        for writer, rows in self.parts:
+            if len(rows):
+                writer.rewind(columns)
 
     def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
         """First position that is written in each row, ``[batch]``; ``length`` where there is none."""

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from dynprobe._types import COMPONENTS
 from dynprobe.errors import ModelError, SiteError, UsageError, did_you_mean
 from dynprobe.probes._dispatch import hooks_of_others, live_hooks
-from dynprobe.probes._loops import known_loop
+from dynprobe.probes._loops import known_loop, refuse_unreadable
 from dynprobe.probes._outputs import Wrapper
+from dynprobe.probes._trained import warn_beyond
 from dynprobe.probes._trial import TrialError, watch, watch_loop
 from dynprobe.probes._turns import Loop, Place, Turn, sites_of_loop
+from dynprobe.probes._twins import refuse_tied
 from dynprobe.probes._where import Where
 
 __all__ = ["Road", "Subject", "discover", "evaluating"]
@@ -200,8 +202,10 @@ class Subject:
 
     def door(self, depth: int) -> Place:
         """Return where the state of a depth can be touched: the input of the first block, or an output."""
-        if depth == 0 and self.loop is not None and self.loop.start is not None:
-            return Place(self.model.get_submodule(self.loop.start), "output")
+        origin = self.loop.origin if self.loop is not None else None
+        if depth == 0 and origin is not None:
+            root = None if origin.call is None else self.model
+            return Place(self.model.get_submodule(origin.module), origin.side, origin.call, root, origin.lens)
         if depth == 0:
             return Place(self.blocks[0], "input", *self._call(0))
         return Place(self.blocks[depth - 1], "output", *self._call(depth - 1))
@@ -353,6 +357,7 @@ def discover(
             f"{name} is an encoder–decoder, whose two streams have positions of their own; dynprobe reads one stream. "
             "Pass one half alone: model.get_decoder()"
         )
+    refuse_unreadable(model)
     subject = Subject(model, tokenizer, name, facts=dict(facts or {}))
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")
@@ -387,10 +392,12 @@ def discover(
 def _with_turns(subject: Subject, loop: Loop | str, trial_input: Tensor | None) -> Subject:
     """Fill in what a trial of a looped model shows."""
     described = loop if isinstance(loop, Loop) else Loop(((loop, "core", -1),))
+    paths = [path for path, _, _ in described.modules]
+    refuse_tied(subject.model, paths)
     trial, subject.turns = watch_loop(subject.model, described, trial_input)
     subject.loop = trial.loop
-    paths = [path for path, _, _ in described.modules]
     subject.block_path = paths[0] if len(paths) == 1 else "+".join(dict.fromkeys(p.split(".")[-1] for p in paths))
     for fact in ("blocks", "dim", "state_dtype", "chained", "final_norm", "mutates", "wrappers"):
         setattr(subject, fact, getattr(trial, fact))
+    warn_beyond(subject)
     return subject

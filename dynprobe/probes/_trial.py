@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, did_you_mean
 from dynprobe.probes._outputs import Wrapper, hidden_argument, hidden_of, wrapper_like
-from dynprobe.probes._turns import Loop, Turn
+from dynprobe.probes._turns import Loop, Start, Turn
 
 __all__ = ["Trial", "TrialError", "vocabulary", "watch", "watch_loop"]
 
@@ -320,10 +320,10 @@ def watch_loop(model: nn.Module, loop: Loop, inputs: Tensor | None) -> tuple[Tri
     turns = tuple(replace(t, of=counts[t.stage, t.layer]) for t in bare)
     last = ran[-1]
     assert last.given is not None
-    if loop.start is None:
+    if loop.origin is None:
         _refuse_injected(ran)
-    elif loop.start not in named:
-        raise ModelError(f"start={loop.start!r} is no module of {type(model).__name__}")
+    else:
+        _check_origin(model, loop.origin, calls, last.given)
     slots = last.given.shape[2] if last.given.dim() == 4 else None
     after = calls[next(i for i, c in enumerate(calls) if c is last) + 1 :]
     final = next((c.name for c in after if c.taken is last.given and _same_shape(c.given, last.given)), None)
@@ -356,6 +356,29 @@ def _refuse_injected(ran: list[_Call]) -> None:
                 "track (something is added to it, or other modules run in between). Describe the loop with "
                 "dynprobe.probes.Loop(modules=((path, 'core', -1),), start='path.of.what.hands.out.the.first.state')"
             )
+
+
+def _check_origin(model: nn.Module, origin: Start, calls: list[_Call], state: Tensor) -> None:
+    """Refuse a beginning that is no state, or does not come once: it would be read, and what is read would be wrong."""
+    names = [name for name, _ in model.named_modules() if name]
+    if origin.module not in names:
+        raise ModelError(
+            f"start={origin.module!r} is no module of {type(model).__name__}.{did_you_mean(origin.module, names)}"
+        )
+    module = model.get_submodule(origin.module)
+    mine = [call for call in calls if call.module is module]
+    if (len(mine) != 1) if origin.call is None else (len(mine) <= origin.call):
+        raise ModelError(
+            f"start={origin.module!r} ran {len(mine)} times in one forward; the state before the first turn comes "
+            "once. Name the call that holds it: dynprobe.probes.Start(module, call=0)"
+        )
+    call = mine[origin.call or 0]
+    whole = call.taken_copy if origin.side == "input" else call.given_copy
+    found = origin.lens.get(whole) if origin.lens is not None and whole is not None else whole
+    if not _same_shape(found, state):
+        shape = None if found is None else tuple(found.shape)
+        where = f"the {origin.side} of start={origin.module!r}"
+        raise ModelError(f"{where} is {shape}, and a state is {tuple(state.shape)}")
 
 
 def _same_shape(a: Tensor | None, b: Tensor) -> bool:

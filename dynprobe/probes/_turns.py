@@ -15,13 +15,70 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._grammar import Percent
 from dynprobe.probes._where import Where
 
-__all__ = ["Loop", "Place", "Turn", "changed_loop", "sites_of_loop"]
+__all__ = ["Lens", "Loop", "Place", "Start", "Turn", "changed_loop", "leading", "scaled", "sites_of_loop"]
+
+
+class Lens(NamedTuple):
+    """A state as a part of what a module takes or hands out.
+
+    Attributes:
+        get: ``fn(whole)``: the state in it.
+        put: ``fn(whole, state)``: the same with another state; where the state is the old one, not a bit may change.
+    """
+
+    get: Callable[[Tensor], Tensor]
+    put: Callable[[Tensor, Tensor], Tensor]
+
+
+def scaled(factor: float) -> Lens:
+    """Return the lens of a state that is ``factor`` times what a module hands out.
+
+    Example:
+        >>> lens = scaled(3.0)
+        >>> lens.get(torch.ones(2)), lens.put(torch.ones(2), torch.tensor([3.0, 6.0]))
+        (tensor([3., 3.]), tensor([1., 2.]))
+    """
+
+    def put(whole: Tensor, state: Tensor) -> Tensor:
+        return torch.where(state == whole * factor, whole, state / factor)
+
+    return Lens(lambda whole: whole * factor, put)
+
+
+def leading(features: int) -> Lens:
+    """Return the lens of a state that is the first ``features`` features of what a module takes.
+
+    Example:
+        >>> lens = leading(1)
+        >>> lens.get(torch.ones(2)), lens.put(torch.ones(2), torch.tensor([5.0]))
+        (tensor([1.]), tensor([5., 1.]))
+    """
+    return Lens(lambda whole: whole[..., :features], lambda w, s: torch.cat([s, w[..., features:]], dim=-1))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the state before the first turn passes, if no module hands it out as it is.
+
+    Attributes:
+        module: Path of the module.
+        side: Whether it is in its ``"input"`` or its ``"output"``.
+        call: In which of its calls, 0-based; None where it is called once.
+        lens: How to find it there; None where it is all of it.
+    """
+
+    module: str
+    side: str = "output"
+    call: int | None = None
+    lens: Lens | None = None
+
 
 
 class Place(NamedTuple):
@@ -32,12 +89,14 @@ class Place(NamedTuple):
         side: ``"input"`` or ``"output"``.
         call: Which of its calls in one forward, 0-based; None where it is called once.
         root: The module whose calls are forwards; None where calls are not counted.
+        lens: How to find the state in what passes there; None where it is all of it.
     """
 
     module: nn.Module
     side: str
     call: int | None = None
     root: nn.Module | None = None
+    lens: Lens | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +116,11 @@ class Loop:
             puts it back; None where ``set_iterations(model, iterations(model))`` does so.
         trained: ``fn(model)``: iterations that the model was trained with, or None where it is not known.
         components: Stage → component that its last state is, for models with layers.
-        start: Path of the module whose output is the state before the first turn, where a turn takes in more than the
-            state (HRM adds its other state, Ouro runs all layers in between); None where it is what the first turn
-            takes in. Then each turn must take in what the one before handed out.
+        start: Path of the module whose output is the state before the first turn, or a :class:`Start`, where a turn
+            takes in more than the state (HRM adds its other state, Ouro runs all layers in between); None where it is
+            what the first turn takes in. Then each turn must take in what the one before handed out.
+        arguments: ``fn(model, inputs, mask)``: the keyword arguments of the model's forward in dynprobe's own calls,
+            made of those a plain decoder would get, for a model that would else draw its first state at random.
         energy: ``fn(module, state, args, kwargs)``: the energy ``[batch, pos]`` of a state under the module that was
             called with these arguments, or None where that module has none; None where the model has no energy.
     """
@@ -73,8 +134,14 @@ class Loop:
     restore: Callable[[Any], Callable[[], None]] | None = None
     trained: Callable[[Any], int | None] | None = None
     components: tuple[tuple[str, str], ...] = ()
-    start: str | None = None
+    start: str | Start | None = None
+    arguments: Callable[[Any, dict[str, Any], Tensor], dict[str, Any]] | None = None
     energy: Callable[..., Any] | None = None
+
+    @property
+    def origin(self) -> Start | None:
+        """Where the state before the first turn passes; None where it is what the first turn takes in."""
+        return Start(self.start) if isinstance(self.start, str) else self.start
 
     @property
     def layered(self) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor
 from dynprobe.errors import UsageError
 from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
-from dynprobe.probes._instrument import Site, Writer
 from dynprobe.probes._kinds import apply, displacement, realised
 from dynprobe.probes._noise import NoiseSource
 from dynprobe.probes._passport import Passport, passport, spread
 from dynprobe.probes._perturb import Perturb, parse_many
+from dynprobe.probes._roles import Site, Writer
 from dynprobe.probes._scales import SiteStats
 from dynprobe.probes._subject import Subject
 
@@ -85,8 +85,10 @@ class PerturbWriter:
         self.counts = {"asked": 0, "zero": 0, "nonfinite": 0}
         self._notes: list[tuple[np.ndarray, Passport]] = []
         self._asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._tally: list[tuple[np.ndarray, dict[str, int]]] = []
         self._first: Step | None = None
         self._n_rows = 0
+        self._last = np.zeros(0, dtype=np.int64)
         self._drive: list[Tensor] = []
 
     def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
@@ -101,8 +103,10 @@ class PerturbWriter:
             self._first, self._n_rows = step, len(step.positions)
             self._notes.clear()
             self._asked.clear()
+            self._tally.clear()
             self._drive.clear()
             self.counts = dict.fromkeys(self.counts, 0)
+        self._last = step.positions.max(axis=1)
         wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
         if not wanted.any():
             self._keep_drive(state, state)
@@ -122,8 +126,10 @@ class PerturbWriter:
             magnitude=self._strengths(step, state),
         )
         after = apply(state, shift.u, mask)
-        for key, count in (("asked", shift.n_asked), ("zero", shift.n_zero), ("nonfinite", shift.n_nonfinite)):
-            self.counts[key] += int(count.sum())
+        found = {"asked": shift.n_asked, "zero": shift.n_zero, "nonfinite": shift.n_nonfinite}
+        tally = {key: int(count.sum()) for key, count in found.items()}
+        self._tally.append((step.positions.max(axis=1), tally))
+        self.counts = {key: self.counts[key] + tally[key] for key in tally}
         # What was left alone (no norm to be relative to, not finite) has no size; it is counted, not averaged.
         note = passport(state, realised(state, after), shift.written, self._stats[site])
         self._keep_drive(state, after)
@@ -164,6 +170,17 @@ class PerturbWriter:
             index = torch.from_numpy(step.positions[i]).clamp(0, len(held) - 1)
             rows.append(held.to(state.device)[index.to(state.device)])
         return torch.stack(rows).to(state.dtype)
+
+    def rewind(self, columns: int) -> None:
+        """Forget what was written to the last tokens of every row: they were taken back."""
+        last = self._last - columns
+        self._notes = [(at, note) for at, note in self._notes if (at <= last).all()]
+        self._asked = [entry for entry in self._asked if (entry[0] <= last).all()]
+        self._tally = [entry for entry in self._tally if (entry[0] <= last).all()]
+        self.counts = {key: sum(tally[key] for _, tally in self._tally) for key in self.counts}
+        if self._drive:  # one piece a forward: a drive stands at one site
+            del self._drive[-columns:]
+        self._last = last
 
     def passport(self, fed: np.ndarray | None = None) -> Passport | None:
         """Return the size of what was written, per row and unit; None where nothing was.

@@ -7,7 +7,7 @@ In both, the last token of a generated text is not fed back, so every row of a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,15 +172,29 @@ def aligned(rows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
 
 
 class _OutputListener:
-    """Reduce logits to entropy, margin and NLL while the model writes; at most one position waits for its target."""
+    """Reduce logits to entropy, margin and NLL while the model writes; at most one position waits for its target.
 
-    def __init__(self) -> None:
+    Args:
+        remember: Keep the logits of every forward, so that tokens can be taken back.
+    """
+
+    def __init__(self, *, remember: bool = False) -> None:
         self._parts: list[dict[str, np.ndarray]] = []
         self._waiting: Tensor | None = None
         self._rows = np.zeros(0, dtype=np.int64)
         self._n = 0
+        self._remember = remember
+        self._past: list[tuple[Tensor, np.ndarray, int]] = []
+
+    def rewind(self, columns: int) -> None:
+        """Be as before the last ``columns`` forwards."""
+        if columns:
+            self._waiting, self._rows, n_parts = self._past[-columns]
+            del self._parts[n_parts:], self._past[-columns:]
 
     def __call__(self, step: Any, output: Any) -> None:
+        if self._remember and self._waiting is not None:
+            self._past.append((self._waiting, self._rows, len(self._parts)))
         logits = logits_of(output)
         ids = step.token_ids.to(logits.device)
         rows = np.arange(len(ids)) if step.rows is None else step.rows
@@ -218,6 +232,8 @@ def free(
     theta: float | None = None,
     extra_sites: Sequence[tuple[str, int]] = (),
     which: Sequence[str] = metrics.DEFAULT,
+    write: Callable[[Subject, Batch, Sampling, Instrument], list[list[int]]] = generate,
+    remember: bool = False,
 ) -> Passage:
     """Let the model write under the writers and measure what it went through.
 
@@ -230,11 +246,13 @@ def free(
         theta: Level of the debts.
         extra_sites: Attention or MLP outputs to keep as well.
         which: Metrics to compute.
+        write: What lets the model write; default :func:`dynprobe.probes.generate`.
+        remember: Whether ``write`` may take tokens back.
     """
     batch = make_batch(subject, [t.prompt for t in prompts], side="left", row_keys=[t.row_key for t in prompts])
-    listener = _OutputListener()
+    listener = _OutputListener(remember=remember)
     instrument = _instrument(subject, batch, writers, extra_sites, listeners=(listener,), all_logits=True)
-    new = generate(subject, batch, sampling, instrument)
+    new = write(subject, batch, sampling, instrument)
     instrument.check_fired()
     tape = instrument.tape()
     texts = [Text(t.row_key, t.prompt, tuple(n)) for t, n in zip(prompts, new, strict=True)]

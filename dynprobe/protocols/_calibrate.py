@@ -30,6 +30,10 @@ __all__ = ["calibrate", "calibrated"]
 _COMPONENTS = 16
 #: A state of more than this many times the median norm of its depth is an attention sink.
 _SINK = 10.0
+#: Tokens over which a semantic guard averages the NLL.
+_GUARD_WINDOW = 8
+#: Consecutive states that STR is computed over.
+_STR_WINDOW = 4
 #: What the signals of a calibration need; the rest of the default list would only cost time.
 _SIGNALS = ("kappa.phase/1", "delta.angle/1", "resid.norm/1", "limen.ct/1", "limen.ct2/1")
 
@@ -145,22 +149,32 @@ def _measure(
     signals: dict[str, list[np.ndarray]] = {}
     profiles: list[np.ndarray] = []
     steps: list[np.ndarray] = []
+    norms: list[np.ndarray] = []
+    growths: list[np.ndarray] = []
+    windows: list[torch.Tensor] = []
     for passage in _passages(subject, prompts, rows):
         passage.logits = None
         keep = passage.mask.numpy() & (passage.positions >= 1)
         chosen = torch.from_numpy(keep)
         for depth, state in enumerate(passage.tape.states):
             states[depth].append(state.float().cpu()[chosen].flatten(1))  # a position's slots are one long vector
+        for row, chosen_row in zip(passage.tape.states[-1].float().cpu().flatten(2), chosen, strict=True):
+            windows += list(_neighbours(row[chosen_row]))
         for name, values in {**passage.measured.token, **passage.outputs}.items():
             signals.setdefault(name, []).append(values[keep])
         angle, norm = passage.measured.depth["angle"], passage.measured.depth["norm"]
         steps.append(angle[:, keep].astype(np.float64) / np.pi)
         profiles.append(np.asarray(passage.measured.profile["kappa_phase"], dtype=np.float64))
+        norms.append(norm[:, keep].astype(np.float64))
         with np.errstate(divide="ignore", invalid="ignore"):
             # From the first depth that metrics use: a step out of the embedding would hide every other.
             grown = np.abs(np.diff(np.log(norm[passage.measured.first :, keep]), axis=0))
         if len(grown):
             signals.setdefault("norm_step", []).append(grown.max(0))
+            growths.append(np.concatenate([np.full((passage.measured.first + 1, grown.shape[1]), np.nan), grown]))
+        signals.setdefault("nll_mean8", []).extend(
+            _window_means(row[chosen_row]) for row, chosen_row in zip(passage.outputs["nll"], keep, strict=True)
+        )
     n_tokens = len(torch.cat(states[0]))
     if n_tokens < 2:
         raise UsageError(f"calibration saw {n_tokens} tokens after position 0; give longer or more prompts")
@@ -173,12 +187,21 @@ def _measure(
         warnings.simplefilter("ignore", RuntimeWarning)  # rows 0 and 1 have no step and stay NaN
         mu, sigma = np.nanmean(per_prompt, axis=1), np.nanstd(per_prompt, axis=1, ddof=1)
         token_mu, token_sigma = np.nanmean(per_token, axis=1), np.nanstd(per_token, axis=1, ddof=1)
-        z = (per_token - token_mu[:, None]) / np.where(token_sigma > 0, token_sigma, np.nan)[:, None]
-        signals["kappa_phase_zmax"] = [np.nanmax(np.where(np.isfinite(z), z, -np.inf), axis=0)]
+        known = slice(passage.measured.first + 1, None)
+        profile = per_token[known], token_mu[known], token_sigma[known]
+        signals["kappa_phase_zmax"] = [metrics.step_zmax(*profile)[0]]
+        signals["kappa_phase_z"] = [metrics.step_z(*profile)]
+        grown = np.concatenate(growths, axis=1) if growths else np.zeros((subject.n_layers + 1, 0))
+        grown_mu, grown_sigma = np.nanmean(grown, axis=1), np.nanstd(grown, axis=1, ddof=1)
+        signals["norm_step_zmax"] = [metrics.step_zmax(grown[known], grown_mu[known], grown_sigma[known])[0]]
+        norm_q99 = np.nanquantile(np.concatenate(norms, axis=1), 0.99, axis=1)
     tensors |= {
         "kappa_mu": torch.from_numpy(mu), "kappa_sigma": torch.from_numpy(sigma),
         "kappa_token_mu": torch.from_numpy(token_mu),
         "kappa_token_sigma": torch.from_numpy(token_sigma),
+        "norm_step_mu": torch.from_numpy(grown_mu), "norm_step_sigma": torch.from_numpy(grown_sigma),
+        "norm_q99": torch.from_numpy(norm_q99),
+        "str_sigma": torch.tensor(metrics.str_sigma(windows), dtype=torch.float64),
     }  # fmt: skip
     header = {
         **header, "model": subject.name, "n_prompts": len(prompts), "n_tokens": n_tokens,
@@ -188,6 +211,23 @@ def _measure(
         "metrics": {name: metrics.columns()[name].metric_id for name in signals if name in metrics.columns()},
     }  # fmt: skip
     return Calibration(tensors, quantiles(signals), header)
+
+
+def _neighbours(states: torch.Tensor) -> torch.Tensor:
+    """Every four consecutive states of one text, ``[window, 4, dim]``."""
+    if len(states) < _STR_WINDOW:
+        return states.new_zeros(0, _STR_WINDOW, states.shape[-1])
+    return states.unfold(0, _STR_WINDOW, 1).transpose(1, 2)
+
+
+def _window_means(values: np.ndarray) -> np.ndarray:
+    """Means of the NLL over every eight consecutive tokens of one text."""
+    known = values[np.isfinite(values)].astype(np.float64)
+    return (
+        np.lib.stride_tricks.sliding_window_view(known, _GUARD_WINDOW).mean(1)
+        if len(known) >= _GUARD_WINDOW
+        else known[:0]
+    )
 
 
 def _without_sinks(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -8,6 +8,10 @@
 - Without a formula: :func:`isotonic_threshold`, :func:`spearman_karber`, :func:`mann_kendall`,
   :func:`monotonicity_test`, :func:`proportion_interval`.
 - Kinks: :func:`broken_stick`, :func:`nonlinear`.
+- Recovery: :func:`recovery_fraction`, :func:`dissociation` and :func:`dissociation_verdict`,
+  :func:`semantic_refusal`, :func:`iatrogenic_rate`, :func:`spearman_interval`.
+- Detectors: :func:`detector_power`, made of :func:`auc`, :func:`event_rate`, :func:`kaplan_meier` and
+  :func:`proportion_interval`; :func:`detector_blind`, :func:`onsets`, :func:`sustained_max`.
 
 Arrays in, small frozen records out, each with a ``status`` and a ``reason``. A number that cannot be computed is
 NaN; an open end of an interval is infinite. Corrections for multiplicity are
@@ -16,9 +20,26 @@ NaN; an open end of an interval is infinite. Corrections for multiplicity are
 
 from __future__ import annotations
 
+from dynprobe.metrics.statistics._auc import Auc, auc
 from dynprobe.metrics.statistics._bracket import BracketSearch, Trial
 from dynprobe.metrics.statistics._breakpoint import BrokenStick, Nonlinearity, broken_stick, nonlinear
+from dynprobe.metrics.statistics._correlation import Correlation, spearman_interval
 from dynprobe.metrics.statistics._crossing import Crossing, Status, first_crossing
+from dynprobe.metrics.statistics._detector import (
+    DetectorPower,
+    detector_blind,
+    detector_power,
+    onsets,
+    sustained_max,
+)
+from dynprobe.metrics.statistics._dissociation import (
+    Dissociation,
+    Refusal,
+    Verdict,
+    dissociation,
+    dissociation_verdict,
+    semantic_refusal,
+)
 from dynprobe.metrics.statistics._mean import mean_threshold
 from dynprobe.metrics.statistics._nonparametric import (
     IsotonicFit,
@@ -31,15 +52,24 @@ from dynprobe.metrics.statistics._nonparametric import (
 from dynprobe.metrics.statistics._population import Threshold, prompt_threshold
 from dynprobe.metrics.statistics._posterior import Answer, PosteriorSearch, PosteriorThreshold
 from dynprobe.metrics.statistics._psychometric import PsychometricFit, fit_psychometric
+from dynprobe.metrics.statistics._rates import EventRate, event_rate, iatrogenic_rate
 from dynprobe.metrics.statistics._ratio import Ratio, ratio_threshold
+from dynprobe.metrics.statistics._recovery import RecoveryFraction, delta_min, recovery_fraction
+from dynprobe.metrics.statistics._survival import KaplanMeier, kaplan_meier
 from dynprobe.metrics.statistics._trend import Monotonicity, Trend, mann_kendall, monotonicity_test
 
 __all__ = [
     "Answer",
+    "Auc",
     "BracketSearch",
     "BrokenStick",
+    "Correlation",
     "Crossing",
+    "DetectorPower",
+    "Dissociation",
+    "EventRate",
     "IsotonicFit",
+    "KaplanMeier",
     "Monotonicity",
     "Nonlinearity",
     "PosteriorSearch",
@@ -47,21 +77,38 @@ __all__ = [
     "Proportion",
     "PsychometricFit",
     "Ratio",
+    "RecoveryFraction",
+    "Refusal",
     "SpearmanKarber",
     "Status",
     "Threshold",
     "Trend",
     "Trial",
+    "Verdict",
+    "auc",
     "broken_stick",
+    "delta_min",
+    "detector_blind",
+    "detector_power",
+    "dissociation",
+    "dissociation_verdict",
+    "event_rate",
     "first_crossing",
     "fit_psychometric",
+    "iatrogenic_rate",
     "isotonic_threshold",
+    "kaplan_meier",
     "mann_kendall",
     "mean_threshold",
     "monotonicity_test",
     "nonlinear",
+    "onsets",
     "prompt_threshold",
     "proportion_interval",
     "ratio_threshold",
+    "recovery_fraction",
+    "semantic_refusal",
+    "spearman_interval",
     "spearman_karber",
+    "sustained_max",
 ]

@@ -62,7 +62,7 @@ class SpearmanKarber:
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """k of n with its interval: Wilson, or Clopper–Pearson when none or all responded."""
+    """k of n with its interval: Wilson or Clopper–Pearson, whichever ``method`` names."""
 
     value: float
     low: float
@@ -156,19 +156,20 @@ def spearman_karber(x: Any, p: Any, n: Any = None) -> SpearmanKarber:
     return SpearmanKarber(value, se, "resolved", None, shown)
 
 
-def proportion_interval(k: int, n: int, *, confidence: float = 0.95) -> Proportion:
-    """Interval of a proportion of independent trials: Wilson, Clopper–Pearson at 0 and n (statsmodels).
+def proportion_interval(k: int, n: int, *, confidence: float = 0.95, method: str = "wilson") -> Proportion:
+    """Interval of a proportion of independent trials (statsmodels).
 
     Args:
         k: Responses.
         n: Trials.
         confidence: Nominal coverage.
+        method: ``wilson`` (Clopper–Pearson at 0 and n) or ``exact`` (Clopper–Pearson everywhere).
 
     Returns:
         The proportion; NaN with reason ``"empty"`` for no trials.
 
     Raises:
-        MetricError: Counts are impossible.
+        MetricError: Counts are impossible, or the method is unknown.
 
     Source:
         Reference §2.3 and §10.4.
@@ -181,11 +182,14 @@ def proportion_interval(k: int, n: int, *, confidence: float = 0.95) -> Proporti
     check_bootstrap(0, confidence)
     if not 0 <= k <= n:
         raise MetricError(f"0 ≤ k ≤ n is needed, found k={k!r}, n={n!r}.")
+    if method not in ("wilson", "exact"):
+        raise MetricError(f"method is 'wilson' or 'exact', found {method!r}.")
     if n == 0:
-        return Proportion(NAN, NAN, NAN, 0, 0, "wilson", "missing", "empty")
+        name = "clopper-pearson" if method == "exact" else "wilson"
+        return Proportion(NAN, NAN, NAN, 0, 0, name, "missing", "empty")
     from statsmodels.stats.proportion import proportion_confint
 
-    exact = k in (0, n)
+    exact = method == "exact" or k in (0, n)
     low, high = proportion_confint(k, n, alpha=1 - confidence, method="beta" if exact else "wilson")
     name = "clopper-pearson" if exact else "wilson"
     return Proportion(k / n, float(low), float(high), int(k), int(n), name, "resolved", None)

@@ -1,0 +1,68 @@
+"""Where a site's states lie on average, and how alike unrelated tokens are there.
+
+Attention outputs share a large mean: of two unrelated tokens of a small model the median cosine is above 0.5, so that
+most tokens would reinforce one slot, whose direction is that mean. Directions are therefore compared after the mean of
+clean text is subtracted, and "alike" means more alike than 95 % of pairs of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprobe.errors import CalibrationError
+from dynprobe.probes import Instrument, Site, Subject, make_batch, tokenize
+from dynprobe.probes._subject import evaluating
+from dynprobe.prompts import load_prompts
+
+__all__ = ["measure_centre"]
+
+_ALIKE = 0.95
+_MOST = 2048
+
+
+def measure_centre(subject: Subject, site: Site, prompts: Any = None) -> tuple[Tensor, float]:
+    """Return the mean of a site's states ``[dim]`` and the 95 % quantile of their pair cosines after centring.
+
+    Args:
+        subject: The model.
+        site: Component and layer.
+        prompts: Texts or lists of token ids; default the built-in calibration prompts.
+
+    Raises:
+        CalibrationError: If there are fewer than three tokens.
+    """
+    chosen = [p.text for p in load_prompts(source="calibration")] if prompts is None else prompts
+    seen: list[Tensor] = []
+    for row in tokenize(subject, chosen):
+        batch = make_batch(subject, [row])
+        keep = _Keep(site)
+        with torch.no_grad(), evaluating(subject.model), Instrument(subject, (), [keep], **batch.rows):
+            subject.model(**batch.model_inputs(subject))
+        assert keep.state is not None
+        seen.append(keep.state[0, 1:])  # position 0 is an attention sink and takes no part, as in every metric
+    x = torch.cat(seen).float()
+    x = x[x.isfinite().all(-1)]
+    if len(x) < 3:
+        raise CalibrationError(f"the centre of {site[0]}.{site[1]} needs at least 3 tokens, found {len(x)}")
+    mean = x.double().mean(0).float()
+    unit = torch.nn.functional.normalize((x - mean)[:_MOST], dim=-1)
+    cos = unit @ unit.T
+    pairs = cos[torch.triu(torch.ones_like(cos, dtype=torch.bool), diagonal=1)]
+    return mean, float(np.quantile(pairs.cpu().numpy(), _ALIKE))
+
+
+class _Keep:
+    """A writer that changes nothing and keeps the state."""
+
+    def __init__(self, site: Site) -> None:
+        self.sites = (site,)
+        self.state: Tensor | None = None
+
+    def write(self, state: Tensor, site: Site, step: Any) -> Tensor:
+        """Keep it."""
+        self.state = state.detach().clone()
+        return state

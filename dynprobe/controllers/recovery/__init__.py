@@ -1,0 +1,42 @@
+"""Recovery: detectors, actuators and the modes made of them."""
+
+from dynprobe.controllers.recovery._actuators import ACTUATORS, Clamp, Shrink, Slerp, Subspace
+from dynprobe.controllers.recovery._detector import Always, Deadband, Never, Oracle
+from dynprobe.controllers.recovery._guard import GUARD_WINDOW, Guard
+from dynprobe.controllers.recovery._modes import MODES, make_mode, mode_name
+from dynprobe.controllers.recovery._operators import LoraPair, TopComponents
+from dynprobe.controllers.recovery._recovery import Recovery, Timing
+from dynprobe.controllers.recovery._recync import Recync
+from dynprobe.controllers.recovery._replay import Replay
+from dynprobe.controllers.recovery._sampling import Narrowing
+from dynprobe.controllers.recovery._signals import SIGNALS, Signal
+from dynprobe.controllers.recovery._str import STR_WINDOW, Gate, StrControl
+
+__all__ = [
+    "ACTUATORS",
+    "GUARD_WINDOW",
+    "MODES",
+    "SIGNALS",
+    "STR_WINDOW",
+    "Always",
+    "Clamp",
+    "Deadband",
+    "Gate",
+    "Guard",
+    "LoraPair",
+    "Narrowing",
+    "Never",
+    "Oracle",
+    "Recovery",
+    "Recync",
+    "Replay",
+    "Shrink",
+    "Signal",
+    "Slerp",
+    "StrControl",
+    "Subspace",
+    "Timing",
+    "TopComponents",
+    "make_mode",
+    "mode_name",
+]

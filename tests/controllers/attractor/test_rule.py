@@ -1,0 +1,166 @@
+"""The vectorised rule equals the slow one, whatever the batching, and keeps its invariants."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from slow_rule import SlowSlots
+
+from dynprobe.controllers.attractor import Settings, empty_state, pass_tokens, strengths
+from dynprobe.probes import identical
+
+DIM = 6
+
+
+def series(rows=3, columns=40, seed=0, spread=0.35):
+    """Tokens around a few directions, so that there are hits, misses and evictions."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(7, DIM, generator=generator)
+    which = torch.randint(0, 7, (rows, columns), generator=generator)
+    return centres[which] + spread * torch.randn(rows, columns, DIM, generator=generator)
+
+
+def lively(**changes):
+    base = {"slots": 4, "burn_in": 3, "theta": 0.8, "theta_read": 0.2, "half_life": 7.0, "strength": 0.3, "centre": "none"}
+    return Settings(**{**base, **changes})
+
+
+def passed(y, settings, *, mean=None, cuts=None, real=None):
+    """Pass columns in one forward, or cut into several."""
+    state = empty_state(len(y), y.shape[-1], settings)
+    real = torch.ones(y.shape[:2], dtype=torch.bool) if real is None else real
+    edges = [0, *(cuts or ()), y.shape[1]]
+    parts = [
+        pass_tokens(state, y[:, a:b], real[:, a:b], settings, mean, settings.theta)
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    return torch.cat([p.out for p in parts], 1), torch.cat([p.gain for p in parts], 1), state
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"read": "field"}, {"read": "hopfield"}, {"inject": "absolute"}, {"evict": "oldest"}, {"evict": "none"},
+        {"observe": "post"}, {"clocks": True}, {"burn": "strength", "burn_in": 2.0}, {"half_life": 1000.0, "s_max": 3.0},
+        {"rate": 0.6}, {"s_min": 0.2}, {"gate": 0.4}, {"slots": 1},
+    ],
+)  # fmt: skip
+def test_the_rule_equals_the_slow_one(changes):
+    settings, y = lively(**changes), series()
+    out, gain, state = passed(y, settings, mean=torch.full((DIM,), 0.1))
+    for row in range(len(y)):
+        slow = SlowSlots(settings, DIM)
+        for t, token in enumerate(y[row].double().numpy()):
+            expected, g = slow.token(token, np.full(DIM, np.float32(0.1)), settings.theta)
+            assert float(gain[row, t]) == pytest.approx(g, abs=2e-6)
+            np.testing.assert_allclose(out[row, t].numpy(), expected, atol=2e-5)
+        np.testing.assert_allclose(state["s"][row].numpy(), slow.s, rtol=1e-9)
+        np.testing.assert_array_equal(state["stamp"][row].numpy(), slow.stamp)
+        np.testing.assert_allclose(state["A"][row].numpy(), slow.A, atol=1e-5)
+        np.testing.assert_allclose(state["z"][row].numpy(), slow.z, atol=1e-12)
+        assert int(state["n"][row]) == slow.n
+    assert gain.max() > 0
+
+
+@pytest.mark.parametrize("commit", [1, 4, 7, 64])
+@pytest.mark.parametrize("centre", ["none", "running"])
+@pytest.mark.parametrize("observe", ["pre", "post"])
+def test_prefill_equals_tokens_one_by_one(commit, centre, observe):
+    settings, y = lively(commit_every=commit, centre=centre, observe=observe), series()
+    whole = passed(y, settings)
+    for cuts in ([1, 2, 3, 4, 20, 21], list(range(1, 40)), [13]):
+        parts = passed(y, settings, cuts=cuts)
+        torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(parts[1], whole[1], atol=1e-6, rtol=0)
+        for name in ("A", "s", "z", "mean"):
+            torch.testing.assert_close(parts[2][name], whole[2][name], atol=1e-6, rtol=1e-6)
+        for name in ("stamp", "n", "hits", "born"):
+            assert torch.equal(parts[2][name], whole[2][name])
+
+
+@pytest.mark.parametrize("commit", [1, 5])
+def test_padding_and_company_do_not_matter(commit):
+    settings, y = lively(commit_every=commit), series()
+    whole = passed(y, settings)
+    padded = torch.cat([torch.full((3, 9, DIM), 1e3), y], 1)
+    real = torch.cat([torch.zeros(3, 9), torch.ones(3, 40)], 1).bool()
+    out, gain, state = passed(padded, settings, real=real)
+    assert identical(out[:, :9], padded[:, :9])
+    assert float(gain[:, :9].abs().max()) == 0
+    torch.testing.assert_close(out[:, 9:], whole[0], atol=1e-5, rtol=0)
+    assert torch.equal(state["n"], whole[2]["n"])
+    alone = passed(y[1:2], settings)
+    torch.testing.assert_close(alone[0], whole[0][1:2], atol=1e-6, rtol=0)
+    swapped = passed(y[[2, 0, 1]], settings)
+    torch.testing.assert_close(swapped[0], whole[0][[2, 0, 1]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(swapped[2]["A"], whole[2]["A"][[2, 0, 1]], atol=1e-6, rtol=0)
+
+
+def test_tokens_that_do_not_exist_change_nothing():
+    settings, y = lively(), series(rows=1)
+    broken = y.clone()
+    broken[0, 11] = torch.nan
+    broken[0, 17] = 0.0
+    broken[0, 23, 2] = torch.inf
+    keep = [t for t in range(40) if t not in (11, 17, 23)]
+    out, _, state = passed(broken, settings)
+    expected = passed(y[:, keep], settings)
+    for t in (11, 17, 23):
+        assert identical(out[:, t], broken[:, t])
+    torch.testing.assert_close(out[:, keep], expected[0], atol=1e-6, rtol=0)
+    assert int(state["n"]) == 37
+
+
+@pytest.mark.parametrize("idle", [{"gate": 0.0}, {"strength": 0.0}, {"slots": 0}, {"burn_in": 1000}])
+def test_an_idle_layer_returns_the_very_states(idle):
+    y = series()
+    y[0, 0] = -0.0
+    settings = lively(**idle)
+    state = empty_state(3, DIM, settings)
+    assert pass_tokens(state, y, torch.ones(3, 40, dtype=torch.bool), settings, None, 0.8).out is y
+
+
+def test_tokens_in_burn_in_keep_their_bits():
+    y = series()
+    out, gain, _ = passed(y, lively(burn_in=15))
+    assert identical(out[:, :15], y[:, :15])
+    assert bool((gain[:, 15:] > 0).any())
+
+
+def test_half_life_is_exact():
+    settings = lively(half_life=5.0, theta=0.999)
+    y = torch.eye(DIM)[:1].repeat(1, 1)[None].repeat(1, 3, 1)
+    _, _, state = passed(y, settings)
+    s = strengths(state, state["n"], 5.0)[0, 0]
+    for k in range(1, 6):
+        assert float(strengths(state, state["n"] + 5 * k, 5.0)[0, 0]) == float(s) * 2.0**-k
+    a = strengths(state, state["n"] + 3, 5.0)[0, 0] * 2.0 ** (-4 / 5)
+    assert float(strengths(state, state["n"] + 7, 5.0)[0, 0]) == pytest.approx(float(a), rel=1e-12)
+
+
+def test_the_future_plays_no_part():
+    settings, y = lively(commit_every=4), series()
+    changed = y.clone()
+    changed[:, 25:] = series(seed=9)[:, 25:]
+    assert identical(passed(y, settings)[0][:, :25], passed(changed, settings)[0][:, :25])
+
+
+@pytest.mark.parametrize("commit", [1, 8])
+def test_bounds(commit):
+    settings, y = lively(commit_every=commit, s_max=2.0, strength=0.5), series(columns=200)
+    out, _, state = passed(y, settings)
+    assert bool((state["s"] >= 0).all())
+    assert bool((state["s"] <= 2.0).all())
+    size = state["A"].norm(dim=-1)
+    assert bool(((size - 1).abs() < 1e-6).all())
+    assert bool(((out - y).norm(dim=-1) <= 0.5 * y.norm(dim=-1) * (1 + 1e-5)).all())
+
+
+def test_a_chunk_of_alike_tokens_opens_one_slot():
+    settings = lively(commit_every=16, half_life=1e9)
+    y = torch.ones(1, 16, DIM) + 0.01 * series(rows=1, columns=16)
+    _, _, state = passed(y, settings)
+    assert int((state["s"] > 0).sum()) == 1
+    assert float(state["s"].max()) == pytest.approx(0.5 + 15, rel=1e-6)
+    assert int(state["hits"].max()) == 15
