@@ -233,6 +233,8 @@ class Subject:
                     f"the track; use resid_post of layer {layer - 1}"
                 )
             return self.door(layer)
+        if component == "attn_in" and component in self.updates:  # put there by who looked for the attention modules
+            return Place(self.blocks[layer].get_submodule(self.updates[component][layer]), "input")
         if component in self.updates:
             return Place(self.blocks[layer].get_submodule(self.updates[component][layer]), "output")
         if component == "resid_mid" and self.sequential:

@@ -55,9 +55,13 @@ def test_an_error_inside_leaves_nothing(where: str) -> None:
 
     if where != "body":
         setattr(Breaks, where, broken)
-    with pytest.raises(ZeroDivisionError, match="mine"), Breaks().attach(model):
-        generated(model, max_new_tokens=3, do_sample=False)
-        raise ZeroDivisionError("mine")
+    def use() -> None:
+        with Breaks().attach(model):
+            generated(model, max_new_tokens=3, do_sample=False)
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        use()
     assert live_hooks(model) == 0
     assert identical(before, model(IDS).logits)
     with Scale().attach(model) as handle:  # and the model can be steered again
@@ -250,7 +254,7 @@ def test_assisted_decoding_is_refused() -> None:
 
 def test_generation_without_a_cache_says_that_nothing_acts() -> None:
     subject = tiny_llama()
-    with pytest.warns(UserWarning, match="Scale, which acts in the next forward.*use_cache=True"), Scale().attach(subject):
+    with pytest.warns(UserWarning, match=r"Scale, which acts in .*use_cache=True"), Scale().attach(subject):
         generated(subject.model, max_new_tokens=3, do_sample=False, use_cache=False)
     with warnings.catch_warnings(), Scale().attach(subject):
         warnings.simplefilter("error")
@@ -416,7 +420,7 @@ def test_updates_may_be_written_and_read() -> None:
 def test_what_takes_tokens_back_cannot_be_attached() -> None:
     subject = tiny_llama()
     for block in (_Restarts().attach(subject), attached([Scale(), _Restarts()], subject)):
-        with pytest.raises(UsageError, match="mine/1 takes tokens back.*dp.recover"), block:
+        with pytest.raises(UsageError, match=r"mine/1 takes tokens back.*dp.recover"), block:
             pass
 
 
@@ -429,7 +433,7 @@ def test_a_calibration_is_asked_whose_it_is(zoo: Any, calibrated: Any) -> None:
         pass
     for stranger in (other, other.model, discover(tiny_llama().model.to(torch.bfloat16))):
         with (
-            pytest.raises(CalibrationError, match="this calibration was made with .*make one with: dynprobe calibrate"),
+            pytest.raises(CalibrationError, match=r"this calibration was made with .*make one with: dynprobe calibrate"),
             Scale().attach(stranger, mine),
         ):
             pass

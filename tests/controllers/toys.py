@@ -62,8 +62,10 @@ def fed(
     read = sites_to_read(subject, Where.parse("layers=all"))
     instrument = Instrument(subject, read, writers, listeners=(keep,), **batch.rows)
     with torch.no_grad(), evaluating(subject.model), instrument:
-        longest = max(len(n) for n in new)
-        decode(subject, batch, longest, (), instrument=instrument, pad=pad_token(subject), forced=[list(n) for n in new])
+        texts = [list(n) for n in new]
+        decode(
+            subject, batch, max(map(len, texts)), (), instrument=instrument, pad=pad_token(subject), forced=texts
+        )  # fmt: skip
     instrument.check_fired()
     out.tape = instrument.tape()
     return out

@@ -41,7 +41,7 @@ class _Dosed(AttractorSite):
         """Inject a direction with the layer's dose."""
         if "A" not in memory:
             memory.update(self._fresh(state))
-            memory.update(self.extra(state))
+            memory.update({name: value for name, value in self.extra(state).items() if name not in memory})
         y = state.float()
         real = torch.from_numpy(seen.step.positions >= 0).to(state.device)
         real = real & y.isfinite().all(-1) & (y.norm(dim=-1) >= 1e-6)
@@ -123,6 +123,7 @@ class Frozen(AttractorSite):
                 self.mean,
                 self.theta,
             )
+            self.passed = passed
             over = before["n"] >= burn
             for name in ("A", "s", "hits", "born", "z", "mean", "pending", "pending_ok"):
                 shape = (-1,) + (1,) * (memory[name].dim() - 1)

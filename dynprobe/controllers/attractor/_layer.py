@@ -26,7 +26,7 @@ from dynprobe.probes import Instrument, Site, Subject, as_subject
 
 __all__ = ["AttractorHandle", "AttractorLayer", "AttractorSite"]
 
-_COMPONENT = {"attn_out": "attn_out", "mlp_out": "mlp_out", "residual": "resid_post"}
+_COMPONENT = {"attn_out": "attn_out", "query_mean": "attn_out", "mlp_out": "mlp_out", "residual": "resid_post"}
 _DEFAULT_THETA = 0.8
 
 
@@ -162,21 +162,33 @@ class AttractorLayer(nn.Module):
             SiteError: If the model has no such site.
         """
         subject = as_subject(model)
-        steerings = []
-        for site in self.sites(subject, layers):
-            mean, theta = self._centre_of(subject, site)
-            name = f"{site[0]}.{site[1]}"
-            controller = AttractorSite(self.settings, site, mean=mean, theta=theta, base=self._base.get(name))
-            steerings.append(Steering(controller, subject))
+        steerings = [Steering(controller, subject) for controller in self.controllers(subject, layers)]
         self._made_for = {"model": subject.name, "dim": subject.dim}
         return AttractorHandle(self, subject, steerings)
+
+    def controllers(self, subject: Subject, layers: int | Sequence[int] | str | None = None) -> list[AttractorSite]:
+        """Return a controller for each site, centred as the settings say: what attaching puts to work.
+
+        Args:
+            subject: The model.
+            layers: As in :meth:`attach`.
+        """
+        from dynprobe.controllers.attractor._queries import QuerySite
+
+        kind = QuerySite if self.settings.site == "query_mean" else AttractorSite
+        found: list[AttractorSite] = []
+        for site in self.sites(subject, layers):
+            mean, theta = self._centre_of(subject, site)
+            base = self._base.get(f"{site[0]}.{site[1]}")
+            found.append(kind(self.settings, site, mean=mean, theta=theta, base=base))
+        return found
 
     def sites(self, subject: Subject, layers: int | Sequence[int] | str | None = None) -> list[Site]:
         """Return the sites that attaching would write at."""
         from dynprobe.probes import Where
 
-        if self.settings.site == "query_mean":
-            raise UsageError("site='query_mean' reads attention queries, which this model's parts do not hand out")
+        if self.settings.site == "query_mean" and self.settings.centring == "calibration":
+            raise UsageError("site='query_mean' has no calibrated centre; take centre='running' or centre='none'")
         component = _COMPONENT[self.settings.site]
         spec = "50%" if layers is None else layers if isinstance(layers, str | int) else "+".join(map(str, layers))
         found = subject.sites(Where(layers=spec, component=component), writing=True)

@@ -59,7 +59,8 @@ class Recync(Controller):
         detectors[:] = [RecyncDetector() for _ in range(n_rows)]
         return {
             "active": np.zeros(n_rows, bool), "signal": np.full(n_rows, np.nan), "detector": detectors,
-            "last": torch.full((n_rows, 1), torch.nan), "restarts": np.zeros(n_rows, dtype=np.int64),
+            "last": torch.full((n_rows, 1), torch.nan, dtype=torch.float64),
+            "restarts": np.zeros(n_rows, dtype=np.int64),
         }  # fmt: skip
 
     def survives(self) -> tuple[str, ...]:
@@ -69,17 +70,17 @@ class Recync(Controller):
     def decide(self, seen: Seen, memory: Memory) -> None:
         """Take in this token's cosine; ``active`` says that a crisis waits for its restart."""
         (state,) = seen.states.values()
-        now = state[:, -1].float().flatten(1)
+        now = state[:, -1].flatten(1).to("cpu", torch.float64)
         if seen.decoding:
-            cosines = self._cosines(memory["last"].to(now), now)
+            cosines = self._cosines(memory["last"], now)
             detectors = copy.deepcopy(memory["detector"])  # rows of a beam search may have been one row
             fired = np.array([d.update(c) for d, c in zip(detectors, cosines, strict=True)])
             memory.update(detector=detectors, signal=cosines, active=fired & (memory["restarts"] < self.max_restarts))
-        memory["last"] = now.clone()
+        memory["last"] = now
 
     @staticmethod
     def _cosines(before: Tensor, now: Tensor) -> np.ndarray:
-        return token_cosine(torch.stack([before, now], 1).double())[:, 0].cpu().numpy()
+        return np.asarray(token_cosine(torch.stack([before, now], 1))[:, 0].numpy())
 
     def restart(self, new: list[int], nll: list[float], memory: Memory) -> Restart | None:
         """Ask for the tokens from three before the crisis on to be taken back."""

@@ -68,7 +68,7 @@ class Gate:
     Example:
         >>> alpha, error = Gate()(np.array([0.63, 0.80, 0.40]), np.zeros(3))
         >>> error.round(6).tolist(), alpha.round(6).tolist()
-        ([0.0, 0.1, -0.16], [0.5, 0.268941, 0.890903])
+        ([0.0, 0.1, -0.16], [0.5, 0.268941, 0.903784])
     """
 
     tau: float = 0.63

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,15 @@ def series(rows=3, columns=40, seed=0, spread=0.35):
 
 
 def lively(**changes):
-    base = {"slots": 4, "burn_in": 3, "theta": 0.8, "theta_read": 0.2, "half_life": 7.0, "strength": 0.3, "centre": "none"}
+    base = {
+        "slots": 4,
+        "burn_in": 3,
+        "theta": 0.8,
+        "theta_read": 0.2,
+        "half_life": 7.0,
+        "strength": 0.3,
+        "centre": "none",
+    }
     return Settings(**{**base, **changes})
 
 
@@ -33,7 +43,7 @@ def passed(y, settings, *, mean=None, cuts=None, real=None):
     edges = [0, *(cuts or ()), y.shape[1]]
     parts = [
         pass_tokens(state, y[:, a:b], real[:, a:b], settings, mean, settings.theta)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in itertools.pairwise(edges)
     ]
     return torch.cat([p.out for p in parts], 1), torch.cat([p.gain for p in parts], 1), state
 
@@ -42,8 +52,8 @@ def passed(y, settings, *, mean=None, cuts=None, real=None):
     "changes",
     [
         {}, {"read": "field"}, {"read": "hopfield"}, {"inject": "absolute"}, {"evict": "oldest"}, {"evict": "none"},
-        {"observe": "post"}, {"clocks": True}, {"burn": "strength", "burn_in": 2.0}, {"half_life": 1000.0, "s_max": 3.0},
-        {"rate": 0.6}, {"s_min": 0.2}, {"gate": 0.4}, {"slots": 1},
+        {"observe": "post"}, {"clocks": True}, {"burn": "strength", "burn_in": 2.0},
+        {"half_life": 1000.0, "s_max": 3.0}, {"rate": 0.6}, {"s_min": 0.2}, {"gate": 0.4}, {"slots": 1},
     ],
 )  # fmt: skip
 def test_the_rule_equals_the_slow_one(changes):

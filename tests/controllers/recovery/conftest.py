@@ -1,7 +1,6 @@
-"""A tiny model, calibrations made up for it, and a cache of our own."""
+"""A tiny model, and calibrations made up for it."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -9,16 +8,6 @@ import pytest
 from dynprobe.models import weights_hash
 from dynprobe.probes import Calibration, Subject
 from dynprobe.testing import tiny_llama
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = os.environ.get("DYNPROBE_CACHE")
-    os.environ["DYNPROBE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("DYNPROBE_CACHE")
-    if before is not None:
-        os.environ["DYNPROBE_CACHE"] = before
 
 
 @pytest.fixture(scope="module")

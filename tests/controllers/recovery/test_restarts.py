@@ -296,7 +296,8 @@ def test_several_rows_need_an_instrument_each(llama: Subject) -> None:
     written = generate_with(llama, batch, DRAWN, instrument, [steering])
     assert len(made) == 3
     assert written.new[0] == generate_with(llama, row(llama, ROWS[0]), DRAWN, None, [Steering(_Back(), llama)]).new[0]
-    assert [float(i.passport().get("alpha_relnorm", [0.0])[0]) for i in made] == pytest.approx([0.0, 0.5, 1.0], rel=1e-3)
+    sizes = [float(i.passport().get("alpha_relnorm", [0.0])[0]) for i in made]
+    assert sizes == pytest.approx([0.0, 0.5, 1.0], rel=1e-3)
     with pytest.raises(UsageError, match="not among the instrument's writers"):
         generate_with(llama, row(llama), DRAWN, Instrument(llama), [steering])
     with pytest.raises(UsageError, match="none of these does"):
