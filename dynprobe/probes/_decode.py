@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynprobe.errors import UsageError
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._last import last_only
@@ -61,7 +62,10 @@ def decode(
 
     Raises:
         TypeError: If the model returns no cache that rows can be taken out of.
+        UsageError: If a text that is given is empty.
     """
+    if forced is not None and not all(len(text) for text in forced):
+        raise UsageError("a text that is fed token by token has at least one token after its prompt")
     alive = np.arange(len(batch.mask))
     new: list[list[int]] = [[] for _ in alive]
     ended = np.zeros(len(alive), dtype=bool)
@@ -74,24 +78,27 @@ def decode(
         tokens = (adjust(scores, alive) if adjust is not None else scores).argmax(-1)
         before = ended[alive]
         if forced is not None:
-            given = [forced[row][step] if step < len(forced[row]) else pad for row in alive]
-            tokens = torch.tensor(given, device=tokens.device)
+            given = [forced[row][step] if step < len(forced[row]) else pad for row in alive.tolist()]
+            tokens = torch.tensor(given, device=scores.device)
         for place, token in enumerate(tokens.tolist()):
-            row = alive[place]
+            row = int(alive[place])
             if not before[place]:
                 new[row].append(token)
                 ended[row] = step == len(forced[row]) - 1 if forced is not None else token in ends
         if ended.all() or step == n_new - 1:
             break
         cache: Any = getattr(output, "past_key_values", None)
-        if not hasattr(cache, "layers"):
+        if not hasattr(cache, "layers") and not hasattr(cache, "reorder_cache"):
             raise TypeError("the model returns no cache made of layers")
         tokens = torch.where(torch.from_numpy(before).to(tokens.device), pad, tokens)
         kept = np.flatnonzero(~before)
         if len(kept) <= (1 - _WORTH_CUTTING) * len(before):
             index = torch.from_numpy(kept).to(tokens.device)
-            for layer in cache.layers:
-                layer.reorder_cache(index)
+            if hasattr(cache, "layers"):
+                for layer in cache.layers:
+                    layer.reorder_cache(index)
+            else:
+                type(cache).reorder_cache(cache, index)  # the class's: an instance's own tells of beams
             tokens, mask, alive = tokens.index_select(0, index), mask.index_select(0, index), alive[kept]
             if instrument is not None:
                 instrument.select(kept)

@@ -80,7 +80,6 @@ class Start:
     lens: Lens | None = None
 
 
-
 class Place(NamedTuple):
     """Where a state can be touched.
 

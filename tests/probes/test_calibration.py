@@ -114,7 +114,7 @@ def test_newer_schemas_are_refused_and_minor_ones_read(tmp_path: Path) -> None:
         if fine:
             assert load_calibration(folder).header["schema"] == schema
         else:
-            with pytest.raises(CalibrationError, match=r"schema 2.0; this version reads 1.1"):
+            with pytest.raises(CalibrationError, match=r"schema 2.0; this version reads 1.2"):
                 load_calibration(folder)
 
 

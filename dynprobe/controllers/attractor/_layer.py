@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +278,8 @@ class AttractorLayer(nn.Module):
         thetas: dict[str, float] = {}
         for key, (mean, theta) in self._centres.items():
             tensors[f"centre/{key}"], thetas[key] = mean.contiguous().cpu(), theta
-        from dynprobe import __version__
-
         header = {
-            "settings": json.dumps(self.settings.as_dict()), "thetas": json.dumps(thetas), "dynprobe": __version__,
+            "settings": json.dumps(self.settings.as_dict()), "thetas": json.dumps(thetas), "dynprobe": version("dynprobe"),
             "made_for": json.dumps(self._made_for),
         }  # fmt: skip
         target = Path(path)
