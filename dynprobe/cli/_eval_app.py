@@ -1,0 +1,75 @@
+"""``eval``: tasks of lm-evaluation-harness on the clean and the perturbed model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dynprobe.cli import _options as option
+from dynprobe.cli._app import app, given_flags
+
+__all__: list[str] = []
+
+_EVAL = """
+Examples:
+
+  dynprobe eval --model smollm2-135m --tasks dynprobe_cloze --perturb alpha=0.5
+
+  dynprobe eval --model smollm2-135m --tasks dynprobe_stories_short --limit 20 --perturb alpha=0.3,phase=prefill
+
+  dynprobe eval --model ./my-model --tasks my_task --include-path ./tasks --num-fewshot 2 --perturb alpha=0.5
+"""
+
+
+@app.command("eval", epilog=_EVAL)
+def _eval(
+    context: typer.Context,
+    model: option.Model = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks, groups or tags of lm-evaluation-harness, with commas or repeated. Built in: dynprobe_cloze, "
+            "dynprobe_stories_short, dynprobe_stories_long."
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[str] | None, typer.Option(help="Folder of task files (.yaml); may be repeated.")
+    ] = None,
+    perturb: Annotated[
+        list[str] | None,
+        typer.Option(help="Perturbation, e.g. alpha=0.5,layers=50%, or @file.yaml; repeated ones act together."),
+    ] = None,
+    direction: option.Direction = None,
+    contrast: option.Contrast = None,
+    limit: Annotated[int | None, typer.Option(help="First N items of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each item; default the task's own number.")
+    ] = None,
+    fewshot_seed: Annotated[int, typer.Option(help="Which examples.")] = 1234,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Wrap prompts by the tokenizer's chat template.")
+    ] = False,
+    system_instruction: Annotated[str | None, typer.Option(help="System turn, or text before every prompt.")] = None,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Generation settings that replace the task's, e.g. max_gen_toks=8.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of perturbations that name none.")] = 0,
+    batch_size: Annotated[str, typer.Option(help="Rows per forward, a number.")] = "1",
+    dtype: option.Dtype = "float32",
+    device: option.Device = "auto",
+    device_map: option.DeviceMap = None,
+    revision: option.Revision = None,
+    trust_remote_code: option.TrustRemoteCode = False,
+    allow_bin: option.AllowBin = False,
+    out: option.Out = "runs",
+    config: option.Config = None,
+    model_args: option.ModelArgs = None,
+    force: option.Force = False,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Score tasks of lm-evaluation-harness, clean and perturbed: accuracy, intervals, paired change."""
+    from dynprobe.cli._eval_commands import eval_command
+
+    eval_command(given_flags(context, dict(context.params)))
