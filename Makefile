@@ -44,6 +44,7 @@ bench: $(VENV)/.installed  ## the budgets, on this machine (needs the real weigh
 	$(VENV)/bin/python benchmarks/sweep.py
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/bare_command.py
+	$(VENV)/bin/python benchmarks/cem_attention.py
 
 clean:
 	rm -rf $(VENV) .venv-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

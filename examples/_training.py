@@ -6,7 +6,9 @@ and optimizer states are kept as safetensors between evaluations. Progress is on
 
 Every architecture gets the same bytes in the same order, the same number of them, the same schedule (linear warm-up,
 cosine to a tenth), the same weight decay and clipping; only the peak learning rate is its own, because CEM and
-CSM-style models want a higher one than a Llama. Matrices decay; gains, biases and scalars do not.
+CSM-style models want a higher one than a Llama. Matrices decay; gains, biases and scalars do not. A CEM's diagonals and
+its ``p`` are no matrices, though they may have a row per head: ``groups="model"`` asks the model which of its weights
+decay. The zoo was trained before that question could be asked (``groups="shape"``), and its recipe says so.
 
 CSM-style models learn in two phases that share that one schedule: depth uniform in 1…8 with a part of the loss at one
 earlier iteration, then depth uniform in 6…30 with a penalty on the last change of the states, so that they come to
@@ -30,7 +32,19 @@ from safetensors.torch import load_file, save_file
 from dynprobe.models import CemConfig, CemForCausalLM, CsmConfig, CsmForCausalLM
 from dynprobe.prompts import SYNTHETIC_TASKS, synthetic_item
 
-__all__ = ["Corpus", "Recipe", "batch_of", "build", "evaluate", "learning_rate", "load_corpus", "loss_of", "train"]
+__all__ = [
+    "Corpus",
+    "Recipe",
+    "as_json",
+    "batch_of",
+    "build",
+    "completed",
+    "evaluate",
+    "learning_rate",
+    "load_corpus",
+    "loss_of",
+    "train",
+]
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -53,6 +67,7 @@ class Recipe:
         shallow: CSM-style only: share of the steps in the first phase.
         shallow_depths: CSM-style only: smallest and largest depth of the first phase.
         depths: CSM-style only: smallest and largest depth of the second phase.
+        groups: What decays: ``shape``, every weight with two axes or more; ``model``, what the model says.
         seed: Seed of weights, batches and depths.
     """
 
@@ -69,6 +84,7 @@ class Recipe:
     shallow: float = 0.5
     shallow_depths: tuple[int, int] = (1, 8)
     depths: tuple[int, int] = (6, 30)
+    groups: str = "shape"
     seed: int = 0
 
     @property
@@ -159,13 +175,13 @@ def train(recipe: Recipe, corpus: Corpus, folder: Path, *, every: int = 100, sto
         SystemExit: The folder belongs to another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = json.loads(json.dumps(asdict(recipe)))
+    wanted = as_json(recipe)
     kept = folder / "recipe.json"
-    if kept.is_file() and json.loads(kept.read_text()) != wanted:
+    if kept.is_file() and completed(json.loads(kept.read_text())) != wanted:
         raise SystemExit(f"{folder} holds a run of another recipe; remove it or name another folder")
     kept.write_text(json.dumps(wanted, indent=1) + "\n")
     model = build(recipe).train()
-    optimizer = torch.optim.AdamW(_groups(model, recipe.decay), betas=(0.9, 0.95), eps=1e-9)
+    optimizer = torch.optim.AdamW(_groups(model, recipe), betas=(0.9, 0.95), eps=1e-9)
     done = _restore(folder, model, optimizer)
     started, losses = time.perf_counter(), []
     for step in range(done, recipe.steps if stop_at is None else min(stop_at, recipe.steps)):
@@ -196,10 +212,22 @@ def train(recipe: Recipe, corpus: Corpus, folder: Path, *, every: int = 100, sto
     return model.eval()
 
 
-def _groups(model: Any, decay: float) -> list[dict[str, Any]]:
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as it stands in a file."""
+    return dict(json.loads(json.dumps(asdict(recipe))))
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe out of a file, with what was not yet written down when it was made."""
+    return {"groups": "shape", **stored}
+
+
+def _groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    if recipe.groups == "model":
+        return list(model.decay_groups(recipe.decay))
     parameters = list(model.parameters())
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
 

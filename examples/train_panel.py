@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from _card import counted
-from _training import Corpus, Recipe, evaluate, load_corpus, train
+from _training import Corpus, Recipe, as_json, completed, evaluate, load_corpus, train
 
 from dynprobe.models import byte_tokenizer
 
@@ -53,7 +53,7 @@ def recipe_of(family: str, depth: int, width: int, seed: int) -> Recipe:
     }
     if family == "cem":  # tied pairs, and preconditioners: an MLP that makes up for both
         config["intermediate_size"] = 19 * width // 4 - 35
-        return replace(_SAME, family=family, config=config, lr=4e-3, seed=seed)
+        return replace(_SAME, family=family, config=config, lr=4e-3, seed=seed, groups="model")
     return replace(_SAME, family=family, config={**config, "intermediate_size": 5 * width // 2}, lr=3e-3, seed=seed)
 
 
@@ -81,7 +81,9 @@ def main() -> None:
     }
     results = given.out / "results.jsonl"
     lines = results.read_text().splitlines() if results.is_file() else []
-    done = {row["run"] for row in map(json.loads, lines) if row["recipe"]["steps"] == given.steps}
+    # A line belongs to its whole recipe, so that results of another one are never taken for these.
+    wanted = {name: as_json(recipe) for name, recipe in cells.items()}
+    done = {row["run"] for row in map(json.loads, lines) if completed(row["recipe"]) == wanted.get(row["run"])}
     if given.list:
         print("\n".join(f"{'done' if name in done else 'to do':6}{name}" for name in cells))
         return

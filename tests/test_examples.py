@@ -154,3 +154,33 @@ def test_panel_covers_the_design(training: Any) -> None:
     deep = panel.recipe_of("csm", 4, 64, 1)
     assert deep.depths[1] == training.build(deep).config.trained_iterations == 16
     assert len(panel.SEEDS) >= 2
+
+
+def test_what_decays_is_part_of_the_recipe_and_older_results_are_not_taken_for_newer(
+    training: Any, corpus: Any, tmp_path: Path
+) -> None:
+    old = small(training, "cem")
+    new = training.Recipe(**{**training.as_json(old), "groups": "model", "depths": (3, 6)})
+    model = training.build(new)
+    named = dict(model.named_parameters())
+    several = [name for name, p in named.items() if name.endswith((".p", ".diagonal", ".biases")) and p.ndim >= 2]
+    assert several  # one row per head: two axes, and no matrix
+    for recipe, decays in ((old, True), (new, False)):
+        group = next(g for g in training._groups(model, recipe) if g["weight_decay"] > 0)
+        inside = {id(p) for p in group["params"]}
+        assert {id(named[name]) in inside for name in several} == {decays}
+        assert id(named["model.embed_tokens.weight"]) in inside
+    training.train(old, corpus, tmp_path, every=3, stop_at=3)
+    kept = json.loads((tmp_path / "recipe.json").read_text())
+    del kept["groups"]  # as folders from before it was written down
+    (tmp_path / "recipe.json").write_text(json.dumps(kept))
+    training.train(old, corpus, tmp_path, every=3, stop_at=4)
+    with pytest.raises(SystemExit, match="another recipe"):
+        training.train(new, corpus, tmp_path, every=3)
+    panel, zoo = load("train_panel"), load("train_zoo")
+    assert {f: panel.recipe_of(f, 1, 32, 0).groups for f in panel.FAMILIES} == {
+        "llama": "shape", "cem": "model", "csm": "shape"
+    }  # fmt: skip
+    assert {recipe.groups for recipe in zoo.RECIPES.values()} == {"shape"}  # the weights that are shipped
+    record = json.loads((EXAMPLES.parent / "dynprobe/models/zoo/tiny-cem/dynprobe-model.json").read_text())
+    assert training.completed(record["recipe"]) == training.as_json(zoo.RECIPES["tiny-cem"])

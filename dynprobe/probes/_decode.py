@@ -71,7 +71,7 @@ def decode(
     ended = np.zeros(len(alive), dtype=bool)
     inputs = batch.model_inputs(subject, cache=True)
     mask = inputs["attention_mask"]
-    wish = last_only(subject)
+    wish, named, placed = last_only(subject), subject.token_argument, subject.accepts("position_ids")
     for step in range(n_new):
         output = subject.model(**inputs, **wish)
         scores = logits_of(output)[:, -1].to(torch.float32, copy=True)
@@ -103,8 +103,8 @@ def decode(
             if instrument is not None:
                 instrument.select(kept)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        inputs = {subject.token_argument: tokens[:, None], "attention_mask": mask, "past_key_values": cache}
+        inputs = {named: tokens[:, None], "attention_mask": mask, "past_key_values": cache}
         inputs["use_cache"] = True
-        if subject.accepts("position_ids"):
+        if placed:
             inputs["position_ids"] = (mask.sum(1, keepdim=True) - 1).clamp_min(0)
     return new

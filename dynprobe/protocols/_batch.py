@@ -232,7 +232,9 @@ class BatchRunner:
                 "affected_from": np.maximum(push.first_position(passage.texts, passage.mask.shape[1]), 1),
             }
         lens = self._lens(passage) if self.config.lens else None
-        tables = passage_tables(passage, labels, span=self.span, lens=lens, perturbed=push is not None, **pairing)
+        tables = passage_tables(
+            passage, labels, span=self.span, lens=lens, perturbed=push is not None, calibration=self.calibration, **pairing
+        )
         if push is not None:
             samples = tables["samples"]
             asked, alone = samples["n_asked"].to_numpy(), samples["n_left_alone"].to_numpy()

@@ -25,7 +25,7 @@ from torch import nn
 
 from dynprobe import metrics
 from dynprobe.errors import UsageError
-from dynprobe.probes import Calibration, Perturb, Subject, make_writers, readout
+from dynprobe.probes import Calibration, Perturb, Subject, make_writers, readout, warn_beyond
 from dynprobe.protocols._arms import Passage, Text, forced
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._conditions import resolve_perturbations
@@ -115,10 +115,11 @@ def iterate(
     subject, config = ready.subject, ready.config
     assert isinstance(config, IterateConfig)
     numbers = config.iterations or (ITERATIONS if subject.loop is not None and subject.loop.prefix else _NESTED)
+    beyond = warn_beyond(subject, numbers)
     for T in numbers if ready.perturbs else numbers[-1:]:  # what is refused is refused before anything is written
         with at_iterations(subject, T) as other:
             make_writers(other, ready.perturbs)
-    return execute(ready, lambda calibration, exact: _Iterate(ready, calibration, exact, numbers), listener)
+    return execute(ready, lambda calibration, exact: _Iterate(ready, calibration, exact, numbers, beyond), listener)
 
 
 def _perturbs(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> list[Perturb]:
@@ -142,6 +143,7 @@ class _Iterate:
     calibration: Calibration | None
     exact: bool
     numbers: tuple[int, ...]
+    beyond: str = ""
     _deviation: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -191,7 +193,9 @@ class _Iterate:
                 labels = Labels(
                     f"T{T}{arm}", [p.prompt_id for p in prompts], [p.category for p in prompts], 0, [None] * len(unit)
                 )
-                made = passage_tables(passage, labels, span=span, perturbed=bool(arm))
+                made = passage_tables(
+                    passage, labels, span=span, perturbed=bool(arm), calibration=self.calibration
+                )
                 made["samples"] = made["samples"].assign(iterations=T, **self._at_the_end(passage, T))
                 # Clean states of a shorter run are those of the longest, which is stored; a written arm's need not be.
                 if not (arm or last) and self.one_pass:
@@ -270,10 +274,7 @@ class _Iterate:
 
     def summarise(self, run: Run, writer: RunWriter) -> dict[str, Any]:
         """Means over prompts at each T, and over hard and easy tokens where a split was asked for."""
-        notes = []
-        beyond = [T for T in self.numbers if self.trained is not None and self.trained < T]
-        if beyond:
-            notes.append(f"T = {', '.join(map(str, beyond))} lie above the trained depth of {self.trained} iterations")
+        notes = [self.beyond] if self.beyond else []
         hard = None
         if self.config.split_by is not None:
             texts = [self._text(i) for i in range(len(self.ready.rows))]

@@ -28,7 +28,8 @@ __all__ = ["difficulty", "iteration_summary"]
 
 _BUCKETS = ("easy", "middle", "hard")
 _MEANS = (
-    "nll", "kappa_phase", "delta_last", "delta_last_angle", "delta_last_radial", "energy_last", "right", "entropy",
+    "nll", "kappa_phase", "readiness", "delta_last", "delta_last_angle", "delta_last_radial", "energy_last", "right",
+    "entropy",
 )  # fmt: skip
 
 

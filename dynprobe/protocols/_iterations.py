@@ -37,12 +37,12 @@ def at_iterations(subject: Subject, T: int) -> Iterator[Subject]:
     before, choose = loop.iterations(subject.model), loop.set_iterations
     back = loop.restore(subject.model) if loop.restore is not None else lambda: choose(subject.model, before)
     try:
-        with warnings.catch_warnings():  # what lies above the trained depth is said once, in the summary
+        with warnings.catch_warnings():  # what lies above the trained depth is said once, before the first of them
             warnings.simplefilter("ignore", UserWarning)
             choose(subject.model, T)
-        other = discover(
-            subject.model, loop=loop, tokenizer=subject.tokenizer, name=subject.name, facts=dict(subject.facts)
-        )
+            other = discover(
+                subject.model, loop=loop, tokenizer=subject.tokenizer, name=subject.name, facts=dict(subject.facts)
+            )
         made = max(turn.of for turn in other.turns)
         if made != T:
             raise UsageError(

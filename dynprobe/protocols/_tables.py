@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dynprobe.metrics import Result
-from dynprobe.probes import Tape
+from dynprobe.metrics import Result, readiness
+from dynprobe.probes import Calibration, Tape
 from dynprobe.protocols._arms import Passage, emission_mask
 from dynprobe.protocols._columns import PASSPORT, WRITTEN
 from dynprobe.protocols._pairs import paired_columns
@@ -107,6 +107,7 @@ def passage_tables(
     lens: Mapping[str, np.ndarray] | None = None,
     readout: Readout | None = None,
     affected_from: np.ndarray | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Return the tables of one passage.
 
@@ -122,6 +123,7 @@ def passage_tables(
         lens: ``lens_entropy`` and ``lens_kl`` ``[depth, batch, pos]``, ``prediction_depth`` ``[batch, pos]``.
         readout: Response of the arm: its map, and what belongs to an impulse or a sine.
         affected_from: First position of each row at which an effect can show; KL and flip rate are means from there on.
+        calibration: Band of readiness: median and 99 % quantile of κ per clean token. Readiness is a function of κ.
     """
     mask = passage.mask.numpy()
     rows, columns = np.nonzero(mask)
@@ -136,6 +138,9 @@ def passage_tables(
         "sample_id": ids[rows], "pos": pos, "phase": phase,
         "token_id": fed[rows, columns].astype(np.int32), "target_id": targets[rows, columns].astype(np.int32),
     }  # fmt: skip
+    band = _band(calibration)
+    if band is not None and "kappa_phase" in passage.measured.token:
+        passage.outputs["readiness"] = readiness(passage.measured.token["kappa_phase"], *band)
     by_token = {name: grid for name, grid in (lens or {}).items() if grid.ndim == 2}
     for name, values in {**passage.outputs, **(paired_outputs or {}), **passage.measured.token, **by_token}.items():
         tokens[name] = values[rows, columns].astype(np.float32)
@@ -148,6 +153,12 @@ def passage_tables(
         "depths": _depths(passage, ids, rows, columns, pos, divergence, lens, readout),
         "profiles": _profiles(passage, ids, readout),
     }
+
+
+def _band(calibration: Calibration | None) -> tuple[float, float] | None:
+    if calibration is None or "kappa_phase" not in calibration.signals:
+        return None
+    return calibration.quantile("kappa_phase", 0.5), calibration.quantile("kappa_phase", 0.99)
 
 
 def _lay(rows: Sequence[Sequence[int]], mask: np.ndarray) -> np.ndarray:
@@ -270,6 +281,8 @@ def _samples(
         "repetition": np.array([repetition_rate(t.new) for t in texts]),
         **effects,
     }  # fmt: skip
+    if "readiness" in out:
+        numbers["readiness"] = _mean(out["readiness"], passage.measured.keep)
     results: list[dict[str, Result]] = [dict(r) for r in passage.measured.sample]
     if clean is not None and paired is not None:
         # The mean of the differences, not the difference of the means: a term that one run lacks leaves both.
