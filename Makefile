@@ -40,6 +40,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed  ## the budgets, on this machine (needs the real weights; an idle machine)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt '.[peers]'
 	$(VENV)/bin/python benchmarks/capture.py
+	$(VENV)/bin/python benchmarks/generation.py
 	$(VENV)/bin/python benchmarks/memory.py
 	$(VENV)/bin/python benchmarks/sweep.py
 	$(VENV)/bin/python benchmarks/startup.py

@@ -14,15 +14,21 @@ __version__ = "0.1.0"
 
 #: Public name → module that defines it. This table is the public API; a test guards it.
 _PUBLIC: dict[str, str] = {
+    "AttractorLayer": "dynprobe.controllers",
+    "Controller": "dynprobe.controllers",
     "DynprobeError": "dynprobe.errors",
     "Perturb": "dynprobe.probes",
     "Subject": "dynprobe.probes",
     "Tape": "dynprobe.probes",
     "Where": "dynprobe.probes",
+    "attract": "dynprobe.protocols",
     "calibrate": "dynprobe.protocols",
     "capture": "dynprobe.probes",
+    "compare": "dynprobe.runs",
     "discover": "dynprobe.probes",
+    "dissociate": "dynprobe.protocols",
     "doctor": "dynprobe.protocols",
+    "evaluate": "dynprobe.protocols",
     "fetch": "dynprobe.models",
     "ingest": "dynprobe.protocols",
     "load": "dynprobe.probes",
@@ -31,18 +37,21 @@ _PUBLIC: dict[str, str] = {
     "plan": "dynprobe.protocols",
     "readout": "dynprobe.probes",
     "record": "dynprobe.probes",
+    "recover": "dynprobe.protocols",
     "resume": "dynprobe.probes",
     "run": "dynprobe.protocols",
     "iterate": "dynprobe.protocols",
     "sweep": "dynprobe.protocols",
     "threshold": "dynprobe.protocols",
+    "trace_callback": "dynprobe.runs",
 }
 _ALIASES = {"open": "open_run"}
-_ROOMS = ("cli", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing")
+_ROOMS = ("cli", "controllers", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing")
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
 
 if TYPE_CHECKING:
+    from dynprobe import controllers as controllers
     from dynprobe import errors as errors
     from dynprobe import metrics as metrics
     from dynprobe import models as models
@@ -50,6 +59,8 @@ if TYPE_CHECKING:
     from dynprobe import prompts as prompts
     from dynprobe import protocols as protocols
     from dynprobe import runs as runs
+    from dynprobe.controllers import AttractorLayer as AttractorLayer
+    from dynprobe.controllers import Controller as Controller
     from dynprobe.errors import DynprobeError as DynprobeError
     from dynprobe.models import fetch as fetch
     from dynprobe.probes import Perturb as Perturb
@@ -63,15 +74,21 @@ if TYPE_CHECKING:
     from dynprobe.probes import readout as readout
     from dynprobe.probes import record as record
     from dynprobe.probes import resume as resume
+    from dynprobe.protocols import attract as attract
     from dynprobe.protocols import calibrate as calibrate
+    from dynprobe.protocols import dissociate as dissociate
     from dynprobe.protocols import doctor as doctor
+    from dynprobe.protocols import evaluate as evaluate
     from dynprobe.protocols import ingest as ingest
     from dynprobe.protocols import iterate as iterate
     from dynprobe.protocols import plan as plan
+    from dynprobe.protocols import recover as recover
     from dynprobe.protocols import run as run
     from dynprobe.protocols import sweep as sweep
     from dynprobe.protocols import threshold as threshold
+    from dynprobe.runs import compare as compare
     from dynprobe.runs import open_run as open  # noqa: F401
+    from dynprobe.runs import trace_callback as trace_callback
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,11 @@ import pytest
 import dynprobe as dp
 
 NAMES = [
-    "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "calibrate", "capture", "cli", "discover",
-    "doctor", "errors", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "perturb", "plan",
-    "probes", "prompts", "protocols", "readout", "record", "resume", "run", "runs", "sweep", "testing", "threshold",
+    "AttractorLayer", "Controller", "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "attract",
+    "calibrate", "capture", "cli", "compare", "controllers", "discover", "dissociate", "doctor", "errors", "evaluate",
+    "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "perturb", "plan", "probes", "prompts",
+    "protocols", "readout", "record", "recover", "resume", "run", "runs", "sweep", "testing", "threshold",
+    "trace_callback",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.
 HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "transformers", "scipy", "safetensors", "yaml")
@@ -28,7 +30,9 @@ def test_the_public_names_are_these():
 
 
 def test_every_room_keeps_its_table_of_contents():
-    for room in ("metrics", "models", "probes", "prompts", "protocols", "runs", "testing", "cli", "errors"):
+    for room in (
+        "controllers", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing", "cli", "errors",
+    ):  # fmt: skip
         module = getattr(dp, room)
         assert module.__all__
         assert all(hasattr(module, name) for name in module.__all__)

@@ -158,12 +158,15 @@ def _calibrate(
     dtype: Annotated[str, typer.Option()] = "float32",
     device: Annotated[str, typer.Option()] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Make it again.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder to put it in as well, for recover --calibration FOLDER.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure what a model does when left alone: coordinate SDs, κ profile, quantiles of every signal."""
     from dynprobe.cli._commands import calibrate_command
 
-    calibrate_command(model, prompts, cov_layers, dtype, device, force, json)
+    calibrate_command(model, prompts, cov_layers, dtype, device, force, json, out)
 
 
 @app.command("fetch")

@@ -49,7 +49,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def settings_of(given: dict[str, Any], kind: Any = None) -> dict[str, Any]:
+def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False) -> dict[str, Any]:
     """Turn typed flags, lm-eval's spellings and a config file into settings; flags win."""
     from dynprobe.protocols import load_config
 
@@ -81,13 +81,15 @@ def settings_of(given: dict[str, Any], kind: Any = None) -> dict[str, Any]:
     if settings.get("prompts") is not None:
         settings["prompts"] = Path(settings["prompts"])  # a file; the same words as text would be a prompt
     if not settings.get("model"):
-        from dynprobe.models import DEFAULT_MODEL
+        from dynprobe.models import DEFAULT_LOOPED_MODEL, DEFAULT_MODEL
 
-        settings["model"] = DEFAULT_MODEL
+        settings["model"] = DEFAULT_LOOPED_MODEL if looped else DEFAULT_MODEL
+        others = "tiny-cem, or a folder" if looped else "smollm2-135m, a hub id such as gpt2, or a folder"
         if not settings.get("quiet"):
             print(  # noqa: T201
-                f"no --model was named: using {DEFAULT_MODEL}, the small byte-level model that comes with dynprobe "
-                "(others: --model smollm2-135m, a hub id such as gpt2, or a folder)",
+                f"no --model was named: using {settings['model']}, the small byte-level model that comes with dynprobe"
+                f"{' and has a loop' if looped else ''} "
+                f"(others: --model {others})",
                 file=sys.stderr,
             )
     return settings
@@ -131,9 +133,12 @@ def doctor_command(model: str, as_json: bool, **options: Any) -> None:
 
 
 def calibrate_command(
-    model: str, prompts: str | None, cov_layers: str | None, dtype: str, device: str, force: bool, as_json: bool
-) -> None:
+    model: str, prompts: str | None, cov_layers: str | None, dtype: str, device: str, force: bool, as_json: bool,
+    out: Path | None = None,
+) -> None:  # fmt: skip
     """``dynprobe calibrate``."""
+    if out is not None and out.exists():  # saving replaces a folder whole
+        raise UsageError(f"--out {out} is there already; name a folder that is not")
     from dynprobe.probes import Where, load
     from dynprobe.prompts import read_prompts
     from dynprobe.protocols import calibrate
@@ -141,6 +146,8 @@ def calibrate_command(
     subject = load(model, dtype=dtype, device=device)
     layers = Where.parse(f"layers={cov_layers}").resolve_layers(subject.n_layers) if cov_layers else ()
     made = calibrate(subject, read_prompts(prompts) if prompts else None, cov_layers=layers, force=force)
+    if out is not None:
+        made.save(out)
     print_json(made.header) if as_json else _render.calibration(made)
 
 

@@ -38,7 +38,7 @@ def iterate_command(given: dict[str, Any]) -> None:
 
 def _carried_out(protocol: Any, kind: Any, given: dict[str, Any]) -> tuple[Any, bool]:
     as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
-    settings = settings_of(given, kind)
+    settings = settings_of(given, kind, looped=protocol.__name__ == "iterate")
     for key in ("scale", "kind", "criterion"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(item for text in settings[key] for item in str(text).replace("+", ",").split(","))

@@ -14,7 +14,7 @@ __all__: list[str] = []
 _ITERATE = """
 Examples:
 
-  dynprobe iterate --model tiny-csm
+  dynprobe iterate (tiny-csm, which comes with dynprobe)
 
   dynprobe iterate --model tiny-csm --iterations 1,2,4,8,16 --split-by tiny-llama
 

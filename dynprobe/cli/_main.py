@@ -21,9 +21,26 @@ def main(arguments: list[str] | None = None) -> int:
         dynprobe ...
         0
     """
+    import warnings
+
+    with warnings.catch_warnings():  # which also puts the way they are shown back
+        warnings.showwarning = _warn
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     import typer
 
-    from dynprobe.cli import _grid_app, _ingest_app, _iterate_app  # noqa: F401 - their commands join the app
+    from dynprobe.cli import (  # noqa: F401 - their commands join the app
+        _attract_app,
+        _compare_app,
+        _dissociate_app,
+        _eval_app,
+        _grid_app,
+        _ingest_app,
+        _iterate_app,
+        _recover_app,
+    )
     from dynprobe.cli._app import app
     from dynprobe.errors import DynprobeError
 
@@ -60,6 +77,15 @@ def _usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     hint = "" if context is None else f"  (see: {context.command_path} --help)"
     return _say(f"{error.format_message()}{hint}", 2)
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Show a warning: our own as a message, others with the line that they come from."""
+    own = issubclass(category, UserWarning) and f"{os.sep}dynprobe{os.sep}" in filename
+    text = f"dynprobe: warning: {message}" if own else f"{filename}:{lineno}: {category.__name__}: {message}"
+    print(text, file=file or sys.stderr)
 
 
 def _say(message: str, code: int) -> int:

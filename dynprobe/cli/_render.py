@@ -73,7 +73,14 @@ def summary_table(summary: Mapping[str, Any], title: str) -> Table:
 
 def run(found: Run) -> None:
     """Print a run of any protocol: what was done, its tables, its self-tests."""
-    from dynprobe.cli import _render_grid, _render_iterate
+    from dynprobe.cli import (
+        _render_attract,
+        _render_dissociate,
+        _render_eval,
+        _render_grid,
+        _render_iterate,
+        _render_recover,
+    )
     from dynprobe.cli._render_head import head
 
     console = new_console()
@@ -90,6 +97,14 @@ def run(found: Run) -> None:
         _render_grid.threshold(found)
     elif summary.get("protocol") == "iterate":
         _render_iterate.iterate(found)
+    elif summary.get("protocol") == "eval":
+        _render_eval.evaluation(found)
+    elif summary.get("protocol") == "dissociate":
+        _render_dissociate.dissociation(found)
+    elif summary.get("protocol") == "attract":
+        _render_attract.attraction(found)
+    elif summary.get("protocol") == "recover":
+        _render_recover.recovery(found)
     elif summary.get("conditions"):
         n = next(iter(summary["conditions"].values()))["samples"]
         console.print(summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm"))
@@ -105,7 +120,8 @@ def run(found: Run) -> None:
     if tests:
         words = [f"{name} {_verdict(name, t['passed'])} ({_short(t['value'])})" for name, t in tests.items()]
         console.print("self-tests: " + " · ".join(words), soft_wrap=True)
-    table = '.table("fits")' if summary.get("protocol") == "threshold" else ".samples"
+    main = {"threshold": '.table("fits")', "eval": '.table("items")'}
+    table = main.get(str(summary.get("protocol")), ".samples")
     console.print(
         f"tables: dp.open({str(found.path)!r}){table}   columns: dynprobe show {found.path} --columns",
         soft_wrap=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynprobe.runs._protocol import counted, layers_of, protocol_of
@@ -46,6 +47,14 @@ def head(found: Run) -> list[str]:
     source = " and ".join(words.get(s, f"from {s}") for s in dict.fromkeys(sources))
     if config.get("category"):
         source += ", " + "+".join(config["category"])
+    if protocol_of(config) == "dissociate":
+        after = "the first token" if config["prefill"] == 1 else f"the first {config['prefill']} tokens"
+        return [*lines, f"items   {len(sources)} {source}, fed token by token after {after}"]
+    if protocol_of(config) == "eval":
+        given = config["num_fewshot"]
+        shots = "few-shot examples as the task says" if given is None else f"{given}-shot"
+        template = "applied" if config["apply_chat_template"] else "none"
+        return [*lines, f"items   {len(sources)} {source}, {shots}, chat template {template}"]
     new = config.get("max_new_tokens")
     mode = (
         "greedy" if not config.get("temperature") else f"temperature {config['temperature']}, top-p {config['top_p']}"
@@ -61,8 +70,13 @@ def _writes(found: Run) -> list[str]:
     """What was written, and what its strength means."""
     config = found.manifest.config
     protocol = protocol_of(config)
-    if protocol in ("run", "iterate"):
-        return [line for spec in config.get("perturb") or () for line in (f"perturb {spec}", f"        {_unit(spec)}")]
+    if protocol in ("run", "iterate", "eval", "recover"):
+        specs = config.get("perturb") or ()
+        return [*_loop(config), *(line for spec in specs for line in (f"perturb {spec}", f"        {_unit(spec)}"))]
+    if protocol == "attract":
+        return [_of_attract(config)]
+    if protocol == "dissociate":
+        return [*_loop(config), *_of_dissociate(found)]
     first = _of_sweep(found) if protocol == "sweep" else _of_threshold(found)
     kinds, scales = list(config.get("kind") or ()), list(config.get("scale") or ())
     units = {kind: _KIND_UNITS[kind] for kind in kinds if kind in _KIND_UNITS}
@@ -70,6 +84,39 @@ def _writes(found: Run) -> list[str]:
         crest = ", at the crest of the sine" if "sine" in kinds else ""
         units = {scale: _UNITS.get(scale, "") + crest for scale in scales} | units
     return [*first, *(f"        {name}: {text}" for name, text in units.items())]
+
+
+def _loop(config: Mapping[str, Any]) -> list[str]:
+    """What acts in a recovery study, and when."""
+    if protocol_of(config) not in ("recover", "dissociate"):
+        return []
+    modes, timings = ", ".join(config.get("mode") or ()), ", ".join(config.get("timings") or ())
+    site = config.get("site") or "where the signal points"
+    return [f"recover {modes}; timed by {timings}; gain ≤ {config['gain']:g} at {site}, budget {config['budget']:.0%}"]
+
+
+def _of_attract(config: Mapping[str, Any]) -> str:
+    """The layer and what the study goes over."""
+    grids = [
+        f"{name} {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in config[name])}"
+        for name in ("slots", "half_life", "burn_in", "layers") if config.get(name)
+    ]  # fmt: skip
+    ladder = f"ε {_listing(config['strengths'])}" if config.get("strengths") else f"{_listing(config['doses'])} nats"
+    layer = ", ".join([f"layer {config['attractor']}", *grids])
+    return f"attract {config['task']}; {layer}; doses {ladder}, matched by {config['match']}"
+
+
+def _listing(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _of_dissociate(found: Run) -> list[str]:
+    """The noise, at the strengths of the ladder or at the one that was given."""
+    config = found.manifest.config
+    spec = str(config["perturb"][0])
+    said = spec if config.get("fixed") else "α=…" + spec[spec.index(",") :]
+    ladder = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
+    return [f"perturb {said}; dose–response at α {ladder}", f"        {_unit(spec)}"]
 
 
 def _place(found: Run) -> str:

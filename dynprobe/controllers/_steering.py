@@ -3,9 +3,9 @@
 The author of a controller sees the rows that are there. Here the rest is done: rows that leave, beams that change
 places, tokens that are taken back, what was written where and how much of the state's energy that was.
 
-A controller acts in the next forward of the same sequence. Where each token is fed with the whole text before it (a
-model without a cache, or ``use_cache=False``), every forward begins a new sequence and nothing is ever done; that is
-said in a warning.
+What is decided at the end of a forward is done in the next one of the same sequence. Where each token is fed with the
+whole text before it (a model without a cache, or ``use_cache=False``), every forward begins a new sequence and it is
+never done; that is said in a warning.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Steering:
             subject.module_at(*site)
         self.memory: Memory = {}
         self.remember, self._copies = remember, subject.mutates
+        self._decides = type(controller).decide is not Controller.decide
         self._first: Step | None = None
         self._seen: Seen | None = None
         self._rows = np.zeros(0, dtype=np.int64)
@@ -83,10 +84,10 @@ class Steering:
         """A forward begins."""
         n_rows = len(step.positions)
         if step.index == 0:
-            if self._first is not None and _fed_anew(self._first, step):
+            if self._decides and self._first is not None and _fed_anew(self._first, step):
                 warnings.warn(
-                    f"the whole text is fed anew with every token, so each forward begins a new sequence and "
-                    f"{self.name}, which acts in the next forward of the same one, never acts; generate with a cache "
+                    "the whole text is fed anew with every token, so each forward begins a new sequence, and what "
+                    f"{self.name} decides at one token for the next is never done; generate with a cache "
                     "(use_cache=True)",
                     stacklevel=2,
                 )
@@ -104,7 +105,10 @@ class Steering:
     def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
         """Let the controller act, and note what it did."""
         assert self._seen is not None
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                after = self.controller.act(state, site, self._seen, self.memory)
+        else:  # once per site and token: a context that changes nothing is worth leaving out
             after = self.controller.act(state, site, self._seen, self.memory)
         if after is state:
             return state

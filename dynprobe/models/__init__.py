@@ -20,7 +20,7 @@ from dynprobe.models._known import fetch, known_models
 from dynprobe.models._load import load_model, weights_hash
 from dynprobe.models._register import register_own_types
 from dynprobe.models._source import ModelSource, resolve
-from dynprobe.models._zoo import DEFAULT_MODEL, zoo_folder
+from dynprobe.models._zoo import DEFAULT_LOOPED_MODEL, DEFAULT_MODEL, zoo_folder
 
 if TYPE_CHECKING:
     from dynprobe.models._cem_model import CemConfig as CemConfig
@@ -43,6 +43,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DEFAULT_LOOPED_MODEL",
     "DEFAULT_MODEL",
     "CemConfig",
     "CemDynamics",

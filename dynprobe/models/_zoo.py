@@ -16,10 +16,12 @@ from typing import Any
 
 from dynprobe.errors import ModelError
 
-__all__ = ["DEFAULT_MODEL", "ZOO", "make_from_package", "zoo_folder"]
+__all__ = ["DEFAULT_LOOPED_MODEL", "DEFAULT_MODEL", "ZOO", "make_from_package", "zoo_folder"]
 
 #: What commands use when no model is named.
 DEFAULT_MODEL = "tiny-llama"
+#: What they use where the model must have a loop.
+DEFAULT_LOOPED_MODEL = "tiny-csm"
 
 #: Name → one line about it.
 ZOO = {

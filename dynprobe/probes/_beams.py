@@ -58,32 +58,37 @@ class Beams:
 
     Args:
         root: The model whose ``generate`` may search.
-        told: Called with the rows in their new order.
     """
 
-    def __init__(self, root: nn.Module, told: Told) -> None:
-        self._root, self._told = root, told
-        self._followed: _Reordering | None = None
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._followed: tuple[_Reordering, Told] | None = None
 
-    def follow(self, output: Any) -> None:
-        """Follow the cache that a forward returned, and let go of the one before."""
+    def follow(self, output: Any, told: Told) -> None:
+        """Follow the cache that a forward returned, and let go of the one before.
+
+        Args:
+            output: What the model returned.
+            told: Called with the rows in their new order.
+        """
         cache = next((c for name in CACHES if (c := getattr(output, name, None)) is not None), None)
         owner, name = (
             (self._root, "_reorder_cache") if hasattr(self._root, "_reorder_cache") else (cache, "reorder_cache")
         )
         if cache is None or not hasattr(owner, name):
             return
-        if self._followed is not None and self._followed.owner is owner:
+        if self._followed is not None and self._followed[0].owner is owner:
             return
         self.release()
-        self._followed = _reordering(owner, name)
-        self._followed.told.append(self._told)
+        self._followed = _reordering(owner, name), told
+        self._followed[0].told.append(told)
 
     def release(self) -> None:
         """Let go; the last one to leave puts the method back."""
-        followed, self._followed = self._followed, None
-        if followed is None:
+        if self._followed is None:
             return
-        followed.told.remove(self._told)
+        followed, told = self._followed
+        self._followed = None
+        followed.told.remove(told)
         if not followed.told and vars(followed.owner).get(followed.name) is followed:
             delattr(followed.owner, followed.name)  # the instance's own; the class has the original

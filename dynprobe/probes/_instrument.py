@@ -76,7 +76,7 @@ class Instrument:
         self.steerers = tuple(writer for writer in self.writers if isinstance(writer, Steerer))
         self._attachments: list[Attachment] = []
         self._handles: list[Any] = []
-        self._beams = Beams(self.root, self._reorder)
+        self._beams = Beams(self.root)
 
     def __enter__(self) -> Instrument:
         try:
@@ -179,7 +179,7 @@ class Instrument:
             changed = steerer.end(self.step, after)
             after = after if changed is None else changed
         if self.steerers:
-            self._beams.follow(output)
+            self._beams.follow(output, self._reorder)
         self.end_step()
         return None if after is output else after
 

@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from dynprobe.errors import PromptError, did_you_mean
-from dynprobe.prompts._prompt import Prompt
+from dynprobe.prompts._prompt import Prompt, in_turn
 
 __all__ = ["CATEGORIES", "load_prompts"]
 
@@ -58,8 +58,6 @@ def load_prompts(
             f"There is no prompt category {category!r}.{did_you_mean(category, CATEGORIES)} "
             f"Type one of: {', '.join(CATEGORIES)}."
         )
-    if limit is not None and limit < 1:
-        raise PromptError(f"--limit {limit} leaves no prompt. Type a number of at least 1.")
     origin = "calibration" if source == "calibration" else "builtin"
     rows = _rows("calibration.jsonl" if source == "calibration" else "prompts.jsonl")
     chosen = [
@@ -67,14 +65,7 @@ def load_prompts(
         for row in rows
         if category in (None, row["category"]) and (source != "default" or row["default"])
     ]
-    if limit is None or limit >= len(chosen):
-        return chosen
-    rank: dict[str | None, int] = dict.fromkeys(CATEGORIES, 0)
-    turns = []
-    for place, prompt in enumerate(chosen):
-        turns.append((rank[prompt.category], place))
-        rank[prompt.category] += 1
-    return [chosen[place] for place in sorted(place for _, place in sorted(turns)[:limit])]
+    return [chosen[place] for place in in_turn([p.category for p in chosen], limit)]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from dynprobe.errors import PromptError
 
-__all__ = ["Prompt", "content_hash", "content_id", "from_texts", "with_ids"]
+__all__ = ["Prompt", "content_hash", "content_id", "from_texts", "in_turn", "with_ids"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Prompt:
         token_ids: ids to use instead of tokenising the text, or None.
         answer: the continuation that counts as right, for task criteria, or None.
         paraphrase: other words for the same beginning, for null distributions, or None.
+        continuation: the text that follows directly (its first character is usually a space), for its
+            log-likelihood, or None.
     """
 
     prompt_id: str
@@ -38,6 +40,7 @@ class Prompt:
     token_ids: tuple[int, ...] | None = None
     answer: str | None = None
     paraphrase: str | None = None
+    continuation: str | None = None
 
 
 def content_id(text: str) -> str:
@@ -129,7 +132,7 @@ def with_ids(prompts: Sequence[tuple[str | None, Prompt]]) -> list[Prompt]:
 
 
 def content_hash(prompts: Iterable[Prompt]) -> str:
-    """Return a hash over ids, texts, categories, token ids, answers and paraphrases, in their order.
+    """Return a hash over ids, texts, categories, token ids, answers, paraphrases and continuations, in their order.
 
     Where a prompt came from is left out: the same prompts read from another file are the same experiment.
 
@@ -145,8 +148,39 @@ def content_hash(prompts: Iterable[Prompt]) -> str:
         ids = "" if prompt.token_ids is None else ",".join(map(str, prompt.token_ids))
         answer = () if prompt.answer is None else (prompt.answer,)
         other = () if prompt.paraphrase is None else ("", prompt.paraphrase)  # no answer is empty
-        for part in (prompt.prompt_id, prompt.text, prompt.category or "", ids, *answer, *other):
+        after = () if prompt.continuation is None else ("", "", prompt.continuation)  # no paraphrase is empty
+        for part in (prompt.prompt_id, prompt.text, prompt.category or "", ids, *answer, *other, *after):
             data = part.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little") + data)
         digest.update(bytes([prompt.category is not None, prompt.token_ids is not None]))
     return digest.hexdigest()
+
+
+def in_turn(categories: Sequence[str | None], limit: int | None) -> list[int]:
+    """Return which ``limit`` of a list to take so that a small limit still covers the categories.
+
+    Args:
+        categories: The category of each entry.
+        limit: At most so many; None takes all, in their order.
+
+    Returns:
+        Places in the list, ascending: the first of every category, the second of every category, until there are
+        enough.
+
+    Raises:
+        PromptError: A limit below 1.
+
+    Example:
+        >>> in_turn(["a", "a", "a", "b"], 3)
+        [0, 1, 3]
+    """
+    if limit is not None and limit < 1:
+        raise PromptError(f"--limit {limit} leaves no prompt. Type a number of at least 1.")
+    if limit is None or limit >= len(categories):
+        return list(range(len(categories)))
+    rank: Counter[str | None] = Counter()
+    turns = []
+    for place, category in enumerate(categories):
+        turns.append((rank[category], place))
+        rank[category] += 1
+    return sorted(place for _, place in sorted(turns)[:limit])

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dynprobe.errors import PromptError, did_you_mean
 from dynprobe.prompts._prompt import Prompt, with_ids
 
-__all__ = ["read_prompts"]
+__all__ = ["decode", "half_character", "json_rows", "missing_file", "read_prompts"]
 
 _TEXT_KEYS = ("text", "prompt")
 _ID_KEYS = ("prompt_id", "id")
-_EXTRA_KEYS = ("answer", "paraphrase")
+_EXTRA_KEYS = ("answer", "paraphrase", "continuation")
 _FORMATS = ".txt (one prompt a line), .jsonl (one object a line with a key 'text'), or .parquet (a column 'text')"
 
 
@@ -30,8 +30,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     Args:
         path: a ``.txt`` file (one prompt a line; blank lines and surrounding spaces are dropped), a ``.jsonl`` file
             or a ``.parquet`` file with ``text`` (or ``prompt``) and optionally ``prompt_id`` (or ``id``),
-            ``category`` and ``token_ids``; ``-`` is standard input, JSON lines if its first line starts with ``{``
-            and plain lines otherwise.
+            ``category``, ``token_ids``, ``answer``, ``paraphrase`` and ``continuation``; ``-`` is standard input, JSON
+            lines if its first line starts with ``{`` and plain lines otherwise.
 
     Returns:
         The prompts; prompts without an id get one made from their text.
@@ -49,12 +49,12 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         ['The sea was', 'Once upon a time']
     """
     if os.fspath(path) == "-":
-        text = _decode(sys.stdin.buffer.read(), "standard input")
+        text = decode(sys.stdin.buffer.read(), "standard input")
         as_json = text.lstrip().startswith("{")
         return _from_lines(text, "standard input", "stdin", as_json=as_json)
     file = Path(path).expanduser()
     if not file.exists():
-        raise PromptError(_missing(file))
+        raise PromptError(missing_file(file))
     if file.is_dir():
         inside = [entry.name for entry in sorted(file.iterdir()) if entry.suffix in {".txt", ".jsonl", ".parquet"}]
         hint = f" Did you mean {str(file / inside[0])!r}?" if inside else ""
@@ -69,14 +69,24 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         data = file.read_bytes()
     except OSError as exc:
         raise PromptError(f"{file} cannot be read ({exc.strerror}). Check its permissions.") from exc
-    return _from_lines(_decode(data, str(file)), str(file), file.name, as_json=suffix == ".jsonl")
+    return _from_lines(decode(data, str(file)), str(file), file.name, as_json=suffix == ".jsonl")
 
 
-def _decode(data: bytes, name: str) -> str:
+def decode(data: bytes, name: str, *, formats: str = _FORMATS) -> str:
+    """Return the text of a file's bytes.
+
+    Args:
+        data: The bytes.
+        name: What to call the file in a message.
+        formats: What may be in it, for a message.
+
+    Raises:
+        PromptError: The bytes are not UTF-8; the message says on which line.
+    """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise PromptError(f"{name} is encoded as UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     if b"\0" in data:
-        raise PromptError(f"{name} is a binary file, not text. Prompts are read from {_FORMATS}.")
+        raise PromptError(f"{name} is a binary file, not text. Read are: {formats}.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -88,25 +98,46 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _from_lines(text: str, name: str, source: str, *, as_json: bool) -> list[Prompt]:
-    # Only line feeds end a line: splitlines() would also cut at characters that JSON strings may hold.
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
+    if as_json:
+        rows = json_rows(text, name, '{"text": "Once upon a time"}')
+        found = [_row(row, f"{name}, line {number}", source) for number, row in rows]
+    else:
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        found = [(None, Prompt("", line, None, source)) for line in lines]
+    if not found:
         raise PromptError(f"{name} has no prompts in it: it is empty. Prompts are read from {_FORMATS}.")
-    if not as_json:
-        return with_ids([(None, Prompt("", line.strip(), None, source)) for _, line in lines])
-    found = []
-    for number, line in lines:
+    return with_ids(found)
+
+
+def json_rows(text: str, name: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    r"""Yield line numbers and objects of a text of JSON lines; blank lines are skipped.
+
+    Args:
+        text: The text.
+        name: What to call the file in a message.
+        example: A line as it should be, for a message.
+
+    Raises:
+        PromptError: A line is not JSON, or not an object.
+
+    Example:
+        >>> list(json_rows('{"a": 1}\n\n{"a": 2}', "here", "{}"))
+        [(1, {'a': 1}), (3, {'a': 2})]
+    """
+    # Only line feeds end a line: splitlines() would also cut at characters that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as exc:
             raise PromptError(
                 f"{name}, line {number}: not JSON ({exc.msg} at character {exc.colno}). Each line must be one object, "
-                'for example {"text": "Once upon a time"}.'
+                f"for example {example}."
             ) from exc
         if not isinstance(row, dict):
             raise PromptError(f"{name}, line {number}: a JSON object was expected, found a {type(row).__name__}.")
-        found.append(_row(row, f"{name}, line {number}", source))
-    return with_ids(found)
+        yield number, row
 
 
 def _from_parquet(file: Path) -> list[Prompt]:
@@ -139,7 +170,7 @@ def _row(row: Mapping[str, Any], where: str, source: str) -> tuple[str | None, P
     text = row[key]
     if not isinstance(text, str) or not text.strip():
         raise PromptError(f"{where}: {key!r} must be a text with at least one character, found {text!r:.60}.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if half_character(text):
         raise PromptError(f"{where}: {key!r} holds half a character (a lone surrogate).")
     name = next((row[k] for k in _ID_KEYS if row.get(k) is not None), None)
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip()):
@@ -152,7 +183,10 @@ def _row(row: Mapping[str, Any], where: str, source: str) -> tuple[str | None, P
         value = row.get(extra)
         if value is not None and (not isinstance(value, str) or not value.strip()):
             raise PromptError(f"{where}: {extra!r} must be a text, found {value!r:.60}.")
-    prompt = Prompt("", text, category, source, ids, row.get("answer"), row.get("paraphrase"))
+        if value is not None and half_character(value):
+            raise PromptError(f"{where}: {extra!r} holds half a character (a lone surrogate).")
+    extras = {extra: row.get(extra) for extra in _EXTRA_KEYS}
+    prompt = Prompt("", text, category, source, ids, **extras)
     return None if name is None else str(name), prompt
 
 
@@ -165,9 +199,20 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _missing(file: Path) -> str:
+def half_character(text: str) -> bool:
+    r"""Return whether a text holds a lone surrogate, which no encoding can write.
+
+    Example:
+        >>> half_character("whole"), half_character("\ud800")
+        (False, True)
+    """
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def missing_file(file: Path, *, what: str = "prompt file", formats: str = _FORMATS) -> str:
+    """Return the message for a file that does not exist: near names, and what can be read."""
     folder = file.parent
     if not folder.is_dir():
-        return f"There is no prompt file {str(file)!r}: the folder {folder} does not exist."
+        return f"There is no {what} {str(file)!r}: the folder {folder} does not exist."
     near = did_you_mean(file.name, [entry.name for entry in folder.iterdir()])
-    return f"There is no prompt file {str(file)!r} in {folder.absolute()}.{near} Type a file: {_FORMATS}."
+    return f"There is no {what} {str(file)!r} in {folder.absolute()}.{near} Type a file: {formats}."

@@ -233,8 +233,9 @@ class BatchRunner:
             }
         lens = self._lens(passage) if self.config.lens else None
         tables = passage_tables(
-            passage, labels, span=self.span, lens=lens, perturbed=push is not None, calibration=self.calibration, **pairing
-        )
+            passage, labels, span=self.span, lens=lens, perturbed=push is not None, calibration=self.calibration,
+            **pairing,
+        )  # fmt: skip
         if push is not None:
             samples = tables["samples"]
             asked, alone = samples["n_asked"].to_numpy(), samples["n_left_alone"].to_numpy()

@@ -204,7 +204,8 @@ def _measure(
         "str_sigma": torch.tensor(metrics.str_sigma(windows), dtype=torch.float64),
     }  # fmt: skip
     header = {
-        **header, "model": subject.name, "n_prompts": len(prompts), "n_tokens": n_tokens,
+        **header, "model": subject.name, "tensors": models.weights_hash(subject.model),
+        "n_prompts": len(prompts), "n_tokens": n_tokens,
         "n_layers": subject.n_layers, "dim": subject.dim,
         "n_sinks": [_without_sinks(torch.cat(pieces))[1] for pieces in states],
         "versions": {"torch": torch.__version__, "numpy": np.__version__},

@@ -57,6 +57,7 @@ _OWN: dict[str, tuple[str, str, str, str, str]] = {
     "kappa_phase_d_down": ("kappa.phase.paired/1", "half-turns", "all", "mean over later steps", "Δκ downstream."),
     "diverge_angle": ("diverge.angle/1", "half-turns", _AFFECTED, "last depth, mean over tokens", "Angle to clean."),
     "response_rel": ("response.rel/1", "‖h′−h‖/‖h‖", _AFFECTED, "last depth, mean over tokens", "Distance to clean."),
+    "nll_bare": ("output.nll/1", "nats", "new", "mean over tokens", "NLL of the own text under the bare model."),
     "kl_clean_pert": ("output.kl/1", "nats", _AFFECTED, "mean over tokens", "KL(clean ‖ arm) under teacher forcing."),
 }
 _FLOOR = ("criterion", "Noise floor: largest response of a sham row and, for kl, of a write of α = 1e-6.")
@@ -112,6 +113,46 @@ _GRID: dict[str, dict[str, tuple[str, str]]] = {
         "written_abs": ("model units", f"RMS of the displacement: {_WRITTEN_SIZE}."),
     },
 }  # fmt: skip
+_NEW = "new tokens that are fed"
+#: Columns of a recovery study's samples: (unit, span, aggregation, description).
+_LOOP: dict[str, tuple[str, str, str, str]] = {
+    "duty": ("fraction", _NEW, "share", "Tokens at which a controller was active, wrote, or wrote anew."),
+    "n_active": ("tokens", _NEW, "count", "Tokens at which a controller was active, wrote, or wrote anew."),
+    "energy_written": ("‖u‖²/‖h‖²", _NEW, "sum", "Energy E = Σ ‖u‖²/‖h‖² of all that controllers wrote."),
+    "n_watched": ("tokens", _NEW, "count", "Tokens that the detector saw after the prompt."),
+    "signal_score": ("signal", _NEW, "largest level of m tokens in a row", "The detector fires exactly if this exceeds "
+                     "its upper level."),
+    "signal_mean": ("signal", _NEW, "mean", "Mean of the signal that the detector watches."),
+    "n_fires": ("fires", _NEW, "count", "Times that the detector came on."),
+    "detector_duty": ("fraction", _NEW, "share", "Tokens at which the detector was on, whatever acted."),
+    "acted_after": ("tokens", _NEW, "first", "New tokens before the first action; missing where none was taken."),
+    "recovered_after": ("tokens", _NEW, "first", "Tokens from the first action until the signal is below the lower "
+                        "level, less those the signal looks back on; missing where it never is."),
+    "n_restarts": ("restarts", _NEW, "count", "Times that tokens were taken back."),
+    "n_taken_back": ("tokens", _NEW, "count", "Tokens that were taken back."),
+}  # fmt: skip
+#: Columns of a recovery study's fits.
+_FRACTIONS = {
+    "mode": ("", "Recovery mode; random:<mode> is the same energy in random directions."),
+    "timing": ("", "When it acts: by the detector, always, where the noise is (oracle), or replay of another arm."),
+    "decode_mode": ("", "forced: on a given text; free: on the text it writes."),
+    "metric": ("", "Column of the samples that the fraction is of."),
+    "rf": ("1", "Recovery fraction (Σ perturbed − Σ recovered)/(Σ perturbed − Σ clean): 1 full, 0 none, below 0 harm."),
+    "low": ("1", "Lower end of the 95 % interval, bootstrap over prompts; −inf where some replicates have no effect."),
+    "high": ("1", "Upper end of the 95 % interval, bootstrap over prompts; +inf where some replicates have no effect."),
+    "reason": ("", "Why there is no fraction: no-effect, DETECTOR_BLIND, coverage or empty."),
+    "clean": ("metric", "Mean of the metric over the clean texts."),
+    "perturbed": ("metric", "Mean over the perturbed texts."),
+    "recovered": ("metric", "Mean over the perturbed texts with the mode."),
+    "acted_on": ("", "Whether the controller acts on this metric, so that it recovers by construction."),
+    "n": ("prompts", "Prompts that took part."),
+    "delta_min": ("metric", "Smallest effect of the perturbation that counts as one."),
+}
+#: Columns of a recovery study's actions that mean another thing elsewhere.
+_ACTIONS = {
+    "energy": ("‖u‖²/‖h‖²", "Relative energy of the write u at the state h; 0 where nothing was written."),
+    "controller": ("", "Which controller of the mode; empty where none acts and the detector only looks on."),
+}
 #: Metrics whose sample value runs over the span; the others run over all real tokens after the sink.
 _ON_SPAN = (
     "limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output", "cka", "rsa", "erank",
@@ -156,10 +197,16 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
             "id": metric_id, "unit": unit, "digest": digest, "span": span if runs_over == "span" else runs_over,
             "aggregation": how, "description": text,
         }  # fmt: skip
-    for table, described in _GRID.items():
+    for name, (unit, runs_over, how, text) in _LOOP.items():
+        facts[f"samples.{name}"] = {"unit": unit, "span": runs_over, "aggregation": how, "description": text}
+    for name, (unit, text) in _ACTIONS.items():
+        facts[f"actions.{name}"] = {"unit": unit, "description": text}
+    of_loop = hasattr(config, "timings")
+    for table, described in ({"fits": _FRACTIONS} if of_loop else _GRID).items():
         for name, (unit, text) in described.items():
             facts[f"{table}.{name}"] = {**facts.get(f"{table}.{name}", {}), "unit": unit, "description": text}
-    for name in (*PASSPORT, "kl_clean_pert", "flip_rate"):  # a trial is a sample that is measured in few words
+    # A trial is a sample that is measured in few words.
+    for name in () if of_loop else (*PASSPORT, "kl_clean_pert", "flip_rate"):
         facts[f"trials.{name}"] = {**facts[f"samples.{name}"], **facts.get(f"trials.{name}", {})}
     facts["kappa_phase_d"] |= {"id": "kappa.phase.paired/1", "digest": metrics.spec("kappa.phase.paired/1").digest}
     return facts

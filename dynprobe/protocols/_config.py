@@ -123,6 +123,8 @@ class RunConfig(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
+            if not first["loc"]:  # settings that do not go together: no one of them is to blame
+                raise UsageError(first["msg"].removeprefix("Value error, ")) from error
             name = ".".join(str(p) for p in first["loc"][:1])
             raise UsageError(f"{name}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from error
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 
-from dynprobe.errors import InterruptedRunError, UsageError
-from dynprobe.probes import Calibration, Check, Subject
+from dynprobe import models
+from dynprobe.errors import CalibrationError, InterruptedRunError, UsageError
+from dynprobe.probes import Calibration, Check, Subject, load_calibration
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._calibrate import calibrated
 from dynprobe.protocols._conditions import written_depths, yardstick
 from dynprobe.protocols._prepare import Prepared
 from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
+from dynprobe.protocols._weights import structure_of
 from dynprobe.runs import Run, RunWriter, open_run
 
 __all__ = ["Experiment", "Listener", "Progress", "execute"]
@@ -103,12 +106,12 @@ def execute(
     if "readout" in broken and ready.config.lens:
         raise UsageError("--lens needs the readout self-test to pass, and it failed on this model; leave --lens out")
     exact = ready.config.padding == "none" or "alone" in broken
+    experiment = begin(calibration, exact)  # what it refuses leaves no folder behind
     writer = ready.begin()
     if writer.status == "complete":  # another process finished it meanwhile
         return open_run(writer.folder)
     try:
         with writer:
-            experiment = begin(calibration, exact)
             _record(writer, ready, calibration, checks, exact, experiment)
             _units(writer, ready.subject, experiment, say, tell is not None)
     except KeyboardInterrupt as stop:
@@ -121,12 +124,35 @@ def _nobody(_: Progress) -> None:
 
 
 def calibration_of(ready: Prepared, subject: Subject | None = None) -> Calibration | None:
-    """The subject's calibration; without a tokenizer the built-in texts cannot be read, and what needs one is NaN."""
+    """The subject's calibration: the one handed in, else that of the built-in texts.
+
+    Without a tokenizer the built-in texts cannot be read; there is none then, and what needs one is NaN or refused.
+
+    Raises:
+        CalibrationError: If the one handed in cannot be read, or was made with another model.
+    """
+    folder = getattr(ready.config, "calibration", None)
+    if folder is not None and subject is None:
+        return _handed_in(ready, Path(folder))
     subject = subject if subject is not None else ready.subject
     if subject.tokenizer is None:
         return None
     covariances = [depth for p in ready.perturbs if p.scale == "cov" for depth in written_depths(subject, p)]
     return calibrated(subject, cov_depths=sorted(set(covariances)))
+
+
+def _handed_in(ready: Prepared, folder: Path) -> Calibration:
+    found, subject = load_calibration(folder), ready.subject
+    # A model is known by its files where they were just read, else by its tensors; a calibration knows both.
+    same = "tensors" in found.header and found.header["tensors"] == models.weights_hash(subject.model)
+    found.check(found.header["weights"] if same else ready.weights, str(subject.dtype).removeprefix("torch."))
+    structure = structure_of(subject)
+    if found.header.get("structure", structure) != structure:
+        raise CalibrationError(
+            f"the calibration in {folder} was made with other blocks or settings of these weights than "
+            f"{subject.name} has here; make one with: dynprobe calibrate MODEL --out FOLDER"
+        )
+    return found
 
 
 def _record(

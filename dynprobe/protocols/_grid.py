@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
 
-from dynprobe.errors import UsageError
+from dynprobe.errors import SiteError, UsageError
 from dynprobe.probes import Perturb, PerturbWriter, Subject, Where
 from dynprobe.probes._perturb_values import number_text
 from dynprobe.protocols._conditions import OWN_UNIT, directed
 from dynprobe.protocols._config import RunConfig
 
-__all__ = ["Cell", "GridConfig", "cells_table", "grid_of", "in_order", "parse_strengths"]
+__all__ = ["Cell", "GridConfig", "cells_table", "grid_of", "in_order", "parse_strengths", "updates_of"]
 
 
 def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
@@ -36,6 +36,7 @@ def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
     """
     if isinstance(given, str):
         parts = given.split(":")
+        _check_ends(given, parts)
         try:
             if len(parts) == 3:
                 low, high, n = float(parts[0]), float(parts[1]), int(parts[2])
@@ -56,6 +57,26 @@ def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
     if len(set(values)) < len(values):
         raise UsageError(f"{given!r}: a strength stands there twice")
     return tuple(values)
+
+
+def _check_ends(given: str, parts: Sequence[str]) -> None:
+    """Refuse a range that falls, or that does not say how many strengths, with what was probably meant."""
+    if len(parts) not in (2, 3):
+        return
+    try:
+        first, second = float(parts[0]), float(parts[1])
+    except ValueError:  # no numbers: said by who reads them
+        return
+    if not min(first, second) > 0:
+        return
+    ends = f"{min(first, second):g}:{max(first, second):g}"
+    if len(parts) == 2:
+        raise UsageError(f"{given!r} lacks the number of strengths; write low:high:number, {ends}:16")
+    if first > second:
+        raise UsageError(
+            f"{given!r} falls from {first:g} to {second:g}; write low:high:number, the smaller strength first: "
+            f"{ends}:{parts[2].strip()}"
+        )
 
 
 class GridConfig(RunConfig):
@@ -153,6 +174,24 @@ def in_order(perturbs: Iterable[Perturb]) -> list[Perturb]:
     return sorted(perturbs, key=lambda p: (str(p.replace(alpha=0.0)), p.alpha))
 
 
+def updates_of(subject: Subject, layers: str) -> tuple[int, ...]:
+    """Return the blocks that ``--layers`` names; in a looped model it counts the updates of the track.
+
+    Raises:
+        SiteError: If one does not exist.
+    """
+    try:
+        return tuple(Where.parse(f"layers={layers}").resolve_layers(subject.n_layers))
+    except SiteError as error:
+        if not subject.turns:
+            raise
+        n = subject.n_layers
+        raise SiteError(
+            f"--layers {layers} names no update of {subject.name}: it has loops, and --layers counts the {n} updates "
+            f"of its track, 0…{n - 1}; update 0 makes the state of depth 1, update {n - 1} the last, of depth {n}"
+        ) from error
+
+
 def grid_of(
     subject: Subject, config: GridConfig, alphas: Sequence[float] | None = None, *, layers: Sequence[int] | None = None
 ) -> Iterator[tuple[str, int, Perturb]]:
@@ -169,7 +208,7 @@ def grid_of(
         SiteError: If a layer does not exist.
     """
     if layers is None:
-        layers = Where.parse(f"layers={config.layers}").resolve_layers(subject.n_layers)
+        layers = updates_of(subject, config.layers)
     place = {"positions": config.positions, "phase": config.phase, "component": config.component}
     place = {key: value for key, value in place.items() if value is not None}
     if subject.turns and config.component not in (None, "resid_post"):

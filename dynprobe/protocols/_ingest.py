@@ -27,7 +27,7 @@ from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._ingest_measure import Track, measure_track
 from dynprobe.protocols._ingest_tables import batch_tables, converged, ingest_facts, state_rows
 from dynprobe.protocols._summary import summarise
-from dynprobe.runs import Run, RunWriter, Trajectory, identity, open_run, read_trajectory
+from dynprobe.runs import CALLBACK, Run, RunWriter, Trace, Trajectory, identity, open_run, read_trajectory
 
 __all__ = ["ingest"]
 
@@ -36,7 +36,7 @@ _ROWS = 400_000
 
 
 def ingest(
-    path: str | Path,
+    path: str | Path | Trace | Trajectory,
     *,
     out: str | Path = "runs",
     name: str | None = None,
@@ -48,7 +48,8 @@ def ingest(
     """Make a run of a trajectory file: states of an iterated model, saved by whoever has the model.
 
     Args:
-        path: ``.npz``, ``.safetensors`` or ``.parquet``; see :func:`dynprobe.runs.read_trajectory`.
+        path: ``.npz``, ``.safetensors`` or ``.parquet``; see :func:`dynprobe.runs.read_trajectory`. Or what
+            :func:`dynprobe.trace_callback` heard.
         out: Folder of runs.
         name: Name of the model; default the file's own (``meta["model"]``), else the name of the file.
         track: Stage the samples table speaks of; default the one whose state ends the file.
@@ -74,7 +75,8 @@ def ingest(
         (0.5, 'halving')
     """
     begun = time.perf_counter()
-    found = read_trajectory(path)
+    found = path.trajectory if isinstance(path, Trace) else path
+    found = found if isinstance(found, Trajectory) else read_trajectory(found)
     chosen = _track(found, track)
     several = found.states.shape[2] > 1
     if sink is not None and sink < 0:
@@ -120,11 +122,12 @@ def _track(found: Trajectory, track: str | None) -> str:
 
 
 def _provenance(found: Trajectory, chosen: str, states: bool) -> dict[str, Any]:
+    heard = found.path == CALLBACK
     return {
-        "command": ["dynprobe", "import", str(found.path)],
+        "command": ["dp.ingest", "trace"] if heard else ["dynprobe", "import", str(found.path)],
         "model": {
-            "source": "trajectory file", "file": str(found.path), "file_sha256": found.sha256, "meta": dict(found.meta),
-            "track": chosen,
+            "source": "callback" if heard else "trajectory file", "file": str(found.path),
+            "file_sha256": found.sha256, "meta": dict(found.meta), "track": chosen,
         },
         "weights": {"hash": f"file-sha256:{found.sha256}"},
         "trajectory": found.describe(),

@@ -193,9 +193,7 @@ class _Iterate:
                 labels = Labels(
                     f"T{T}{arm}", [p.prompt_id for p in prompts], [p.category for p in prompts], 0, [None] * len(unit)
                 )
-                made = passage_tables(
-                    passage, labels, span=span, perturbed=bool(arm), calibration=self.calibration
-                )
+                made = passage_tables(passage, labels, span=span, perturbed=bool(arm), calibration=self.calibration)
                 made["samples"] = made["samples"].assign(iterations=T, **self._at_the_end(passage, T))
                 # Clean states of a shorter run are those of the longest, which is stored; a written arm's need not be.
                 if not (arm or last) and self.one_pass:

@@ -99,9 +99,13 @@ class Prepared:
             ident=self.ident,
             prompts_hash=content_hash(list(self.prompts)),
             manifest_fields={k: v for k, v in self._facts().items() if v is not None},
-            columns=column_facts(self.config),
+            columns=self.columns(),
             force=self.config.force,
         )
+
+    def columns(self) -> dict[str, dict[str, str]]:
+        """Return what is known of the columns that will be written."""
+        return column_facts(self.config)
 
     def _facts(self) -> dict[str, Any]:
         subject, facts = self.subject, self.subject.facts
@@ -215,7 +219,8 @@ def _refuse(run: Prepared) -> None:
     for perturb in run.perturbs:
         if perturb.scale == "interp" and len(run.rows) < 2:
             raise UsageError("scale=interp takes its donor from the next prompt; give at least two prompts")
-        if perturb.scale in ("coordstd", "cov") and subject.tokenizer is None:
+        handed_in = getattr(run.config, "calibration", None) is not None
+        if perturb.scale in ("coordstd", "cov") and subject.tokenizer is None and not handed_in:
             raise UsageError(
                 f"scale={perturb.scale} needs a calibration, and {subject.name} has no tokenizer to read the "
                 "calibration prompts with; load it with tokenizer=…, or take relnorm, mad or abs"

@@ -13,7 +13,7 @@ from dynprobe.probes import Subject, tokenize
 from dynprobe.prompts import Prompt, from_texts, load_prompts, read_prompts
 from dynprobe.protocols._config import RunConfig
 
-__all__ = ["answer_tokens", "as_prompts", "choose_prompts", "token_rows"]
+__all__ = ["answer_tokens", "as_prompts", "choose_prompts", "learned_positions", "token_rows"]
 
 
 def choose_prompts(config: RunConfig, prompts: Sequence[Any] | None = None) -> list[Prompt]:
@@ -85,7 +85,7 @@ def token_rows(
         PromptError: If a prompt cannot be fed to this model: no tokenizer, an unknown id, too long for its positions.
     """
     rows: list[list[int]] = []
-    places = _learned_positions(subject)
+    places = learned_positions(subject)
     for prompt in prompts:
         try:
             given = [list(prompt.token_ids)] if prompt.token_ids else [prompt.text]
@@ -128,7 +128,7 @@ def answer_tokens(subject: Subject, prompt: Prompt, row: Sequence[int], chat_tem
     return tuple(whole[len(row) :])
 
 
-def _learned_positions(subject: Subject) -> int | None:
+def learned_positions(subject: Subject) -> int | None:
     """Positions a model can look up in a table; None where they are computed and have no hard end."""
     limit = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
     if not isinstance(limit, int):

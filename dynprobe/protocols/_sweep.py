@@ -21,12 +21,12 @@ from torch import nn
 
 from dynprobe import metrics
 from dynprobe.errors import UsageError
-from dynprobe.probes import Calibration, Perturb, Subject, Where
+from dynprobe.probes import Calibration, Perturb, Subject
 from dynprobe.probes._perturb_values import number_text
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._controls import energy_matched, scrambled, twin_of
 from dynprobe.protocols._execute import Listener, Progress, calibration_of, execute
-from dynprobe.protocols._grid import Cell, GridConfig, cells_table, grid_of, in_order, parse_strengths
+from dynprobe.protocols._grid import Cell, GridConfig, cells_table, grid_of, in_order, parse_strengths, updates_of
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._responses import response_table
@@ -138,7 +138,7 @@ class _Sweep:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """Layers of the grid."""
-        return tuple(Where.parse(f"layers={self.config.layers}").resolve_layers(self.ready.subject.n_layers))
+        return updates_of(self.ready.subject, self.config.layers)
 
     @cached_property
     def variants(self) -> list[str]:

@@ -3,7 +3,9 @@
 * :class:`RunWriter` writes a run in batches and continues an interrupted one;
 * :func:`open_run` reads one back as a :class:`Run`: pandas, SQL, pivots, hidden states as NumPy views;
 * :func:`list_runs` lists those in a folder;
+* :func:`compare` sets any number of runs beside each other, as a :class:`Comparison`;
 * :func:`read_trajectory` reads anyone's trajectory file as a :class:`Trajectory`; :data:`TEMPLATE` writes one;
+* :func:`trace_callback` hears one from a loop that calls back;
 * :func:`identity` says which run a configuration, its prompts and weights are.
 
 The folder is the interface: any tool that reads Parquet and JSON can use it without this library. A newer layout than
@@ -14,6 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dynprobe.runs._compare import compare
+from dynprobe.runs._compare_columns import CORE as CORE_METRICS
+from dynprobe.runs._compare_columns import register_converter
+from dynprobe.runs._comparison import Comparison
 from dynprobe.runs._figures import draw_run
 from dynprobe.runs._identity import hash_prompts, identity
 from dynprobe.runs._listing import list_runs
@@ -28,19 +34,27 @@ from dynprobe.runs._writer import RunWriter
 if TYPE_CHECKING:
     from dynprobe.runs._trajectory_file import Trajectory as Trajectory
     from dynprobe.runs._trajectory_file import read_trajectory as read_trajectory
+    from dynprobe.runs._trajectory_trace import CALLBACK as CALLBACK
+    from dynprobe.runs._trajectory_trace import Trace as Trace
+    from dynprobe.runs._trajectory_trace import trace_callback as trace_callback
 
 __all__ = [
+    "CALLBACK",
     "COLUMNS",
+    "CORE_METRICS",
     "SCHEMA_VERSION",
     "TABLES",
     "TEMPLATE",
     "Column",
+    "Comparison",
     "Manifest",
     "Part",
     "Run",
     "RunWriter",
     "Table",
+    "Trace",
     "Trajectory",
+    "compare",
     "decode_bfloat16",
     "draw_run",
     "hash_prompts",
@@ -48,9 +62,11 @@ __all__ = [
     "list_runs",
     "open_run",
     "read_trajectory",
+    "register_converter",
     "registry_facts",
     "scrub",
     "scrub_command",
+    "trace_callback",
 ]
 
 
@@ -59,4 +75,8 @@ def __getattr__(name: str) -> Any:
         from dynprobe.runs import _trajectory_file
 
         return getattr(_trajectory_file, name)
+    if name in ("CALLBACK", "Trace", "trace_callback"):
+        from dynprobe.runs import _trajectory_trace
+
+        return getattr(_trajectory_trace, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

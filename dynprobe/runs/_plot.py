@@ -14,8 +14,11 @@ from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.runs._canvas import save_figure
 from dynprobe.runs._figures import depth_figure
 from dynprobe.runs._grid_data import on_a_grid
+from dynprobe.runs._plot_attract import lengths_figure, slots_figure
+from dynprobe.runs._plot_dissociate import dissociation_figure
 from dynprobe.runs._plot_heatmap import heatmap_figure
 from dynprobe.runs._plot_iterate import iterations_figure
+from dynprobe.runs._plot_recover import recovery_figure, signal_figure
 from dynprobe.runs._plot_response import bode_figure, impulse_figure
 from dynprobe.runs._plot_sweep import response_figure
 from dynprobe.runs._plot_threshold import fragility_figure, thresholds_figure
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["PICTURES", "Plots"]
 
 #: Names of the pictures.
-PICTURES = ("depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility", "iterations")
+PICTURES = (
+    "depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility", "iterations", "signal", "recovery",
+    "dissociation", "lengths", "slots",
+)  # fmt: skip
 #: In this order: a figure that was drawn once is laid out from where it was, and its SVG is another file.
 _FORMATS = (".svg", ".png")
 
@@ -166,12 +172,78 @@ class Plots:
         """
         return _kept(iterations_figure(self._run), save)
 
+    def signal(self, *, save: str | Path | None = None) -> Figure:
+        """The detector's signal over the new tokens of a ``recover`` run, clean, perturbed and with each mode.
+
+        The dashed and dotted lines are the band that switches the detector on and off; below, the share of texts in
+        which the mode was acting.
+
+        Args:
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run is no recovery study.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(signal_figure(self._run), save)
+
+    def recovery(self, *, save: str | Path | None = None) -> Figure:
+        """Recovery fractions of a ``recover`` run by mode, timing and metric, beside the same energy at random.
+
+        Metrics that the controller acts on are hollow.
+
+        Args:
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run holds no recovery fractions.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(recovery_figure(self._run), save)
+
+    def dissociation(self, *, save: str | Path | None = None) -> Figure:
+        """Accuracy and the dynamic metric against α of a ``dissociate`` run, and RF_dyn against RF_sem of every mode.
+
+        Args:
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run is no finished study of dissociation.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(dissociation_figure(self._run), save)
+
+    def lengths(self, *, save: str | Path | None = None) -> Figure:
+        """Repetition, NLL under the bare model and drift of an ``attract`` run against length, one line per arm.
+
+        Args:
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run wrote no long texts.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(lengths_figure(self._run), save)
+
+    def slots(self, prompt: str | None = None, *, save: str | Path | None = None) -> Figure:
+        """Strength of every slot of an ``attract`` run over the tokens of one text, and summed over all texts.
+
+        Args:
+            prompt: Name of the prompt; None takes the first.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run recorded no slots.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(slots_figure(self._run, prompt), save)
+
     def draw(self, name: str | None = None, *, save: str | Path | None = None) -> Figure:
         """Draw a picture by its name; None takes the one that fits what the run did.
 
         Args:
             name: One of ``depth``, ``bode``, ``impulse``, ``response``, ``heatmap``, ``thresholds``, ``fragility``,
-                ``iterations``.
+                ``iterations``, ``signal``, ``recovery``, ``dissociation``, ``lengths``, ``slots``.
             save: File to write as well; its ending chooses the format.
 
         Raises:
@@ -192,6 +264,14 @@ class Plots:
             return {name: getattr(self, name) for name in _of_a_grid(self._run)}
         if protocol_of(self._run.manifest.config) == "iterate":
             return {"iterations": self.iterations}
+        if protocol_of(self._run.manifest.config) == "attract":
+            rows = self._run.manifest.rows()
+            return {name: getattr(self, name) for name in ("lengths", "slots") if rows.get(name)}
+        if protocol_of(self._run.manifest.config) == "dissociate":
+            return {"dissociation": self.dissociation}
+        if protocol_of(self._run.manifest.config) == "recover":
+            result = {"recovery": self.recovery} if self._run.manifest.rows().get("fits") else {}
+            return {**result, "signal": self.signal}
         specs = [str(spec) for spec in self._run.manifest.config.get("perturb") or ()]
         found: dict[str, Callable[[], Figure]] = {}
         if any("kind=sine" in spec for spec in specs):

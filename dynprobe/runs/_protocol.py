@@ -13,11 +13,14 @@ from dynprobe.runs._manifest import Manifest
 __all__ = ["MAIN_TABLE", "counted", "in_short", "layers_of", "perturbation", "protocol_of"]
 
 #: Protocol → the table with a row for each thing that was measured.
-MAIN_TABLE = {"run": "samples", "import": "samples", "sweep": "samples", "threshold": "trials", "iterate": "samples"}
+MAIN_TABLE = {
+    "run": "samples", "import": "samples", "sweep": "samples", "threshold": "trials", "iterate": "samples",
+    "eval": "items", "recover": "samples", "dissociate": "samples", "attract": "samples",
+}  # fmt: skip
 
 
 def protocol_of(config: Mapping[str, Any]) -> str:
-    """Return ``sweep``, ``threshold``, ``iterate``, ``import`` or ``run``.
+    """Return a run's protocol: ``sweep``, ``threshold``, ``iterate``, ``recover``, ``attract``, ``import``, ``run``, ….
 
     Example:
         >>> protocol_of({"alphas": [], "criterion": ["kl"]}), protocol_of({"perturb": ["alpha=0.1"]})
@@ -25,6 +28,12 @@ def protocol_of(config: Mapping[str, Any]) -> str:
     """
     if "split_by" in config:
         return "iterate"
+    if "include_path" in config:
+        return "eval"
+    if "half_life" in config:
+        return "attract"
+    if "timings" in config:
+        return "dissociate" if "semantic" in config else "recover"
     if "alphas" not in config:
         return "import" if config.get("protocol") == "import" else "run"
     return "threshold" if "criterion" in config else "sweep" if "controls" in config else "run"
@@ -60,6 +69,19 @@ def in_short(manifest: Manifest) -> str:
     protocol = protocol_of(config)
     if protocol in ("run", "import"):
         return perturbation(config)
+    if protocol == "attract":
+        raw = config.get("strengths")
+        ladder = f"ε {', '.join(_items(raw))}" if raw else f"{', '.join(_items(config.get('doses')))} nats"
+        return f"{config.get('task')}: {', '.join(_items(config.get('arms')))} at {ladder}"
+    if protocol == "eval":
+        return "; ".join(part for part in (", ".join(_items(config.get("tasks"))), perturbation(config)) if part)
+    if protocol == "dissociate":
+        doses = perturbation(config) if config.get("fixed") else "α " + ", ".join(_items(config.get("alphas")))
+        modes = ", ".join(_items(config.get("mode")))
+        return f"{modes} by {config.get('detector')}, items {config.get('items')}; {doses}"
+    if protocol == "recover":
+        said = f"{', '.join(_items(config.get('mode')))} by {config.get('detector')}"
+        return f"{said}; {perturbation(config) or 'no perturbation'}"
     if protocol == "iterate":
         numbers = _items(config.get("iterations"))
         said = f"T = {', '.join(numbers)}" if numbers else "default iterations"

@@ -12,7 +12,7 @@ from dynprobe.runs._manifest import Manifest
 from dynprobe.runs._schema import TABLES
 from dynprobe.runs._tables import part_path
 
-__all__ = ["query"]
+__all__ = ["connect", "create_views", "query"]
 
 
 def query(folder: Path, manifest: Manifest, text: str) -> pd.DataFrame:
@@ -27,25 +27,59 @@ def query(folder: Path, manifest: Manifest, text: str) -> pd.DataFrame:
         RunFolderError: DuckDB is missing, or a part is damaged.
         UsageError: DuckDB does not understand the query.
     """
+    with connect("run.sql") as connection:
+        create_views(connection, folder, manifest)
+        try:
+            result: Any = connection.execute(text).df()
+        except _errors() as error:
+            tables = ", ".join(sorted(manifest.rows())) or "none yet"
+            raise UsageError(f"The query cannot be answered: {error}\nTables of this run: {tables}.") from error
+    return result
+
+
+def connect(asker: str) -> Any:
+    """Open a DuckDB in memory.
+
+    Args:
+        asker: Who needs it, for the message.
+
+    Raises:
+        RunFolderError: DuckDB is missing.
+    """
     try:
         import duckdb
     except ImportError as error:
         raise RunFolderError(
-            "run.sql needs DuckDB, which is not installed. Type: pip install 'dynprobe[sql]' (or pip install duckdb)"
+            f"{asker} needs DuckDB, which is not installed. Type: pip install 'dynprobe[sql]' (or pip install duckdb)"
         ) from error
-    with duckdb.connect() as connection:
-        for name in TABLES:
-            paths = [_quoted(part_path(folder, part)) for part in manifest.parts_of(name)]
-            if paths:
-                connection.execute(
-                    f'create view "{name}" as select * from read_parquet([{", ".join(paths)}], union_by_name=true)'
-                )
-        try:
-            result: Any = connection.execute(text).df()
-        except duckdb.Error as error:
-            tables = ", ".join(sorted(manifest.rows())) or "none yet"
-            raise UsageError(f"The query cannot be answered: {error}\nTables of this run: {tables}.") from error
-    return result
+    return duckdb.connect()
+
+
+def create_views(connection: Any, folder: Path, manifest: Manifest, prefix: str = "") -> None:
+    """Make a view of every table that has a part; nothing is read.
+
+    Args:
+        connection: From :func:`connect`.
+        folder: The run folder.
+        manifest: Its manifest.
+        prefix: Put before the names of the tables.
+
+    Raises:
+        RunFolderError: A part is missing or cut short.
+    """
+    for name in TABLES:
+        paths = [_quoted(part_path(folder, part)) for part in manifest.parts_of(name)]
+        if paths:
+            connection.execute(
+                f'create view "{prefix}{name}" as select * from read_parquet([{", ".join(paths)}], union_by_name=true)'
+            )
+
+
+def _errors() -> type[Exception]:
+    import duckdb
+
+    found: type[Exception] = duckdb.Error
+    return found
 
 
 def _quoted(path: Path) -> str:

@@ -26,7 +26,7 @@ from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.runs._trajectory_checks import check_finite, check_holes, check_iterations, compare_prefix, thin
 from dynprobe.runs._trajectory_raw import AXES, Raw, canonical, per_iteration, per_position, refuse, stack_finals
 
-__all__ = ["FORMATS", "Trajectory", "read_trajectory"]
+__all__ = ["FORMATS", "Trajectory", "read_trajectory", "trajectory_of"]
 
 FORMATS = (".npz", ".safetensors", ".parquet")
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -124,7 +124,20 @@ def read_trajectory(path: str | Path) -> Trajectory:
         ([6, 1, 1, 16, 8], ('iter', 'state', 'dim'), 'core')
     """
     file = Path(path)
-    raw = _reader(file)(file)
+    return trajectory_of(_reader(file)(file), file, _sha256(file))
+
+
+def trajectory_of(raw: Raw, path: Path, sha256: str) -> Trajectory:
+    """Check what was read and bring it into one shape.
+
+    Args:
+        raw: The content.
+        path: Where it comes from.
+        sha256: Hash of it.
+
+    Raises:
+        UsageError: It cannot be used.
+    """
     states, iters, mode = _states(raw)
     dims = raw.dims
     assert dims is not None
@@ -145,7 +158,7 @@ def read_trajectory(path: str | Path) -> Trajectory:
     return Trajectory(
         states, iters, stage, per_iteration(raw, "energy", raw.energy, (n, batch, length)),
         per_iteration(raw, "delta", raw.delta, (n, batch, length)), valid, np.asarray(positions, np.int64),
-        _ids(raw, batch), token_ids, raw.meta, mode, tuple(dims), file, _sha256(file), prefix,
+        _ids(raw, batch), token_ids, raw.meta, mode, tuple(dims), path, sha256, prefix,
         (*raw.remarks, *remarks, *thin(iters, stage, mode, raw.meta, states)), _assumed(raw),
     )  # fmt: skip
 

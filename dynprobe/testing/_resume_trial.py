@@ -14,6 +14,7 @@ model type is
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,10 +60,13 @@ class ResumeVerdict:
 
 
 @contextmanager
-def _instead(module: nn.Module, side: str, state: Tensor) -> Iterator[None]:
-    """The truth's own hook: the first tensor of what enters or leaves the module is replaced."""
+def _instead(module: nn.Module, side: str, state: Tensor, call: int = 0) -> Iterator[None]:
+    """The truth's own hook: the first tensor of what enters or leaves one call of the module is replaced."""
+    calls = itertools.count()
 
     def leave(_: nn.Module, _args: Any, output: Any) -> Any:
+        if next(calls) != call:
+            return output
         if isinstance(output, Tensor):
             return state
         if hasattr(output, "_replace"):  # a named tuple
@@ -84,6 +88,11 @@ def _instead(module: nn.Module, side: str, state: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def _type_of(model: Any) -> str:
+    """Name of a model's type in transformers; empty where it has none."""
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
 def _truth(subject: Subject, tape: Tape, at: int, states: Tensor) -> Tensor:
     """The logits of the whole forward in which ``states`` enter block ``at``."""
     model: Any = subject.model
@@ -98,7 +107,10 @@ def _truth(subject: Subject, tape: Tape, at: int, states: Tensor) -> Tensor:
     names = inspect.signature(model.forward).parameters
     more = {name: value for name, value in offered.items() if name in names}
     site = (subject.blocks[0], "input") if at == 0 else (subject.blocks[at - 1], "output")
-    with _instead(*site, states), torch.no_grad():
+    call = subject.turns[at - 1].call if at and subject.turns else 0
+    if at == 0 and _type_of(model) == "hrm_text":  # its first state is its embedding, scaled
+        site, states = (model.model.embed_tokens, "output"), states / model.config.embedding_scale
+    with _instead(*site, states, call), torch.no_grad():
         return model(input_ids=tape.token_ids.repeat(times, 1), **more).logits.clone()
 
 
@@ -184,7 +196,7 @@ def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) ->
     if unmoved:
         verdict = "wrong"
         reason = f"at depths {sorted(set(unmoved))} the block does nothing or no logit moves: the trial shows nothing"
-    expected = _configured_layers(subject)
+    expected = None if subject.turns else _configured_layers(subject)
     if verdict in ("fast", "fallback") and expected not in (None, subject.n_layers):
         reason = f"{reason}; {subject.n_layers} blocks found, {expected} configured".removeprefix("; ")
     model_class = type(subject.model).__name__

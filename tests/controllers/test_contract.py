@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import History, Scale
 from torch import Tensor
+from toys import History, Scale
 
 from dynprobe.controllers import Controller
 from dynprobe.controllers.recovery import Always, Deadband, Narrowing, Recovery, Slerp

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from toys import NEW, PROMPTS, History, Scale, Shift, calibration_of, fed
 from torch import Tensor
+from toys import NEW, PROMPTS, History, Scale, Shift, calibration_of, fed
 
 import dynprobe as dp
 from dynprobe.controllers import Controller, Steering, attached
@@ -55,6 +55,7 @@ def test_an_error_inside_leaves_nothing(where: str) -> None:
 
     if where != "body":
         setattr(Breaks, where, broken)
+
     def use() -> None:
         with Breaks().attach(model):
             generated(model, max_new_tokens=3, do_sample=False)
@@ -254,9 +255,12 @@ def test_assisted_decoding_is_refused() -> None:
 
 def test_generation_without_a_cache_says_that_nothing_acts() -> None:
     subject = tiny_llama()
-    with pytest.warns(UserWarning, match=r"Scale, which acts in .*use_cache=True"), Scale().attach(subject):
+    with pytest.warns(UserWarning, match=r"what History decides at .*use_cache=True"), History().attach(subject):
         generated(subject.model, max_new_tokens=3, do_sample=False, use_cache=False)
-    with warnings.catch_warnings(), Scale().attach(subject):
+    with warnings.catch_warnings(), Scale().attach(subject):  # which decides nothing
+        warnings.simplefilter("error")
+        generated(subject.model, max_new_tokens=3, do_sample=False, use_cache=False)
+    with warnings.catch_warnings(), History().attach(subject):
         warnings.simplefilter("error")
         subject.model(IDS)
         subject.model(IDS[:, :2])
@@ -433,7 +437,9 @@ def test_a_calibration_is_asked_whose_it_is(zoo: Any, calibrated: Any) -> None:
         pass
     for stranger in (other, other.model, discover(tiny_llama().model.to(torch.bfloat16))):
         with (
-            pytest.raises(CalibrationError, match=r"this calibration was made with .*make one with: dynprobe calibrate"),
+            pytest.raises(
+                CalibrationError, match=r"this calibration was made with .*make one with: dynprobe calibrate"
+            ),
             Scale().attach(stranger, mine),
         ):
             pass

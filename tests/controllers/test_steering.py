@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from toys import NEW, PROMPTS, History, Scale, fed
 from torch import Tensor
+from toys import NEW, PROMPTS, History, Scale, fed
 
 from dynprobe.controllers import Controller, Steering
 from dynprobe.errors import ModelError, UsageError

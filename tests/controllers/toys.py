@@ -11,7 +11,14 @@ from torch import Tensor
 from dynprobe import models
 from dynprobe.controllers import Controller, Steering
 from dynprobe.probes import (
-    Calibration, Instrument, Subject, Tape, Where, make_batch, make_writers, sites_to_read,
+    Calibration,
+    Instrument,
+    Subject,
+    Tape,
+    Where,
+    make_batch,
+    make_writers,
+    sites_to_read,
 )  # fmt: skip
 from dynprobe.probes._calibration import QUANTILE_LEVELS
 from dynprobe.probes._decode import decode

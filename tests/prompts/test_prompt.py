@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynprobe.errors import PromptError
-from dynprobe.prompts import Prompt, content_hash, from_texts
+from dynprobe.prompts import Prompt, content_hash, from_texts, load_prompts
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda t: t.strip())
 
@@ -48,3 +48,22 @@ def test_content_hash_does_not_confuse_neighbouring_fields() -> None:
     assert content_hash([Prompt("a", "b", None)]) != content_hash([Prompt("a", "b", "")])
     assert content_hash([Prompt("a", "b", token_ids=(1, 2))]) != content_hash([Prompt("a", "b", token_ids=(12,))])
     assert content_hash([Prompt("a", "b", source="x")]) == content_hash([Prompt("a", "b", source="y")])
+
+
+def test_content_hash_knows_the_continuation() -> None:
+    hashes = [
+        content_hash([Prompt("a", "b")]),
+        content_hash([Prompt("a", "b", continuation="c")]),
+        content_hash([Prompt("a", "b", paraphrase="c")]),
+        content_hash([Prompt("a", "b", answer="c")]),
+        content_hash([Prompt("a", "b", paraphrase="c", continuation="d")]),
+        content_hash([Prompt("a", "b", answer="c", continuation="d")]),
+    ]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_hashes_of_old_runs_still_hold() -> None:
+    """A run finds its prompts by this hash, so adding a field to a prompt must not change those without it."""
+    assert content_hash(load_prompts()) == "2f790c2322487c1da380cd230f0e5241"
+    full = Prompt("a", "b", "c", token_ids=(1, 2), answer="d", paraphrase="e")
+    assert content_hash([full]) == "a344afd5cc7d3a79fd67e9a7b223761b"

@@ -30,12 +30,15 @@ def test_jsonl_file_keeps_the_text_exactly(tmp_path: Path) -> None:
         {"prompt": "a\n  b\u2028 ", "id": 7, "category": "x"},
         {"text": "c", "prompt_id": "named", "token_ids": [1, 2]},
         {"text": "d", "more": None},
+        {"text": "e", "continuation": " and so on", "answer": " f", "paraphrase": "g"},
     ]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    one, two, three = read_prompts(_write(tmp_path / "p.jsonl", text))
+    one, two, three, four = read_prompts(_write(tmp_path / "p.jsonl", text))
     assert (one.prompt_id, one.text, one.category) == ("7", "a\n  b\u2028 ", "x")
     assert (two.prompt_id, two.token_ids) == ("named", (1, 2))
     assert three.prompt_id.startswith("p-")
+    assert three.continuation is None
+    assert (four.answer, four.paraphrase, four.continuation) == (" f", "g", " and so on")
 
 
 def test_parquet_file(tmp_path: Path) -> None:
@@ -79,6 +82,8 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, data: str, texts: list[
         ("p.jsonl", '{"text": "a", "id": [1]}', "an id must be"),
         ("p.jsonl", '{"text": "a", "category": 1}', "'category' must be a text"),
         ("p.jsonl", '{"text": "a", "token_ids": [1, -2]}', "'token_ids' must be"),
+        ("p.jsonl", '{"text": "a", "continuation": ["b"]}', "'continuation' must be a text"),
+        ("p.jsonl", '{"text": "a", "continuation": "\\ud800"}', "'continuation' holds half a character"),
         ("p.jsonl", '{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "more than once: 'x'"),
         ("p.json", "[]", r"rename it to \.jsonl"),
         ("p.csv", "a", r"ending \.csv"),

@@ -156,3 +156,33 @@ def test_calibration_knows_each_slots_coordinates(csm: Subject) -> None:
     np.testing.assert_allclose(known.tensors["std"][2], states.std(0), rtol=1e-4)
     with pytest.raises(UsageError, match=r"16 slots per position; scale=cov needs one vector"):
         dp.calibrate(csm, ["one two three", "four"], cov_layers=[1])
+
+
+@pytest.mark.parametrize("name", ["tiny-csm", "tiny-cem"])
+def test_loops_in_bfloat16_are_read_and_flagged(name: str, tmp_path: Path) -> None:
+    from dynprobe.probes import check_fired, check_null, check_readout, tokenize
+
+    texts = ["In the beginning God created", "And the earth"]
+    half, whole = (dp.load(name, dtype=dtype, device="cpu") for dtype in ("bfloat16", "float32"))
+    tape, exact = (dp.capture(subject, texts, logits="all") for subject in (half, whole))
+    ids = tokenize(half, texts)
+    assert {state.dtype for state in tape.states} == {torch.bfloat16}
+    for a, b in zip(tape.states, exact.states, strict=True):  # rounding, and no other state
+        real = exact.mask
+        assert float((a[real].float() - b[real]).norm() / b[real].norm()) < 0.02
+    for key, energy in tape.energies.items():  # energies of rounded states, not rounded themselves
+        assert energy.dtype == torch.float64
+        known = torch.isfinite(exact.energies[key])
+        assert torch.equal(known, torch.isfinite(energy))
+    assert all(c.passed for c in (check_null(half, ids), check_fired(half, ids), check_readout(half, tape)))
+    first = "iterations=1" if name == "tiny-csm" else "layers=1,iterations=1"
+    pushed = dp.capture(half, texts, perturb=f"alpha=0.1,{first}", logits="all")
+    assert pushed.passport["alpha_relnorm"] == pytest.approx(0.1, rel=5e-3)
+    small = CsmForCausalLM(CsmConfig.preset("nano", num_iterations=3, vocab_size=VOCAB))
+    if name == "tiny-cem":
+        small = CemForCausalLM(CemConfig.preset("nano", vocab_size=VOCAB))
+    subject = discover(small.bfloat16().eval(), tokenizer=byte_tokenizer(), name=name)
+    run = dp.run(subject, texts, max_new_tokens=0, out=tmp_path)
+    assert run.manifest.dtypes["weights"] == "bfloat16"
+    assert run.manifest.dtypes["low_precision_angles"] is True
+    assert np.isfinite(run.samples["kappa_phase"]).all()

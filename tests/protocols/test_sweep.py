@@ -595,7 +595,8 @@ def test_intervals_of_responses_with_gaps_are_those_of_the_prompts_that_have_one
     [
         ({"controls": "shan"}, UsageError, "unknown control 'shan'; known: sham, sign"),
         ({"alphas": "0.1:x"}, UsageError, "write strengths as 0.1,0.3,1 or as low:high:number"),
-        ({"alphas": "1:0.1:4"}, UsageError, "write strengths as"),
+        ({"alphas": "1:0.1:4"}, UsageError, "falls from 1 to 0.1; write low:high:number, the smaller strength first"),
+        ({"alphas": "1:-1:4"}, UsageError, "write strengths as"),
         ({"alphas": []}, UsageError, "give at least one finite strength"),
         ({"alphas": [0.1, float("nan")]}, UsageError, "give at least one finite strength"),
         ({"alphas": [0.1, 0.1]}, UsageError, "a strength stands there twice"),

@@ -279,7 +279,8 @@ class AttractorLayer(nn.Module):
         for key, (mean, theta) in self._centres.items():
             tensors[f"centre/{key}"], thetas[key] = mean.contiguous().cpu(), theta
         header = {
-            "settings": json.dumps(self.settings.as_dict()), "thetas": json.dumps(thetas), "dynprobe": version("dynprobe"),
+            "settings": json.dumps(self.settings.as_dict()), "thetas": json.dumps(thetas),
+            "dynprobe": version("dynprobe"),
             "made_for": json.dumps(self._made_for),
         }  # fmt: skip
         target = Path(path)

@@ -102,9 +102,13 @@ def mode_name(text: str) -> str:
     Raises:
         UsageError: If there is no such mode.
     """
-    known = (*MODES, *(point.name for point in entry_points(group=_GROUP)))
     head, base = ("random:", text[7:]) if text.lower().startswith("random:") else ("", text)
-    for name in (base, MODE_ALIASES.get(base.upper(), ""), base.lower().replace("_", "-")):
+    spellings = (base, MODE_ALIASES.get(base.upper(), ""), base.lower().replace("_", "-"))
+    for name in spellings:
+        if name in MODES:  # the packages that are installed need not be searched for a mode of ours
+            return head + name
+    known = (*MODES, *(point.name for point in entry_points(group=_GROUP)))
+    for name in spellings:
         if name in known:
             return head + name
     near = did_you_mean(base, known)

@@ -112,7 +112,7 @@ class Recovery(Controller):
 
     def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
         """Change the active rows whose depth this is."""
-        if not seen.decoding or self.actuator is None:
+        if self.actuator is None or not memory["active"].any() or not seen.decoding:
             return state
         number = site[1]
         rows = memory["active"] & (memory["gain"] > 0)

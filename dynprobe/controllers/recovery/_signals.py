@@ -113,7 +113,8 @@ class Signal:
             return np.where(counted[:, -1:], entropy.cpu().numpy()[:, None], np.nan), None
         if self.name == "limen_ct":
             return np.where(counted, self._turning(seen, memory, counted.shape[1]), np.nan), None
-        states = torch.stack([self._state(seen, depth)[:, -width:] for depth in range(self.first, self.n_layers + 1)])
+        held = [self._state(seen, depth) for depth in range(self.first, self.n_layers + 1)]
+        states = torch.stack(held if held[0].shape[1] <= width else [state[:, -width:] for state in held])
         of_step = metrics.norm_step if self.name == "norm_step_zmax" else metrics.phase_lag
         # Few numbers from here on: one transfer, and float64 as in the calibration.
         steps = of_step(states).cpu().numpy().astype(np.float64)

@@ -10,12 +10,13 @@
 - Kinks: :func:`broken_stick`, :func:`nonlinear`.
 - Recovery: :func:`recovery_fraction`, :func:`dissociation` and :func:`dissociation_verdict`,
   :func:`semantic_refusal`, :func:`iatrogenic_rate`, :func:`spearman_interval`.
+- Two sides of the same prompts: :func:`paired_difference`, :func:`profile_difference`, :func:`cluster_mean`,
+  :func:`profile_interval`, :func:`adjusted` (Holm, Benjamini–Hochberg).
 - Detectors: :func:`detector_power`, made of :func:`auc`, :func:`event_rate`, :func:`kaplan_meier` and
   :func:`proportion_interval`; :func:`detector_blind`, :func:`onsets`, :func:`sustained_max`.
 
 Arrays in, small frozen records out, each with a ``status`` and a ``reason``. A number that cannot be computed is
-NaN; an open end of an interval is infinite. Corrections for multiplicity are
-``statsmodels.stats.multitest.multipletests``.
+NaN; an open end of an interval is infinite.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from dynprobe.metrics.statistics._dissociation import (
     semantic_refusal,
 )
 from dynprobe.metrics.statistics._mean import mean_threshold
+from dynprobe.metrics.statistics._multiplicity import adjusted
 from dynprobe.metrics.statistics._nonparametric import (
     IsotonicFit,
     Proportion,
@@ -49,8 +51,16 @@ from dynprobe.metrics.statistics._nonparametric import (
     proportion_interval,
     spearman_karber,
 )
+from dynprobe.metrics.statistics._paired_difference import (
+    PairedDifference,
+    ProfileDifference,
+    paired_difference,
+    paired_differences,
+    profile_difference,
+)
 from dynprobe.metrics.statistics._population import Threshold, prompt_threshold
 from dynprobe.metrics.statistics._posterior import Answer, PosteriorSearch, PosteriorThreshold
+from dynprobe.metrics.statistics._prompt_means import ClusterMean, cluster_mean, cluster_means, profile_interval
 from dynprobe.metrics.statistics._psychometric import PsychometricFit, fit_psychometric
 from dynprobe.metrics.statistics._rates import EventRate, event_rate, iatrogenic_rate
 from dynprobe.metrics.statistics._ratio import Ratio, ratio_threshold
@@ -63,6 +73,7 @@ __all__ = [
     "Auc",
     "BracketSearch",
     "BrokenStick",
+    "ClusterMean",
     "Correlation",
     "Crossing",
     "DetectorPower",
@@ -72,8 +83,10 @@ __all__ = [
     "KaplanMeier",
     "Monotonicity",
     "Nonlinearity",
+    "PairedDifference",
     "PosteriorSearch",
     "PosteriorThreshold",
+    "ProfileDifference",
     "Proportion",
     "PsychometricFit",
     "Ratio",
@@ -85,8 +98,11 @@ __all__ = [
     "Trend",
     "Trial",
     "Verdict",
+    "adjusted",
     "auc",
     "broken_stick",
+    "cluster_mean",
+    "cluster_means",
     "delta_min",
     "detector_blind",
     "detector_power",
@@ -103,6 +119,10 @@ __all__ = [
     "monotonicity_test",
     "nonlinear",
     "onsets",
+    "paired_difference",
+    "paired_differences",
+    "profile_difference",
+    "profile_interval",
     "prompt_threshold",
     "proportion_interval",
     "ratio_threshold",

@@ -116,9 +116,8 @@ def spearman_interval(
 
 def _ranks(x: Array, weights: Array) -> Array:
     """Mid-ranks of every entry when entry i occurs weights[b, i] times, [n_boot, n]."""
-    _, level = np.unique(x, return_inverse=True)
-    size = np.zeros((len(weights), level.max() + 1))
-    np.add.at(size.T, level, weights.T)
+    _, level, counts = np.unique(x, return_inverse=True, return_counts=True)
+    size = np.add.reduceat(weights[:, np.argsort(level, kind="stable")], np.cumsum(counts) - counts, axis=1)
     return (np.cumsum(size, axis=1) - size / 2)[:, level]
 
 

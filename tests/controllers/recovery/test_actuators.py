@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import calibration_of
 from torch import Tensor
+from toys import calibration_of
 
 from dynprobe.controllers.recovery import ACTUATORS, Clamp, Shrink, Slerp, Subspace
 from dynprobe.errors import CalibrationError
@@ -60,7 +60,7 @@ def test_a_whole_path_by_steps_of_phi() -> None:
 
 
 def test_where_no_arc_is_given_nothing_is_done() -> None:
-    below, state = path(1.0)
+    _, state = path(1.0)
     zero = torch.zeros_like(state)
     nan = torch.full_like(state, torch.nan)
     for b, h in ((-state, state), (-3 * state, state), (zero, state), (state, zero), (4 * state, state), (nan, state)):

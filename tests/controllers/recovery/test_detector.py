@@ -20,7 +20,9 @@ NAN = float("nan")
 class _Scripted:
     """Stands in for a signal: hands out a series, column by column."""
 
-    def __init__(self, prompt: list[list[float]], series: list[list[float]], depth: list[list[int]] | None = None) -> None:
+    def __init__(
+        self, prompt: list[list[float]], series: list[list[float]], depth: list[list[int]] | None = None
+    ) -> None:
         self.prompt, self.series, self.depth, self.t = prompt, series, depth, -1
 
     def start(self, n_rows: int) -> Any:
@@ -35,7 +37,9 @@ class _Scripted:
         return np.array([[row[self.t - 1]] for row in self.series]), at
 
 
-def follow(series: Any, *, prompt: Any = None, depth: Any = None, lo: float = 1.0, hi: float = 2.0, **settings: Any) -> Any:
+def follow(
+    series: Any, *, prompt: Any = None, depth: Any = None, lo: float = 1.0, hi: float = 2.0, **settings: Any
+) -> Any:
     """What is in force at each new token and one after the last: ``active, gain, depth`` ``[row, token]``."""
     series = np.atleast_2d(np.asarray(series, float)).tolist()
     band = Deadband(**{"horizon": 1000} | settings)
@@ -138,11 +142,14 @@ def test_the_depth_is_that_of_activation_and_is_held() -> None:
         ({"m_off": 0}, "both are at least 1"),
         ({"g_max": 1.5}, r"a gain lies in \[0, 1\]"),
         ({"budget": 0.0}, r"share of the tokens in \(0, 1\]"),
-        ({"budget": 0.1, "horizon": 9}, "not one whole token.*generate more tokens or raise the budget"),
+        ({"budget": 0.1, "horizon": 9}, r"not one whole token.*generate more tokens or raise the budget"),
         ({"lo": 0.9, "hi": 0.9}, "0 ≤ lo < hi ≤ 1"),
         ({"lo": 0.99, "hi": 0.75}, "0 ≤ lo < hi ≤ 1"),
         ({"hi": 99.0}, "0 ≤ lo < hi ≤ 1"),
-        ({"signal": "kapa_phase"}, "unknown signal 'kapa_phase'; known: kappa_phase_zmax.*Did you mean 'kappa_phase'?"),
+        (
+            {"signal": "kapa_phase"},
+            r"unknown signal 'kapa_phase'; known: kappa_phase_zmax.*Did you mean 'kappa_phase'\?",
+        ),
     ],
 )
 def test_settings_that_make_no_detector(settings: dict[str, Any], message: str) -> None:
@@ -153,7 +160,7 @@ def test_settings_that_make_no_detector(settings: dict[str, Any], message: str) 
 @pytest.mark.parametrize("signal", ["kappa_phase_zmax", "kappa_phase", "norm_step_zmax", "entropy", "limen_ct"])
 def test_levels_come_from_this_models_calibration(signal: str) -> None:
     subject = tiny_llama()
-    with pytest.raises(CalibrationError, match="judged against a calibration and there is none; .*dynprobe calibrate"):
+    with pytest.raises(CalibrationError, match=r"judged against a calibration and there is none; .*dynprobe calibrate"):
         Deadband(signal).bind(subject, None)
     band = Deadband(signal, lo=0.5, hi=0.75)
     band.bind(subject, calibration_of(subject, signals={signal: (0.0, 4.0)}))

@@ -12,8 +12,8 @@ from dynprobe.controllers import Controller
 from dynprobe.controllers.recovery import Always, Clamp, Deadband, Never, Recovery, Shrink, Slerp, Subspace
 from dynprobe.errors import SiteError, UsageError
 from dynprobe.metrics import phase_lag
-from dynprobe.probes import Sampling, Subject, discover, generate, identical, make_batch
 from dynprobe.probes import Instrument as Instruments
+from dynprobe.probes import Sampling, Subject, discover, generate, identical, make_batch
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._streams import check_streams, streamed
 from dynprobe.testing import tiny_causal_lm, tiny_gpt2, tiny_llama
@@ -105,7 +105,7 @@ def test_the_prompt_is_observed_and_never_acted_on() -> None:
                 assert identical(run.state(row, pos, depth), clean.state(row, pos, depth))
     table = run.actions
     assert [table[table["row"] == r].iloc[0]["active"] for r in range(3)] == [False] * 3
-    # The prompt's last three tokens are above the level; in the row of three tokens one is position 0, which counts not.
+    # The prompt's last three tokens are above the level; of the row of three, one is position 0, which counts not.
     assert [bool(table[table["row"] == r].iloc[1]["active"]) for r in range(3)] == [True, False, True]
 
 
@@ -117,6 +117,7 @@ def test_the_default_site_is_the_block_after_the_signals_depth_and_is_held() -> 
     clean = calibration_of(subject, signals=LOW)
     for depth in range(2, 7):  # the step into this depth is made to stand out
         tensors = dict(clean.tensors)
+        tensors["kappa_token_mu"] = torch.where(torch.arange(7) == depth, 0.0, clean.tensors["kappa_token_mu"])
         tensors["kappa_token_sigma"] = torch.where(torch.arange(7) == depth, 1e-6, clean.tensors["kappa_token_sigma"])
         calibration = dp.probes.Calibration(tensors, clean.signals, clean.header)
         run = fed(subject, PROMPTS[:1], NEW[:1], Recovery(Deadband(horizon=100), Slerp()), calibration=calibration)
@@ -139,7 +140,8 @@ def test_a_signal_of_no_depth_acts_at_sixty_percent(layers: int, block: int) -> 
 def test_a_site_that_is_named() -> None:
     subject = tiny_llama()
     for site, expected in (
-        ("layers=0", {"resid_post.0"}), ("layers=-1", {"resid_post.2"}), ("layers=0+2", {"resid_post.0", "resid_post.2"}),
+        ("layers=0", {"resid_post.0"}), ("layers=-1", {"resid_post.2"}),
+        ("layers=0+2", {"resid_post.0", "resid_post.2"}),
         ("layers=2,component=resid_pre", {"resid_post.1"}), ("layers=50%", {"resid_post.1"}),
     ):  # fmt: skip
         run = fed(subject, PROMPTS, NEW, Recovery(Always(), Slerp(), site=site))
@@ -207,7 +209,7 @@ def test_a_state_that_would_not_be_finite_is_left_alone() -> None:
 @pytest.mark.parametrize("actuator", [Slerp, Clamp, Shrink])
 def test_slots(actuator: Any) -> None:
     subject = dp.load("tiny-csm")
-    calibration = dp.calibrate(subject)
+    calibration = dp.calibrate(subject, ["A line of text, and no more.", "Another one that is as short."])
     run = fed(subject, PROMPTS, NEW, Recovery(Always(), actuator(), site="iterations=4"), calibration=calibration)
     written = run.actions[run.actions["energy"] > 0]
     assert len(written) in ((0,) if actuator is Clamp and written.empty else range(1, 22))
@@ -232,7 +234,9 @@ def _tables(subject: Subject, prompts: Any, calibration: Any, ends: Any) -> Any:
 
 def test_sampled_texts_under_control_are_each_rows_own() -> None:
     subject = tiny_gpt2()
-    calibration = calibration_of(subject, signals={"kappa_phase": (0.0, 0.12)})
+    _, table = _tables(subject, PROMPTS, calibration_of(subject), [10**6])
+    q = table["signal"].dropna()
+    calibration = calibration_of(subject, signals={"kappa_phase": (q.min(), q.median())})
     free, table = _tables(subject, PROMPTS, calibration, [10**6])
     assert 5 < (table["energy"] > 0).sum() < 35
     ends = [free[0][3], free[2][8]]

@@ -96,7 +96,7 @@ def test_streamed_is_whole_on_every_token(name: str, subject_and_all: Any) -> No
 @pytest.mark.parametrize("name", ["kappa_phase", "entropy"])
 def test_slots_are_taken_together_as_in_a_run(name: str) -> None:
     subject = dp.load("tiny-csm")
-    calibration = dp.calibrate(subject)
+    calibration = dp.calibrate(subject, ["A line of text, and no more.", "Another one that is as short."])
     check(subject, calibration, name, whole(subject, calibration))
 
 
@@ -164,6 +164,7 @@ def test_what_is_not_known_is_nan() -> None:
             assert np.isnan(after).all(), name
         else:  # two steps, one of them known: half is enough for a mean, and for the largest
             assert np.isfinite(after).all(), name
+
     class Zero(Breaks):
         writes = "layers=all"
 
@@ -203,12 +204,15 @@ def test_quantiles_of_the_calibration_are_of_the_same_signal(zoo: Subject, calib
 
 def test_a_calibration_for_slots_without_ct_is_refused_and_not_guessed() -> None:
     subject = dp.load("tiny-csm")
-    calibration = dp.calibrate(subject)
+    calibration = dp.calibrate(subject, ["A line of text, and no more.", "Another one that is as short."])
     for name in SIGNALS:
         band = Recovery(Deadband(name), None)
         if name in calibration.signals:
             with band.attach(subject, calibration):
                 pass
         else:
-            with pytest.raises(CalibrationError, match=f"does not hold the signal {name}"), band.attach(subject, calibration):
+            with (
+                pytest.raises(CalibrationError, match=f"does not hold the signal {name}"),
+                band.attach(subject, calibration),
+            ):
                 pass
