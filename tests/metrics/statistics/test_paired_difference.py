@@ -110,12 +110,14 @@ def test_equivalence_is_the_ninety_percent_interval_inside_the_margin():
 def test_columns_at_once_are_the_columns_one_by_one():
     x = np.random.default_rng(6).normal(size=(8, 5))
     x[2, 1] = x[5, 3] = x[2, 3] = np.nan
-    for several, one in (
-        (paired_differences(x), lambda c: paired_difference(c, np.zeros(8))),
-        (cluster_means(x), cluster_mean),
-    ):
-        for found, column in zip(several, x.T, strict=True):
-            assert asdict(found) == pytest.approx(asdict(one(column)), rel=1e-12)
+    for found, column in zip(paired_differences(x), x.T, strict=True):
+        assert numbers(found) == pytest.approx(numbers(paired_difference(column, np.zeros(8))), rel=1e-12)
+    for found, column in zip(cluster_means(x), x.T, strict=True):
+        assert numbers(found) == pytest.approx(numbers(cluster_mean(column)), rel=1e-12)
+
+
+def numbers(record):
+    return {k: v for k, v in asdict(record).items() if isinstance(v, int | float)}
 
 
 def test_profiles_are_pointwise_means_and_leave_thin_points_out():
