@@ -114,8 +114,9 @@ def _print_pairs(
         return
     family = int(found.pairs["family"].iloc[0])
     rows = rows.assign(order=[list(shown).index(m) for m in rows["metric"]]).sort_values("order", kind="stable")
-    title = f"{condition}: paired differences a − b"
-    table = _difference_table(title, f"family of {family} tests; p: sign flips; d: mean/SD of the differences")
+    caption = f"family of {family} tests; p: sign flips; d: mean/SD of the differences"
+    caption += "; within: the declared margin" if "equivalent" in rows else ""
+    table = _difference_table(f"{condition}: paired differences a − b", caption)
     _fill(table, rows, numbers, lambda row: row["metric"])
     console.print(table)
     _rest(console, rows)
@@ -224,7 +225,7 @@ def _difference_table(title: str, caption: str) -> Table:
 def _fill(table: Table, rows: pd.DataFrame, numbers: dict[str, int], name: Any) -> None:
     tested = "equivalent" in rows
     if tested:
-        table.add_column("within margin")
+        table.add_column("within", no_wrap=True)
     for row in rows.head(_ROWS).to_dict("records"):
         known = pd.notna(row["difference"])
         cells = [_span(row["difference"], row["low"], row["high"], True) if known else str(row["reason"])]

@@ -18,7 +18,7 @@ from dynprobe.metrics.statistics import (
     recovery_fraction,
 )
 from dynprobe.probes import Calibration, Perturb
-from dynprobe.protocols._recover_arms import Arm, acts_by_itself
+from dynprobe.protocols._recover_arms import Arm, acts_by_itself, always_acts
 from dynprobe.protocols._recover_config import RecoverConfig
 from dynprobe.protocols._recover_rows import first_written
 from dynprobe.protocols._summary import interval
@@ -167,9 +167,9 @@ def _floor(by_arm: Mapping[str, pd.DataFrame]) -> float:
 
 def _blind(arm: Arm, by_arm: Mapping[str, pd.DataFrame], detector: Mapping[str, Any]) -> str | None:
     """Why a fraction would say nothing about the mode: it did not act where it should, or as much elsewhere."""
-    if ".always" in arm.name or ".oracle" in arm.name:  # these wait for nothing
-        return None
     assert arm.mode is not None
+    if ".always" in arm.name or ".oracle" in arm.name or always_acts(arm.mode):  # these wait for nothing
+        return None
     if not acts_by_itself(arm.mode, arm.decode):
         blind = detector.get(arm.decode, {}).get("blind")
         return None if blind is None else str(blind)

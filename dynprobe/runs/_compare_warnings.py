@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dynprobe.errors import MetricError
+from dynprobe.metrics import spec
 from dynprobe.runs._compare_columns import Quantity
 from dynprobe.runs._compare_pairs import SideValues
 from dynprobe.runs._compare_sides import Pairing, Side
@@ -91,19 +93,16 @@ def _lengths(sides: Sequence[Side], values: SideValues, quantities: Sequence[Qua
 
 
 def _growing(quantities: Sequence[Quantity]) -> list[str]:
-    """Return the metrics whose expectation grows with the number of tokens, by the catalogue."""
-    from dynprobe.errors import MetricError
-    from dynprobe.metrics import spec
-
+    """Return the metrics over states or their series whose expectation depends on length, by the catalogue."""
     out = []
     for q in quantities:
         try:
             known = spec(q.metric_id)
-        except MetricError:
+        except MetricError:  # of a plug-in that is not installed here, or of another version
             continue
-        if "T" not in known.invariances and "tokens" in known.input + q.span and q.column.startswith(("limen", "debt")):
+        if "T" not in known.invariances and known.input.startswith(("trajectory", "tokens", "series")):
             out.append(q.column)
-    return out
+    return list(dict.fromkeys(out))
 
 
 def _conditions(sides: Sequence[Side], pairings: Sequence[Pairing]) -> Iterator[str]:

@@ -79,7 +79,7 @@ def slots_figure(run: Run, sample: str | None = None) -> Figure:
         panel.set_title(condition, fontsize=9, loc="left")
         panel.set_ylabel("slot")
         panel.axvline(float(mine["n_prompt"].iloc[0]) - 0.5, color="white", linewidth=1.0, linestyle="--")
-    figure.colorbar(image, ax=list(panels[:-1]), label="strength", pad=0.01, aspect=30)  # type: ignore[arg-type]
+    figure.colorbar(image, ax=list(panels[:-1]), label="strength", pad=0.01, aspect=30)
     _totals(panels[-1], slots[slots["condition_id"].isin(order)], order)
     panels[-1].set_xlabel("token (dashed: the prompt ends)")
     figure.suptitle(f"{run.manifest.model_name}: slots at {site} while {prompt} is written", fontsize=10)
