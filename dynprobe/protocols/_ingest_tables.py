@@ -24,6 +24,8 @@ __all__ = ["batch_tables", "converged", "ingest_facts", "state_rows"]
 _READOUT = ("nll", "ppl", "nll_prompt", "entropy", "margin")
 _READOUT_TOKENS = ("entropy", "margin", "nll")
 _NO_READOUT = "no-readout"
+#: Columns that are judged against a model's calibration, which a file of states does not have either.
+_CALIBRATED, _NO_CALIBRATION = ("readiness",), "no-calibration"
 
 
 def batch_tables(found: Trajectory, tracks: Sequence[Measured], chosen: str, rows: slice) -> dict[str, pd.DataFrame]:
@@ -59,7 +61,7 @@ def _samples(found: Trajectory, main: Measured, ids: np.ndarray, rows: slice) ->
         {
             "sample_id": ids, "prompt_id": list(found.ids[rows]), "condition_id": "clean", "replicate": 0,
             "category": None, "n_prompt": count, "n_new": 0, "n_fed": count, "text": None,
-            **dict.fromkeys(_READOUT, math.nan), "repetition": math.nan, **values,
+            **dict.fromkeys((*_READOUT, *_CALIBRATED), math.nan), "repetition": math.nan, **values,
             "n_nonfinite": m.n_nonfinite, "status": row_status(m.n_nonfinite),
             "reasons": [_reasons(results) for results in m.sample],
         }
@@ -68,7 +70,8 @@ def _samples(found: Trajectory, main: Measured, ids: np.ndarray, rows: slice) ->
 
 def _reasons(results: Mapping[str, metrics.Result]) -> str:
     found = {name: result.reason for name, result in results.items() if result.reason}
-    return json.dumps({**found, **dict.fromkeys(_READOUT, _NO_READOUT), "repetition": "tokens<5"}, sort_keys=True)
+    missing = {**dict.fromkeys(_READOUT, _NO_READOUT), **dict.fromkeys(_CALIBRATED, _NO_CALIBRATION)}
+    return json.dumps({**found, **missing, "repetition": "tokens<5"}, sort_keys=True)
 
 
 def _tokens(
@@ -80,7 +83,7 @@ def _tokens(
     table: dict[str, Any] = {
         "sample_id": ids[at[0]], "pos": found.positions[rows][at].astype(np.int32), "phase": "prefill",
         "token_id": fed[at].astype(np.int32), "target_id": following[at].astype(np.int32),
-        **dict.fromkeys(_READOUT_TOKENS, np.full(len(at[0]), np.nan, np.float32)),
+        **dict.fromkeys((*_READOUT_TOKENS, *_CALIBRATED), np.full(len(at[0]), np.nan, np.float32)),
     }  # fmt: skip
     for name, grid in main.measurement.token.items():
         table[name] = grid[at].astype(np.float32)
