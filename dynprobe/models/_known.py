@@ -10,6 +10,7 @@ from pathlib import Path
 from dynprobe.errors import ModelNotFoundError, did_you_mean
 from dynprobe.models import _smollm2
 from dynprobe.models._cache import Progress, cache_root
+from dynprobe.models._panel import panel_models
 from dynprobe.models._zoo import ZOO, make_from_package, zoo_folder
 
 __all__ = ["KNOWN", "WELL_KNOWN_HUB_IDS", "KnownModel", "canonical_name", "fetch", "known_models"]
@@ -44,7 +45,9 @@ KNOWN: dict[str, KnownModel] = {
     )
 } | {
     name: KnownModel(f"dynprobe/{name}", description, make_from_package, zoo_folder(name))
-    for name, description in ZOO.items()
+    for name, description in (
+        ZOO | {cell.name: f"cell of the panel, {cell.parameters:,} parameters" for cell in panel_models()}
+    ).items()
 }
 _ALIASES = {"smollm2": "smollm2-135m", _smollm2.WEIGHTS_ID: "smollm2-135m"}
 
@@ -72,11 +75,13 @@ WELL_KNOWN_HUB_IDS = (
 def known_models() -> dict[str, str]:
     """Return the known short names, each with one line about the model.
 
+    The cells of the panel have short names too; :func:`panel_models` lists them.
+
     Example:
         >>> list(known_models())
         ['smollm2-135m', 'tiny-llama', 'tiny-cem', 'tiny-csm']
     """
-    return {name: known.description for name, known in KNOWN.items()}
+    return {name: known.description for name, known in KNOWN.items() if not name.startswith("panel/")}
 
 
 def canonical_name(name: str) -> str | None:
@@ -123,7 +128,7 @@ def fetch(
     canonical = canonical_name(name)
     if canonical is None:
         raise ModelNotFoundError(
-            f"No known model {name!r}.{did_you_mean(name, [*KNOWN, *_ALIASES])} Known: {', '.join(KNOWN)}. "
+            f"No known model {name!r}.{did_you_mean(name, [*KNOWN, *_ALIASES])} Known: {', '.join(known_models())}. "
             f"A hub model needs no fetch here; type --model {name}, or: hf download {name}"
         )
     known = KNOWN[canonical]

@@ -1,0 +1,59 @@
+"""The controlled panel: architectures, depths and widths with everything else held equal.
+
+A claim about depth, width or architecture needs models that differ in that alone. Those of the panel are Llamas, CEMs
+and CSM-style models of every depth and width of a grid, in two seeds, trained on the same bytes in the same order for the
+same number of steps. The narrowest of them come with the package as ``panel/FAMILY-depthD-widthW-seedS``;
+``examples/train_panel.py`` makes the rest. Their random-initialised twins need no weights: ``--controls twin`` draws them.
+
+They are a hundred kilobytes each. What holds across the panel holds for models of that size.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+from dynprobe.models._zoo import zoo_folder
+
+__all__ = ["PanelModel", "panel_models"]
+
+
+@dataclass(frozen=True)
+class PanelModel:
+    """One cell of the panel in one seed.
+
+    Attributes:
+        name: What ``--model`` and :func:`dynprobe.load` take.
+        family: ``llama``, ``cem`` or ``csm``.
+        depth: Layers; for ``csm`` the same number stands for four times as many trained iterations.
+        width: Width of the residual stream, and twice that of a state vector.
+        seed: Seed of the initial weights and of the order of the text.
+        parameters: Number of weights.
+        test_nll: Nats per byte on held-out text.
+    """
+
+    name: str
+    family: str
+    depth: int
+    width: int
+    seed: int
+    parameters: int
+    test_nll: float
+
+
+@functools.cache
+def panel_models() -> tuple[PanelModel, ...]:
+    r"""Return the models of the panel that come with the package, by family, depth, width and seed.
+
+    Example:
+        >>> from dynprobe.models import panel_models
+        >>> first = panel_models()[0]
+        >>> first.name, first.family, first.depth, first.width, first.seed
+        ('panel/cem-depth1-width32-seed0', 'cem', 1, 32, 0)
+    """
+    table = json.loads((zoo_folder("panel") / "panel.json").read_text())
+    return tuple(
+        PanelModel(**row)
+        for row in sorted(table, key=lambda row: (row["family"], row["depth"], row["width"], row["seed"]))
+    )
