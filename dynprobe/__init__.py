@@ -25,6 +25,7 @@ _PUBLIC: dict[str, str] = {
     "calibrate": "dynprobe.protocols",
     "capture": "dynprobe.probes",
     "compare": "dynprobe.runs",
+    "delay_diagnostics": "dynprobe.protocols",
     "discover": "dynprobe.probes",
     "dissociate": "dynprobe.protocols",
     "doctor": "dynprobe.protocols",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from dynprobe.probes import resume as resume
     from dynprobe.protocols import attract as attract
     from dynprobe.protocols import calibrate as calibrate
+    from dynprobe.protocols import delay_diagnostics as delay_diagnostics
     from dynprobe.protocols import dissociate as dissociate
     from dynprobe.protocols import doctor as doctor
     from dynprobe.protocols import evaluate as evaluate

@@ -1,4 +1,4 @@
-"""Writing finished cells of the panel where the package looks for them: weights, tokenizers, one table, and one card."""
+"""Writing finished cells of the panel where the package looks for them: weights, tokenizers, one table, one card."""
 
 from __future__ import annotations
 
@@ -63,16 +63,17 @@ pipeline_tag: text-generation
 
 # The narrowest models of the panel
 
-Llamas, CEMs (T = 2) and CSM-style models that differ in depth and seed alone: the same bytes in the same order, the same
-number of steps, the same schedule but for the peak rate that each architecture wants. Wider ones, for the axis of width,
-are made by `python examples/train_panel.py`. Depth is the number of layers; for CSM-style models depth 1, 2, 4 stand for
-up to 4, 8, 16 trained iterations, and a model's size does not depend on it.
+Llamas, CEMs (T = 2) and CSM-style models that differ in depth and seed alone: the same bytes in the same order, the
+same number of steps, the same schedule but for the peak rate that each architecture wants. Wider ones, for the axis of
+width, are made by `python examples/train_panel.py`. Depth is the number of layers; for CSM-style models depth 1, 2, 4
+stand for up to 4, 8, 16 trained iterations, and a model's size does not depend on it.
 
 - **Text**: {LICENCE}.
-- **Budget**: {recipe["steps"]:,} steps of {recipe["batch"]} × {recipe["length"]} bytes; {recipe["synthetic"]:.0%} of the
-  windows are synthetic tasks, as in the zoo.
+- **Budget**: {recipe["steps"]:,} steps of {recipe["batch"]} × {recipe["length"]} bytes; {recipe["synthetic"]:.0%} of
+  the windows are synthetic tasks, as in the zoo.
 - **Weights**: float32, under the licence of the package (Apache-2.0).
-- **For**: comparing them with each other, and with their random-initialised twins (`--controls twin`). Their text is bad.
+- **For**: comparing them with each other, and with their random-initialised twins (`--controls twin`). Their text is
+  bad.
 
 Held-out loss in nats per byte, beside counting on the same bytes: unigram {ngrams["unigram"]:.3f}, bigram
 {ngrams["bigram"]:.3f}, trigram {ngrams["trigram"]:.3f}, 4-gram {ngrams["4-gram"]:.3f}.

@@ -10,10 +10,10 @@ import dynprobe as dp
 
 NAMES = [
     "AttractorLayer", "Controller", "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "attract",
-    "calibrate", "capture", "cli", "compare", "controllers", "discover", "dissociate", "doctor", "errors", "evaluate",
-    "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "perturb", "plan", "probes", "prompts",
-    "protocols", "readout", "record", "recover", "resume", "run", "runs", "sweep", "testing", "threshold",
-    "trace_callback",
+    "calibrate", "capture", "cli", "compare", "controllers", "delay_diagnostics", "discover", "dissociate", "doctor",
+    "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "perturb", "plan",
+    "probes", "prompts", "protocols", "readout", "record", "recover", "resume", "run", "runs", "sweep", "testing",
+    "threshold", "trace_callback",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.
 HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "transformers", "scipy", "safetensors", "yaml")

@@ -1,4 +1,4 @@
-"""``eval``: tasks of lm-evaluation-harness on the clean and the perturbed model."""
+"""``eval``: tasks of lm-evaluation-harness on the clean, the perturbed and the controlled model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ Examples:
   dynprobe eval --model smollm2-135m --tasks dynprobe_cloze --perturb alpha=0.5
 
   dynprobe eval --model smollm2-135m --tasks dynprobe_stories_short --limit 20 --perturb alpha=0.3,phase=prefill
+
+  dynprobe eval --model smollm2-135m --tasks dynprobe_stories_long --attractor slots=16,strength=1,layers=50%
 
   dynprobe eval --model ./my-model --tasks my_task --include-path ./tasks --num-fewshot 2 --perturb alpha=0.5
 """
@@ -39,6 +41,20 @@ def _eval(
     perturb: Annotated[
         list[str] | None,
         typer.Option(help="Perturbation, e.g. alpha=0.5,layers=50%, or @file.yaml; repeated ones act together."),
+    ] = None,
+    attractor: Annotated[
+        str | None,
+        typer.Option(
+            help="Attractor layer of a controlled arm, e.g. slots=16,half_life=46,strength=1,layers=50%, or 'on' for "
+            "its defaults; with --perturb an arm that has both comes too."
+        ),
+    ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            help="Recovery mode of a controlled arm, e.g. slerp or shrink,detector=entropy,gain=0.5,timing=always; "
+            "modes that take tokens back need dynprobe recover."
+        ),
     ] = None,
     direction: option.Direction = None,
     contrast: option.Contrast = None,
@@ -69,7 +85,7 @@ def _eval(
     json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Score tasks of lm-evaluation-harness, clean and perturbed: accuracy, intervals, paired change."""
+    """Score tasks of lm-evaluation-harness, clean, perturbed, controlled: accuracy, intervals, paired change."""
     from dynprobe.cli._eval_commands import eval_command
 
     eval_command(given_flags(context, dict(context.params)))

@@ -34,6 +34,7 @@ def _main(arguments: list[str] | None) -> int:
     from dynprobe.cli import (  # noqa: F401 - their commands join the app
         _attract_app,
         _compare_app,
+        _delay_app,
         _dissociate_app,
         _eval_app,
         _grid_app,

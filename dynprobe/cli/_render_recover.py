@@ -103,16 +103,16 @@ def _fractions(road: str, rows: Sequence[Mapping[str, Any]], summary: Mapping[st
     table.add_column("energy", justify="right")
     table.add_column("act/calm", justify="right")
     shown = [name for name in _SHOWN if any(name in cells for cells in by_condition.values())]
+    marked = {name for name in shown if all(c[name]["acted_on"] for c in by_condition.values() if name in c)}
     for name in shown:
-        marked = any(cells[name]["acted_on"] for cells in by_condition.values() if name in cells)
-        table.add_column(_SHOWN[name] + ("*" if marked else ""), justify="right", no_wrap=True)
+        table.add_column(_SHOWN[name] + ("*" if name in marked else ""), justify="right", no_wrap=True)
     for condition, cells in by_condition.items():
         arm = arms[condition]
         control = arm["timing"] == "replay"
         table.add_row(
             "  random" if control else _named(arm), _mean(arm, "duty"), _mean(arm, "energy_written"),
-            "" if control else f"{_tokens(arm, 'acted_after')}/{_tokens(arm, 'recovered_after')}",
-            *[_fraction(cells.get(name)) for name in shown], style="dim" if control else "",
+            "" if control else f"{_tokens(arm, 'acted_after')}/{_calm(arm)}",
+            *[_fraction(cells.get(name), star=name not in marked) for name in shown], style="dim" if control else "",
         )  # fmt: skip
     return table
 
@@ -121,13 +121,13 @@ def _named(arm: Mapping[str, Any]) -> str:
     return str(arm["mode"]) + ("" if arm["timing"] == "detector" else f", {arm['timing']}")
 
 
-def _fraction(row: Mapping[str, Any] | None) -> str:
+def _fraction(row: Mapping[str, Any] | None, *, star: bool) -> str:
     if row is None:
         return ""
     if not math.isfinite(_float(row["rf"])):
         return {"DETECTOR_BLIND": "blind"}.get(str(row["reason"]), str(row["reason"] or "–"))
     low, high = _float(row["low"]), _float(row["high"])
-    value = _signed(_float(row["rf"]))
+    value = _signed(_float(row["rf"])) + ("*" if star and row["acted_on"] else "")
     return value if math.isnan(low) else f"{value}\n{_signed(low)}…{_signed(high)}"
 
 
@@ -175,6 +175,8 @@ def _notes(found: Run) -> list[str]:
             "blind: DETECTOR_BLIND, the loop acted on under 5 % of perturbed tokens or no more than on clean ones; "
             "read always and oracle, or take another --detector"
         )
+    if any(row["reason"] == "no-action" for row in rows):
+        lines.append("no-action: the noise is on at no new token, so an oracle has nothing to act on")
     if any(row["reason"] == "no-effect" for row in rows):
         lines.append("no-effect: the perturbation changed this by no more than arithmetic does")
     if summary["iatrogenic"]:
@@ -194,6 +196,13 @@ def _mean(arm: Mapping[str, Any], name: str) -> str:
 def _tokens(arm: Mapping[str, Any], name: str) -> str:
     number = _float(arm.get(name, {}).get("mean"))
     return "–" if math.isnan(number) else f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
+
+
+def _calm(arm: Mapping[str, Any]) -> str:
+    """Median tokens from the first action to calm; where most texts never were calm, what it is known to exceed."""
+    found = arm.get("calm", {})
+    median, exceeds = _float(found.get("median")), _float(found.get("exceeds"))
+    return f"{median:g}" if math.isfinite(median) else f">{exceeds:g}" if math.isfinite(exceeds) else "–"
 
 
 def _float(value: Any) -> float:

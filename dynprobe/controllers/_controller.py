@@ -71,6 +71,8 @@ class Controller:
         restarts: Whether it may ask for tokens to be taken back; then rows are decoded one at a time.
         needs_sampling: Whether it does nothing, or nothing new, where the largest logit is always taken.
         min_new_tokens: New tokens below which it can never act.
+        by_tokens: Whether what it does to a row follows from the row's tokens alone, at each from those before it,
+            however they are fed; then a text may be scored in one forward, and rows of equal tokens may share one.
 
     Example:
         A controller that halves every state of block 1 once its norm is above 5:
@@ -98,6 +100,7 @@ class Controller:
     restarts: bool = False
     needs_sampling: bool = False
     min_new_tokens: int = 0
+    by_tokens: bool = False
 
     def bind(self, subject: Subject, calibration: Calibration | None) -> None:
         """Prepare for a model; called once, before anything else. Refuse here what cannot be done.

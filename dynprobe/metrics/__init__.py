@@ -15,6 +15,10 @@
   :func:`token_cosine` with :class:`RecyncDetector` and :func:`recync_detect` → :class:`Crises`.
 - Kinds of steps: :func:`bad_labels` with :func:`bad_limits`, :func:`hmm_states` with :func:`state_features`; what they
   spell: :func:`symbols`, :func:`motifs`, :func:`path_edit_distance`.
+- One scalar series by delay embedding: :func:`delay_embed`, :func:`delay_pca` with :func:`axis_similarity`,
+  :func:`reference_axes` and :func:`mirror_symmetry`, :func:`false_neighbours`, :func:`lag_autocorrelation`,
+  :func:`choose_lag`, :func:`choose_theiler`; what to hold against it: :func:`surrogates`, :func:`end_mismatch`,
+  :func:`spectrum_error`. :func:`dynprobe.delay_diagnostics` puts them together.
 - Certainty and rivalry: :func:`cycles_margin`, :func:`cycles_ct`, :func:`reopening`. Linear read-out:
   :func:`functional_capacity`.
 - Thresholds, recovery, detectors and their intervals: :mod:`dynprobe.metrics.statistics`.
@@ -30,6 +34,17 @@ from dynprobe.metrics._bad_states import StateLimits, bad_labels, bad_limits
 from dynprobe.metrics._compute import compute
 from dynprobe.metrics._convergence_call import TOLERANCES, convergence, convergence_ids
 from dynprobe.metrics._cycles import Cycles, LabelledRun, cycles_ct, cycles_margin
+from dynprobe.metrics._delay import (
+    DelayPca,
+    axis_similarity,
+    delay_embed,
+    delay_pca,
+    lag_autocorrelation,
+    mirror_symmetry,
+    reference_axes,
+)
+from dynprobe.metrics._delay_choice import autocorrelation, choose_lag, choose_theiler, mutual_information
+from dynprobe.metrics._false_neighbours import FalseNeighbours, false_neighbours
 from dynprobe.metrics._frame import frame
 from dynprobe.metrics._functional_capacity import FunctionalCapacity, above_chance, functional_capacity
 from dynprobe.metrics._hmm_states import HmmStates, hmm_states, state_features
@@ -62,15 +77,19 @@ from dynprobe.metrics._result import Result
 from dynprobe.metrics._signals import norm_step, phase_lag, step_z, step_zmax
 from dynprobe.metrics._slots import measure_slots
 from dynprobe.metrics._str_kernel import str_kernel, str_sigma
+from dynprobe.metrics._surrogates import SURROGATES, end_mismatch, spectrum_error, surrogates
 from dynprobe.metrics._symbols import Symbols, path_edit_distance, symbols
 
 __all__ = [
     "CORE",
     "DEFAULT",
+    "SURROGATES",
     "TOLERANCES",
     "Column",
     "Crises",
     "Cycles",
+    "DelayPca",
+    "FalseNeighbours",
     "FunctionalCapacity",
     "HmmStates",
     "LabelledRun",
@@ -86,8 +105,12 @@ __all__ = [
     "Symbols",
     "Translators",
     "above_chance",
+    "autocorrelation",
+    "axis_similarity",
     "bad_labels",
     "bad_limits",
+    "choose_lag",
+    "choose_theiler",
     "column_name",
     "columns",
     "compute",
@@ -95,17 +118,24 @@ __all__ = [
     "convergence_ids",
     "cycles_ct",
     "cycles_margin",
+    "delay_embed",
+    "delay_pca",
     "diverge",
+    "end_mismatch",
+    "false_neighbours",
     "format_id",
     "frame",
     "functional_capacity",
     "hmm_states",
     "ids",
+    "lag_autocorrelation",
     "lens_output",
     "lockin",
     "measure",
     "measure_slots",
+    "mirror_symmetry",
     "motifs",
+    "mutual_information",
     "norm_step",
     "output_metrics",
     "paired",
@@ -120,16 +150,19 @@ __all__ = [
     "readiness",
     "readiness_gmean",
     "recync_detect",
+    "reference_axes",
     "relaxation",
     "reopening",
     "requested",
     "response",
     "spec",
+    "spectrum_error",
     "state_features",
     "step_z",
     "step_zmax",
     "str_kernel",
     "str_sigma",
+    "surrogates",
     "symbols",
     "token_cosine",
 ]

@@ -21,6 +21,7 @@ MODULES = (
     "_rank",
     "_twonn",
     "_rqa",
+    "_delay_metrics",
     "_limen_ct",
     "_limen",
     "_norm",

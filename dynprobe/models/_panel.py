@@ -1,9 +1,10 @@
 """The controlled panel: architectures, depths and widths with everything else held equal.
 
 A claim about depth, width or architecture needs models that differ in that alone. Those of the panel are Llamas, CEMs
-and CSM-style models of every depth and width of a grid, in two seeds, trained on the same bytes in the same order for the
-same number of steps. The narrowest of them come with the package as ``panel/FAMILY-depthD-widthW-seedS``;
-``examples/train_panel.py`` makes the rest. Their random-initialised twins need no weights: ``--controls twin`` draws them.
+and CSM-style models of every depth and width of a grid, in two seeds, trained on the same bytes in the same order for
+the same number of steps. The narrowest of them come with the package as ``panel/FAMILY-depthD-widthW-seedS``;
+``examples/train_panel.py`` makes the rest. Their random-initialised twins need no weights: ``--controls twin`` draws
+them.
 
 They are a hundred kilobytes each. What holds across the panel holds for models of that size.
 """

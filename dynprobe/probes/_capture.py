@@ -26,7 +26,8 @@ from dynprobe.probes._last import last_only
 from dynprobe.probes._noise import row_key_from_tokens
 from dynprobe.probes._reading import sites_to_read
 from dynprobe.probes._resume import logits_of, select_last
-from dynprobe.probes._roles import Site
+from dynprobe.probes._roles import Site, Writer
+from dynprobe.probes._same_model import check_same_model
 from dynprobe.probes._subject import Subject, blocks_by_pattern, discover, evaluating
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where
@@ -130,7 +131,7 @@ def capture(
     Raises:
         SiteError: If a layer or component does not exist.
         PromptError: If there is nothing to feed.
-        CalibrationError: If the scale needs a calibration that is not there.
+        CalibrationError: If the scale needs a calibration that is not there, or it is another model's.
 
     Example:
         >>> from dynprobe.testing import tiny_llama
@@ -147,7 +148,7 @@ def capture(
         row_keys = [row_key_from_tokens(row) for row in tokenize(subject, prompts)]
     batch = make_batch(subject, rows, side=padding, row_keys=row_keys)
     read = sites_to_read(subject, Where.parse(where))
-    writers = make_writers(subject, perturb, calibration=calibration)
+    writers = _writers(subject, perturb, calibration)
     instrument = Instrument(subject, read, writers, grad=grad, energies=True, **batch.rows)
     inputs = batch.model_inputs(subject)
     if logits == "last" and bool(batch.mask[:, -1].all()):
@@ -168,6 +169,13 @@ def capture(
                 found = found[:, -1] if found.shape[1] == 1 else select_last(found, batch.mask)
     instrument.check_fired()
     return instrument.tape(found)
+
+
+def _writers(subject: Subject, perturb: Perturbs, calibration: Calibration | None) -> list[Writer]:
+    """Writers of a caller's perturbation, with a calibration that is this model's or says of no model."""
+    if calibration is not None and calibration.header.get("weights") is not None:
+        check_same_model(subject, calibration)
+    return make_writers(subject, perturb, calibration=calibration)
 
 
 class Recording:
@@ -252,6 +260,7 @@ def perturb(
         The instrument; ``.passport()`` is the size of what was written to the latest sequence, in every unit.
 
     Raises:
+        CalibrationError: If the scale needs a calibration that is not there, or it is another model's.
         ModelError: If the model was not called inside the block.
         SelfTestError: If a block did not run exactly once per forward.
 
@@ -266,7 +275,7 @@ def perturb(
         (True, False)
     """
     subject = as_subject(model)
-    writers = make_writers(subject, perturb, calibration=calibration)
+    writers = _writers(subject, perturb, calibration)
     if not writers:
         raise UsageError("dp.perturb needs a perturbation, e.g. dp.perturb(model, 'alpha=0.1')")
     with Instrument(subject, (), writers, row_keys=row_keys) as instrument:

@@ -83,12 +83,13 @@ class PerturbWriter:
         }
         self._donors, self._magnitude = donors, magnitude
         self.counts = {"asked": 0, "zero": 0, "nonfinite": 0}
-        self._notes: list[tuple[np.ndarray, Passport]] = []
-        self._asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._tally: list[tuple[np.ndarray, dict[str, int]]] = []
+        # Each with the number of its forward, so that it can be taken back.
+        self._notes: list[tuple[int, np.ndarray, Passport]] = []
+        self._asked: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._tally: list[tuple[int, dict[str, int]]] = []
         self._first: Step | None = None
         self._n_rows = 0
-        self._last = np.zeros(0, dtype=np.int64)
+        self._index = 0
         self._drive: list[Tensor] = []
 
     def first_position(self, n_prompt: Sequence[int], length: int) -> np.ndarray:
@@ -106,7 +107,7 @@ class PerturbWriter:
             self._tally.clear()
             self._drive.clear()
             self.counts = dict.fromkeys(self.counts, 0)
-        self._last = step.positions.max(axis=1)
+        self._index = step.index
         wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
         if not wanted.any():
             self._keep_drive(state, state)
@@ -128,7 +129,7 @@ class PerturbWriter:
         after = apply(state, shift.u, mask)
         found = {"asked": shift.n_asked, "zero": shift.n_zero, "nonfinite": shift.n_nonfinite}
         tally = {key: int(count.sum()) for key, count in found.items()}
-        self._tally.append((step.positions.max(axis=1), tally))
+        self._tally.append((step.index, tally))
         self.counts = {key: self.counts[key] + tally[key] for key in tally}
         # What was left alone (no norm to be relative to, not finite) has no size; it is counted, not averaged.
         note = passport(state, realised(state, after), shift.written, self._stats[site])
@@ -138,8 +139,8 @@ class PerturbWriter:
         if step.rows is not None:  # rows that left the batch keep their place in the books
             note = note.spread(step.rows, self._n_rows)
             last, asked, alone = (spread(values, step.rows, self._n_rows) for values in (last, asked, alone))
-        self._notes.append((last, note))
-        self._asked.append((last, asked, alone))
+        self._notes.append((step.index, last, note))
+        self._asked.append((step.index, last, asked, alone))
         return after
 
     def _strengths(self, step: Step, state: Tensor) -> Tensor | None:
@@ -172,15 +173,16 @@ class PerturbWriter:
         return torch.stack(rows).to(state.dtype)
 
     def rewind(self, columns: int) -> None:
-        """Forget what was written to the last tokens of every row: they were taken back."""
-        last = self._last - columns
-        self._notes = [(at, note) for at, note in self._notes if (at <= last).all()]
-        self._asked = [entry for entry in self._asked if (entry[0] <= last).all()]
-        self._tally = [entry for entry in self._tally if (entry[0] <= last).all()]
+        """Forget what was written in the last ``columns`` forwards, of one token each: they were taken back."""
+        if not columns:
+            return
+        self._index -= columns
+        self._notes = [entry for entry in self._notes if entry[0] <= self._index]
+        self._asked = [entry for entry in self._asked if entry[0] <= self._index]
+        self._tally = [entry for entry in self._tally if entry[0] <= self._index]
         self.counts = {key: sum(tally[key] for _, tally in self._tally) for key in self.counts}
         if self._drive:  # one piece a forward: a drive stands at one site
             del self._drive[-columns:]
-        self._last = last
 
     def passport(self, fed: np.ndarray | None = None) -> Passport | None:
         """Return the size of what was written, per row and unit; None where nothing was.
@@ -189,14 +191,14 @@ class PerturbWriter:
             fed: Tokens of each row's text ``[batch]``; steps of rows that had ended by then are left out.
         """
         total: Passport | None = None
-        for last, note in self._notes:
+        for _, last, note in self._notes:
             counted = note if fed is None else _only(note, last < fed)
             total = counted if total is None else total.add(counted)
         return total
 
     def asked(self, fed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return, per row, how many states were asked to be written and how many were left alone."""
-        kept = [(a * (last < fed), b * (last < fed)) if fed is not None else (a, b) for last, a, b in self._asked]
+        kept = [(a * (last < fed), b * (last < fed)) if fed is not None else (a, b) for _, last, a, b in self._asked]
         zero = np.zeros(1, np.int64)
         return sum((a for a, _ in kept), start=zero), sum((b for _, b in kept), start=zero)
 

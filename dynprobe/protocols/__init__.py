@@ -6,6 +6,7 @@ from dynprobe.protocols._attract_gain import LoopGain, loop_gain
 from dynprobe.protocols._calibrate import calibrate
 from dynprobe.protocols._config import RunConfig, load_config
 from dynprobe.protocols._coupling import CouplingResult, coupling
+from dynprobe.protocols._delay import DelayDiagnostics, delay_diagnostics
 from dynprobe.protocols._dissociate import dissociate
 from dynprobe.protocols._dissociate_config import DissociateConfig
 from dynprobe.protocols._doctor import Diagnosis, doctor
@@ -30,6 +31,7 @@ from dynprobe.protocols._watch import Moment, watch
 __all__ = [
     "AttractConfig",
     "CouplingResult",
+    "DelayDiagnostics",
     "Diagnosis",
     "DissociateConfig",
     "EnergyLensResult",
@@ -49,6 +51,7 @@ __all__ = [
     "attract",
     "calibrate",
     "coupling",
+    "delay_diagnostics",
     "dissociate",
     "doctor",
     "energy_lens",

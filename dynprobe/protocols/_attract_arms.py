@@ -99,9 +99,10 @@ class Sites:
         settings = cell.settings.replace(strength=condition.strength)
         if condition.arm == "hopfield":
             settings = settings.replace(read="hopfield")
-        # One layer per way of centring keeps what was measured, whatever its slots are.
-        layer = self._layers.setdefault(f"{settings.site}/{settings.centring}/{settings.theta}", AttractorLayer(
-            site=settings.site, centre=settings.centring, theta=settings.theta
+        # One layer per way of centring keeps what was measured; θ depends on the number of slots.
+        key = f"{settings.site}/{settings.centring}/{settings.theta}/{settings.slots}"
+        layer = self._layers.setdefault(key, AttractorLayer(
+            site=settings.site, centre=settings.centring, theta=settings.theta, slots=settings.slots
         ))  # fmt: skip
         found: list[Controller] = []
         for number, site in enumerate(layer.controllers(self.subject, cell.layers)):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dynprobe import metrics, models
+from dynprobe.controllers.recovery import GUARD_WINDOW, STR_WINDOW
 from dynprobe.errors import CalibrationError, UsageError
 from dynprobe.probes import Calibration, Subject, load_calibration
 from dynprobe.probes import load as load_subject
@@ -30,10 +31,9 @@ __all__ = ["calibrate", "calibrated"]
 _COMPONENTS = 16
 #: A state of more than this many times the median norm of its depth is an attention sink.
 _SINK = 10.0
-#: Tokens over which a semantic guard averages the NLL.
-_GUARD_WINDOW = 8
-#: Consecutive states that STR is computed over.
-_STR_WINDOW = 4
+#: Tensors that calibrations of this schema have held last: a cached one without them was made before there was use
+#: for them, and is made again.
+_LATEST = {"str_sigma", "norm_step_mu", "kappa_token_mu"}
 #: What the signals of a calibration need; the rest of the default list would only cost time.
 _SIGNALS = ("kappa.phase/1", "delta.angle/1", "resid.norm/1", "limen.ct/1", "limen.ct2/1")
 
@@ -110,7 +110,8 @@ def calibrated(
         with suppress(CalibrationError):  # a damaged cache entry is made again; nothing is lost
             found = load_calibration(folder)
             found.check(key["weights"], key["dtype"])
-            return found
+            if found.tensors.keys() >= _LATEST:
+                return found
     made = _measure(subject, chosen, rows, cov_depths, {**key, "hash": digest})
     try:
         made.save(folder)
@@ -216,17 +217,17 @@ def _measure(
 
 def _neighbours(states: torch.Tensor) -> torch.Tensor:
     """Every four consecutive states of one text, ``[window, 4, dim]``."""
-    if len(states) < _STR_WINDOW:
-        return states.new_zeros(0, _STR_WINDOW, states.shape[-1])
-    return states.unfold(0, _STR_WINDOW, 1).transpose(1, 2)
+    if len(states) < STR_WINDOW:
+        return states.new_zeros(0, STR_WINDOW, states.shape[-1])
+    return states.unfold(0, STR_WINDOW, 1).transpose(1, 2)
 
 
 def _window_means(values: np.ndarray) -> np.ndarray:
     """Means of the NLL over every eight consecutive tokens of one text."""
     known = values[np.isfinite(values)].astype(np.float64)
     return (
-        np.lib.stride_tricks.sliding_window_view(known, _GUARD_WINDOW).mean(1)
-        if len(known) >= _GUARD_WINDOW
+        np.lib.stride_tricks.sliding_window_view(known, GUARD_WINDOW).mean(1)
+        if len(known) >= GUARD_WINDOW
         else known[:0]
     )
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject
-from dynprobe.prompts import Item, Prompt, load_items
-from dynprobe.prompts._prompt import in_turn
+from dynprobe.prompts import Item, Prompt
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._conditions import resolve_perturbations
-from dynprobe.protocols._dissociate_config import ALPHAS, DissociateConfig
+from dynprobe.protocols._dissociate_asked import items_of, noise_of
+from dynprobe.protocols._dissociate_config import DissociateConfig
 from dynprobe.protocols._dissociate_summary import dissociation_summary
 from dynprobe.protocols._execute import Listener, Progress, execute
 from dynprobe.protocols._item_arms import ItemArms, batches_of, item_arms, mode_arms, rung
@@ -91,9 +91,9 @@ def dissociate(
     """
     if listener is not None:
         listener(Progress("load"))
-    chosen = _items(items, settings)
+    chosen = items_of(items, settings)
     source = "cloze" if items is None else str(items) if isinstance(items, str | Path) else "given"
-    wanted, fixed = _wanted(perturb, settings)
+    wanted, fixed = noise_of(perturb, settings)
     told = {"items": source, "content": content_of(chosen), "mode": mode, "perturb": wanted, "fixed": fixed}
     asked = [Prompt(i.item_id, i.question, i.category, source) for i in chosen]
     ready = prepare(model, asked, {**settings, **told}, kind=DissociateConfig, resolve=_checked)
@@ -101,38 +101,6 @@ def dissociate(
     return execute(
         ready, lambda calibration, exact: _Dissociate(ready, questions, calibration, exact, listener), listener
     )
-
-
-def _items(source: str | Path | Sequence[Item] | None, settings: dict[str, Any]) -> list[Item]:
-    """The items of a study: of some categories, and of these a few in turn."""
-    if source is None or isinstance(source, str | Path):
-        found = load_items("cloze" if source is None else source)
-        category = settings.get("category") or ()
-        names = [category] if isinstance(category, str) else list(category)
-        if names:
-            kept = {i.item_id for name in names for i in load_items(source or "cloze", category=name)}
-            found = [i for i in found if i.item_id in kept]
-    else:
-        found = list(source)
-        if not all(isinstance(i, Item) for i in found):
-            raise UsageError("items are dynprobe.prompts.Item objects, or the name of a file of them")
-    if not found:
-        raise UsageError("there are no items to answer")
-    limit = settings.get("limit")
-    return [found[place] for place in in_turn([i.category for i in found], limit)]
-
-
-def _wanted(perturb: Any, settings: dict[str, Any]) -> tuple[Any, bool]:
-    """The noise as it was asked for, and whether its dose is fixed."""
-    if perturb is not None and perturb != ():
-        for name in ("layers", "scale"):
-            if settings.get(name) is not None:
-                raise UsageError(f"--perturb says where and what is written; leave --{name} out, or write it there")
-        return perturb, True
-    scale, layers = settings.get("scale", "relnorm"), settings.get("layers", "50%")
-    asked = DissociateConfig.build(alphas=settings.get("alphas", ALPHAS))
-    assert isinstance(asked, DissociateConfig)
-    return (f"alpha={asked.alphas[-1]:g},scale={scale},layers={layers},phase=decode",), False
 
 
 def _checked(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> list[Perturb]:
@@ -270,8 +238,8 @@ class _Dissociate:
             clean = item_values(made.batch, [passage], ())[2]
         for arm in self.arms:
             result = runner.run(arm, made.batch.texts, done.get(arm.condition_id.replace("random:", "")))
-            if arm.timing != "replay":
-                done[arm.condition_id] = result
+            if arm.timing != "replay":  # a control replays what was written; the states would fill the memory
+                done[arm.condition_id] = dataclasses.replace(result, passages=[])
             made.keep(result, clean)
         return Produced(made.tables())
 

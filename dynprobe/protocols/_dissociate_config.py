@@ -29,7 +29,7 @@ _STEPS = ("kappa.phase", "delta.", "influence.", "curv.depth")
 _FOLLOWED = {"limen_ct": ("limen.", "debt.", "collapse."), "norm_step_zmax": ("resid.norm",)}
 
 
-def by_construction(column: str, detector: str) -> bool:
+def by_construction(column: str, detector: str, mode: str | None = None) -> bool:
     """Whether a metric recovers because a controller acts on it, so that its recovery is no evidence.
 
     Example:
@@ -38,7 +38,7 @@ def by_construction(column: str, detector: str) -> bool:
     """
     known = metrics.columns().get(column)
     name = known.metric_id if known is not None else ""
-    return acted_on(column, detector) or name.startswith((*_STEPS, *_FOLLOWED.get(detector, ())))
+    return acted_on(column, detector, mode) or name.startswith((*_STEPS, *_FOLLOWED.get(detector, ())))
 
 
 def _of_states(metric: str) -> bool:
@@ -101,7 +101,7 @@ class DissociateConfig(RecoverConfig):
 
     @model_validator(mode="after")
     def _nothing_by_construction(self) -> DissociateConfig:
-        if by_construction(self.dynamic, self.detector):
+        if any(by_construction(self.dynamic, self.detector, mode) for mode in (None, *self.mode)):
             raise ValueError(
                 f"{self.dynamic} is what the controller acts on, so it recovers by arithmetic and its recovery would "
                 "say nothing; take kappa_geom, or another metric that is left alone"

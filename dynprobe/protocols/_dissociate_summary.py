@@ -36,6 +36,7 @@ from dynprobe.protocols._item_dose import (
     refusal_of,
 )
 from dynprobe.protocols._recover_arms import Arm
+from dynprobe.protocols._recover_summary import why_blind
 from dynprobe.runs import Run
 
 __all__ = ["dissociation_summary"]
@@ -136,12 +137,9 @@ def _triple(name: str, arm: str, by_arm: ByItem) -> tuple[np.ndarray, np.ndarray
     return one, other, third
 
 
-def _blind(arm: Arm, detector: Mapping[str, Any]) -> str | None:
-    """Why a fraction would say nothing about a mode that waits for its detector."""
-    if ".always" in arm.name or ".oracle" in arm.name:
-        return None
-    found = detector.get("blind")
-    return None if found is None else str(found)
+def _blind(arm: Arm, by_arm: ByItem, detector: Mapping[str, Any]) -> str | None:
+    """Why a fraction would say nothing about a mode."""
+    return why_blind(arm, detector, lambda name: float(by_arm[name]["duty"].mean()) if name in by_arm else float("nan"))
 
 
 def _ends(found: Any) -> dict[str, Any]:
@@ -153,8 +151,8 @@ def _verdict(
 ) -> dict[str, Any]:
     found = dissociation(
         _triple(config.dynamic, arm.name, by_arm), _triple(semantic, arm.name, by_arm), list(by_arm["clean"].index),
-        delta_min=(_smallest(config.dynamic, by_arm), _smallest(semantic, by_arm)), reason=_blind(arm, detector),
-        reason_semantic=refused,
+        delta_min=(_smallest(config.dynamic, by_arm), _smallest(semantic, by_arm)),
+        reason=_blind(arm, by_arm, detector), reason_semantic=refused,
     )  # fmt: skip
     return {
         "condition": arm.name, "mode": arm.mode, "timing": arm.timing, "arm": arm.kind, "dynamic": config.dynamic,
@@ -173,13 +171,13 @@ def _fractions(arm: Arm, by_arm: ByItem, config: DissociateConfig, detector: Map
         clean, pert, rec = _triple(name, arm.name, by_arm)
         smallest = _smallest(name, by_arm)
         rf = recovery_fraction(
-            clean, pert, rec, list(by_arm["clean"].index), delta_min=smallest, reason=_blind(arm, detector)
+            clean, pert, rec, list(by_arm["clean"].index), delta_min=smallest, reason=_blind(arm, by_arm, detector)
         )
         out.append({
             "condition": arm.name, "mode": arm.mode, "timing": arm.timing, "arm": arm.kind, "metric": name,
             "rf": rf.value, "low": rf.low, "high": rf.high, "reason": rf.reason, "clean": rf.clean,
-            "perturbed": rf.pert, "recovered": rf.rec, "acted_on": by_construction(name, config.detector), "n": rf.n,
-            "delta_min": smallest,
+            "perturbed": rf.pert, "recovered": rf.rec, "n": rf.n, "delta_min": smallest,
+            "acted_on": by_construction(name, config.detector, arm.mode),
         })  # fmt: skip
     return out
 

@@ -12,9 +12,7 @@ back, which only dynprobe's own loop can do.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,8 +31,9 @@ from dynprobe.protocols._conditions import OWN_UNIT, resolve_perturbations, yard
 from dynprobe.protocols._evaluate_asked import Asked, asked_of, harness_model, subject_of
 from dynprobe.protocols._evaluate_config import EvaluateConfig
 from dynprobe.protocols._evaluate_rows import item_facts, items_table, samples_table
-from dynprobe.protocols._evaluate_summary import summary_of
+from dynprobe.protocols._evaluate_summary import numbers_of, summary_of
 from dynprobe.protocols._execute import Listener, Progress, execute
+from dynprobe.protocols._handed import acting, by_tokens, checked, is_writer, told
 from dynprobe.protocols._harness import Harness, quiet, require
 from dynprobe.protocols._harness_tasks import find_tasks, refuse_unreachable
 from dynprobe.protocols._prepare import Prepared
@@ -48,6 +47,8 @@ def evaluate(
     tasks: str | Sequence[str],
     *,
     perturb: Any = None,
+    attractor: Any = None,
+    recover: str | None = None,
     controllers: Sequence[Any] = (),
     include_path: str | Path | Sequence[str | Path] | None = None,
     limit: int | None = None,
@@ -65,7 +66,13 @@ def evaluate(
         tasks: Tasks, groups or tags; ``dynprobe_cloze``, ``dynprobe_stories_short`` and ``dynprobe_stories_long`` are
             built in.
         perturb: What to write, in the mini-language or as objects; None has no perturbed arm.
-        controllers: What acts in the controlled arms: :class:`dynprobe.controllers.Controller` objects, writers (with
+        attractor: An attractor layer for the controlled arms: its settings as text (``"slots=16,layers=50%"``), or a
+            :class:`dynprobe.AttractorLayer`, which goes into the middle of the model. Every request starts with the
+            layer as it was given, an empty one as a rule.
+        recover: A recovery mode for the controlled arms, with settings: ``"slerp,gain=0.5,detector=entropy"``
+            (:class:`dynprobe.controllers.recovery.RecoveryWords`). It acts from the second scored or written token on.
+        controllers: What else acts in the controlled arms, after these: words
+            (``"attractor:slots=16,layers=50%"``), :class:`dynprobe.controllers.Controller` objects, writers (with
             ``sites`` and ``write``), or functions of the subject that return a context manager, such as
             ``lambda subject: layer.attach(subject, layers=[12])``.
         include_path: Folders of task files.
@@ -94,8 +101,13 @@ def evaluate(
     if listener is not None:
         listener(Progress("load"))
     version = require()
+    if recover is not None:
+        controllers = [f"recover:{recover}", *controllers]
+    if attractor is not None:
+        controllers = [f"attractor:{attractor}" if isinstance(attractor, str) else attractor, *controllers]
+    handed = checked(controllers, loop="the harness's loop")
     config, given = _configured(
-        model, perturb, controllers, tasks=_several(tasks), include_path=_several(include_path), limit=limit,
+        model, perturb, handed, tasks=_several(tasks), include_path=_several(include_path), limit=limit,
         num_fewshot=num_fewshot, apply_chat_template=apply_chat_template, batch_size=batch_size, out=out,
         harness=version, **settings,
     )  # fmt: skip
@@ -116,12 +128,11 @@ def evaluate(
                 f"scale={perturb.scale} needs clean states of every batch, which the harness's calls do not have; take "
                 "relnorm, coordstd, mad, cov or abs"
             )
-    for controller in controllers:
-        _refuse(controller)
+    actors = acting(handed, subject)
     config = config.model_copy(update={"content": asked.content})
     ready = _Ready(subject, config, asked.prompts, asked.rows, perturbs, (), isinstance(model, str), asked.metrics)
     return execute(
-        ready, lambda calibration, exact: _Evaluate(ready, harness, asked, calibration, exact, controllers, listener),
+        ready, lambda calibration, exact: _Evaluate(ready, harness, asked, calibration, exact, actors, listener),
         listener,
     )  # fmt: skip
 
@@ -144,38 +155,10 @@ def _configured(
         settings["apply_chat_template"] = True
     config = EvaluateConfig.build(
         model=str(model) if isinstance(model, str | Path) else None, perturb=tuple(map(str, items)),
-        controllers=tuple(_told(controller) for controller in controllers), **settings,
+        controllers=tuple(map(told, controllers)), **settings,
     )  # fmt: skip
     config.refuse()
     return config, items
-
-
-def _told(controller: Any) -> str:
-    """A controller in words; what has none is like no other, so that no finished run is taken for it."""
-    name = str(getattr(controller, "id", "") or type(controller).__name__)
-    if dataclasses.is_dataclass(controller) and not isinstance(controller, type):
-        values = [getattr(controller, f.name) for f in dataclasses.fields(controller)]
-        if all(value is None or isinstance(value, str | int | float) for value in values):
-            return f"{name} {controller!r}"
-    return f"{name} {uuid.uuid4().hex[:12]}"
-
-
-def _refuse(controller: Any) -> None:
-    """Refuse what cannot control."""
-    from dynprobe.controllers import Controller
-
-    if isinstance(controller, Controller):
-        if controller.restarts:
-            raise UsageError(f"{controller.id} takes tokens back, which the harness's loop cannot do; use dp.recover")
-    elif not _is_writer(controller) and not callable(controller):
-        raise UsageError(
-            f"{controller!r:.80} cannot control: give a Controller, a writer with sites and write(state, site, step), "
-            "or a function of the subject that returns a context manager"
-        )
-
-
-def _is_writer(controller: Any) -> bool:
-    return hasattr(controller, "sites") and hasattr(controller, "write")
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,16 +232,18 @@ class _Evaluate:
                 ]
             if steered:
                 writers += self._steering(stack)
-            nothing = not steered and all(p.alpha == 0 for p in ready.perturbs)
+            # Names of rows cannot matter where no noise is drawn.
+            nameless = all(p.alpha == 0 for p in ready.perturbs if written)
+            causal = not steered or by_tokens(self.controllers)
             lm = harness_model(
-                subject, batch_size=1 if self.exact else ready.config.batch_size, writers=writers, harmless=nothing,
-                stepwise=steered, heard=_Heard(unit, self.listener),
+                subject, batch_size=1 if self.exact else ready.config.batch_size, writers=writers,
+                harmless=nameless and causal, stepwise=not causal, heard=_Heard(unit, self.listener),
             )  # fmt: skip
             found = self.harness.score(lm)
         items = items_table(found["samples"], self.asked.kinds, unit)
         samples = samples_table(items, unit, lm.books, self.asked.n_prompt, written=written, steered=steered)
         facts = {
-            "arm": unit, "results": _numbers(found["results"]), "groups": _numbers(found.get("groups") or {}),
+            "arm": unit, "results": numbers_of(found["results"]), "groups": numbers_of(found.get("groups") or {}),
             "versions": dict(found.get("versions") or {}), "scored_without_sharing": lm.split_shared,
         }  # fmt: skip
         return Produced({"items": items, "samples": samples}, facts=facts)
@@ -271,7 +256,7 @@ class _Evaluate:
         for controller in self.controllers:
             if isinstance(controller, Controller):
                 writers.append(Steering(controller, self.ready.subject, self.calibration))
-            elif _is_writer(controller):
+            elif is_writer(controller):
                 writers.append(controller)
             else:
                 stack.enter_context(controller(self.ready.subject))
@@ -292,7 +277,9 @@ class _Evaluate:
         }
         return {
             "protocol": "eval", "lm_eval": self.ready.config.harness,  # type: ignore[attr-defined]
-            "documents": len(self.asked.prompts), "arms": arms, "tasks": summary_of(run.table("items"), self.plan()),
+            "documents": len(self.asked.prompts), "arms": arms,
+            "controllers": list(self.ready.config.controllers),  # type: ignore[attr-defined]
+            "tasks": summary_of(run.table("items"), self.plan()),
             "harness": {fact["arm"]: {"results": fact["results"], "groups": fact["groups"]} for fact in facts},
         }  # fmt: skip
 
@@ -309,11 +296,3 @@ class _Heard:
         if self._listener is not None:
             speed = self._rows / max(time.perf_counter() - self._begun, 1e-9)
             self._listener(Progress(f"{self._arm}: {self._rows} forwards · {speed:.1f} a second"))
-
-
-def _numbers(results: Any) -> dict[str, Any]:
-    """The harness's numbers by task, without its texts."""
-    return {
-        str(task): {str(name): value for name, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in results.items()
-    }

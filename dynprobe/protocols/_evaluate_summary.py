@@ -21,7 +21,7 @@ from dynprobe.metrics.statistics import proportion_interval
 from dynprobe.metrics.statistics._bootstrap import interval, resample
 from dynprobe.protocols._evaluate_rows import ITEM_FACTS
 
-__all__ = ["paired_difference", "summary_of"]
+__all__ = ["numbers_of", "paired_difference", "summary_of"]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
@@ -70,6 +70,14 @@ def paired_difference(before: Any, after: Any) -> dict[str, float]:
     return {
         "difference": difference, "low": max(low, -1.0), "high": min(high, 1.0), "lost": lost, "gained": gained, "p": p
     }  # fmt: skip
+
+
+def numbers_of(results: Any) -> dict[str, Any]:
+    """Return the harness's own numbers by task, without its texts."""
+    return {
+        str(task): {str(name): value for name, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in results.items()
+    }
 
 
 def summary_of(items: pd.DataFrame, arms: Sequence[str]) -> list[dict[str, Any]]:

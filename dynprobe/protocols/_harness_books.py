@@ -48,12 +48,14 @@ class Books:
             if actions is None:
                 continue
             table = actions(fed)
+            # What acts by tokens knows no state of being active: it acted where it wrote.
+            by_tokens = bool(getattr(getattr(steerer, "controller", None), "by_tokens", False))
             for i, name in enumerate(map(_document, names)):
                 rows = table[table["row"] == i]
                 tokens = rows.drop_duplicates("pos")  # a token that is written at several sites has a row for each
                 held = self._actions.setdefault(name, [0.0, 0.0, 0.0])
-                held[0] += float(tokens["active"].sum())
-                held[1] += float(len(tokens))
+                held[0] += float(rows.loc[rows["energy"] > 0, "pos"].nunique() if by_tokens else tokens["active"].sum())
+                held[1] += float(fed[i] if by_tokens else len(tokens))
                 held[2] += float(rows["energy"].sum())
 
     def note_new(self, names: Sequence[str], new: np.ndarray) -> None:

@@ -21,7 +21,8 @@ written (α = 0), where a name cannot matter and the harness's batches stay as t
 
 **Controllers** act after what they have seen, so a forward over the whole row would leave them nothing to act on. With
 them each loglikelihood row runs alone: its context in one forward, then one token of the continuation after the other,
-as it would be generated.
+as it would be generated. Those whose acts follow from the tokens alone, however they are fed (``by_tokens``), such as
+an attractor layer, need none of that: their rows run whole, in the harness's own batches.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class ProbedLM(HFLM):
         tokenizer: Its tokenizer, or a copy: the harness gives it a padding token where it has none.
         batch_size: Rows per forward.
         writers: What writes, in order; none leaves the harness's model as it is.
-        harmless: Whether the writers change nothing (α = 0), so that names cannot matter.
+        harmless: Whether names cannot matter: the writers change nothing (α = 0), or what follows from tokens alone.
         stepwise: Score continuations token by token, as controllers need it.
         heard: Called with the requests that are done after every call.
     """

@@ -191,8 +191,8 @@ class _Recover:
             done: dict[str, ArmResult] = {}
             for arm in (a for a in self.arms if a.mode is not None):
                 result = runner.run(arm, texts, done.get(arm.condition_id.replace("random:", "")))
-                if arm.timing != "replay":
-                    done[arm.condition_id] = result
+                if arm.timing != "replay":  # a control replays what was written; the states would fill the memory
+                    done[arm.condition_id] = replace(result, passages=[])
                 self._keep(tables, result, chosen, clean)
         return Produced({name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()})
 

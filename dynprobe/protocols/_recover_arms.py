@@ -15,7 +15,7 @@ import pandas as pd
 
 from dynprobe import metrics
 from dynprobe.controllers import Controller, Steering, generate_with, why_not
-from dynprobe.controllers.recovery import Always, Never, Oracle, Recovery, Replay, StrControl, Timing, make_mode
+from dynprobe.controllers.recovery import Always, Never, Oracle, Recovery, Replay, Timing, make_mode
 from dynprobe.errors import UsageError
 from dynprobe.probes import Batch, Calibration, Instrument, Perturb, PerturbWriter, Sampling, Subject
 from dynprobe.probes._take_back import check_takes_back
@@ -24,7 +24,7 @@ from dynprobe.protocols._recover_config import RecoverConfig
 from dynprobe.protocols._recover_rows import all_actions, row_lines
 from dynprobe.protocols._streams import streamed
 
-__all__ = ["Arm", "ArmResult", "Arms", "acts_by_itself", "always_acts", "arms_of", "takes_back"]
+__all__ = ["Arm", "ArmResult", "Arms", "acts_by_itself", "arms_of", "takes_back"]
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,6 @@ def acts_by_itself(mode: str, decode: str) -> bool:
     """
     acting = [c for c in _sample(mode) if decode == "free" or _on_states(c)]
     return any(not isinstance(getattr(c, "timing", None), Never) for c in acting)
-
-
-def always_acts(mode: str) -> bool:
-    """Whether a mode has no trigger at all: a gate that mixes at every token cannot be blind, as *always* cannot.
-
-    Example:
-        >>> always_acts("str"), always_acts("guard")
-        (True, False)
-    """
-    return any(isinstance(c, StrControl) for c in _sample(mode))
 
 
 def _on_states(controller: Controller) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,33 +13,54 @@ from dynprobe.metrics.statistics import (
     detector_blind,
     detector_power,
     iatrogenic_rate,
+    kaplan_meier,
     onsets,
     proportion_interval,
     recovery_fraction,
 )
 from dynprobe.probes import Calibration, Perturb
-from dynprobe.protocols._recover_arms import Arm, acts_by_itself, always_acts
+from dynprobe.protocols._recover_arms import Arm, acts_by_itself
 from dynprobe.protocols._recover_config import RecoverConfig
-from dynprobe.protocols._recover_rows import first_written
+from dynprobe.protocols._recover_rows import WINDOWS, first_written
 from dynprobe.protocols._summary import interval
 from dynprobe.runs import Run
 
-__all__ = ["FORCED_METRICS", "FREE_METRICS", "acted_on", "detector_summary", "fraction_table", "recovery_summary"]
+__all__ = [
+    "FORCED_METRICS",
+    "FREE_METRICS",
+    "acted_on",
+    "detector_entry",
+    "detector_summary",
+    "fraction_table",
+    "recovery_summary",
+    "why_blind",
+]
 
 #: Metrics that a recovery fraction is given for: semantic ones first.
 FORCED_METRICS = ("nll", "kl_clean_pert", "entropy", "kappa_geom", "kappa_phase", "delta_rel_prev", "limen_ct")
 FREE_METRICS = ("nll_bare", "repetition", "entropy", "kappa_geom", "kappa_phase", "delta_rel_prev", "limen_ct")
+#: What a mode works on by what it does itself, whatever detector it follows: a guard keeps texts that are likely and do
+#: not go in circles, a narrow nucleus gives likely ones, and what draws the last states of consecutive tokens together,
+#: or takes back those that lie apart, lowers their turning.
+_BY_MODE = {
+    "guard": ("nll_bare", "repetition"), "hybrid": ("nll_bare", "repetition"), "sampling": ("nll_bare",),
+    "recync": ("limen_ct",), "str": ("limen_ct",), "dom": ("limen_ct",),
+}  # fmt: skip
 _HEAD = ("duty", "energy_written", "detector_duty", "acted_after", "recovered_after", "n_restarts")
 
 
-def acted_on(metric: str, detector: str) -> bool:
-    """Whether a metric falls by construction: the step angles that actuators turn, or the signal that is followed.
+def acted_on(metric: str, detector: str, mode: str | None = None) -> bool:
+    """Whether a metric falls by construction.
+
+    That is: the step angles that actuators turn, the signal that is followed, or what a mode selects by itself.
 
     Example:
         >>> [acted_on(name, "entropy") for name in ("kappa_phase", "kappa_geom", "entropy")]
         [True, False, True]
+        >>> acted_on("nll_bare", "entropy", "slerp"), acted_on("nll_bare", "entropy", "sampling")
+        (False, True)
     """
-    if metric in ("kappa_phase", "delta_rel_prev"):
+    if metric in ("kappa_phase", "delta_rel_prev") or metric in _BY_MODE.get(mode or "", ()):
         return True
     return metric == {"limen_ct": "limen_ct", "entropy": "entropy"}.get(detector)
 
@@ -135,7 +156,11 @@ def recovery_summary(
             "q_lo": calibration.quantile(config.detector, config.q_lo),
             "q_hi": calibration.quantile(config.detector, config.q_hi), "m": config.m, "m_off": config.m_off,
         },
-        "arms": [_arm_entry(arm, by_arm[arm.condition_id]) for arm in arms if arm.condition_id in by_arm],
+        "arms": [
+            _arm_entry(arm, by_arm[arm.condition_id], WINDOWS.get(config.detector, 0))
+            for arm in arms
+            if arm.condition_id in by_arm
+        ],
         "recovery": [entry for arm in recovered for entry in _fractions(arm, by_arm, detector, config)],
         "iatrogenic": [_harm(arm, by_arm, floor) for arm in untouched if arm.decode == "forced"],
         "changed": [_changed(arm, by_arm, tokens) for arm in untouched if arm.decode == "free"],
@@ -143,7 +168,7 @@ def recovery_summary(
     }  # fmt: skip
 
 
-def _arm_entry(arm: Arm, rows: pd.DataFrame) -> dict[str, Any]:
+def _arm_entry(arm: Arm, rows: pd.DataFrame, window: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "condition": arm.condition_id, "arm": arm.kind, "mode": arm.mode, "timing": arm.timing, "decode": arm.decode,
         "n": len(rows),
@@ -154,7 +179,16 @@ def _arm_entry(arm: Arm, rows: pd.DataFrame) -> dict[str, Any]:
         low, high = interval(values)
         mean = float(values.mean()) if len(values) else np.nan
         entry[name] = {"mean": mean, "low": low, "high": high, "n": len(values)}
-    return entry
+    return entry | {"calm": _calm_of(rows, window)}
+
+
+def _calm_of(rows: pd.DataFrame, window: int) -> dict[str, Any]:
+    """Time from the first action to calm over the texts that were acted on; one that never was calm is censored."""
+    acted = rows[rows["acted_after"].notna()]
+    after = acted["recovered_after"].astype(float)
+    watched = (acted["n_watched"] - acted["acted_after"] - window).astype(float).clip(lower=0.0)
+    found = kaplan_meier(after.fillna(watched).to_numpy(), after.notna().to_numpy())
+    return {"median": found.median, "exceeds": found.exceeds, "never": found.n_censored, "n": found.n}
 
 
 def _floor(by_arm: Mapping[str, pd.DataFrame]) -> float:
@@ -165,17 +199,28 @@ def _floor(by_arm: Mapping[str, pd.DataFrame]) -> float:
     return float((a - b.reindex(a.index)).abs().max())
 
 
-def _blind(arm: Arm, by_arm: Mapping[str, pd.DataFrame], detector: Mapping[str, Any]) -> str | None:
-    """Why a fraction would say nothing about the mode: it did not act where it should, or as much elsewhere."""
+def why_blind(arm: Arm, detector: Mapping[str, Any], duty_of: Callable[[str], float]) -> str | None:
+    """Return why a fraction would say nothing about a mode: it did not act where it should, or as much elsewhere.
+
+    A mode that waits for the detector is judged by the duty cycle the detector has on texts that no mode has touched; a
+    mode with a trigger of its own by how often it acted itself. What acts at every perturbed token waits for nothing.
+
+    Args:
+        arm: The arm of the mode, or of its random control.
+        detector: Power of the detector on the same way of reading.
+        duty_of: Duty cycle of an arm by its name, such as ``clean+slerp``; NaN where there is no such arm.
+
+    Returns:
+        ``"DETECTOR_BLIND"``; ``"no-action"`` for an oracle of noise that is on at no new token; or None.
+    """
     assert arm.mode is not None
-    if ".always" in arm.name or ".oracle" in arm.name or always_acts(arm.mode):  # these wait for nothing
-        return None
+    if ".always" in arm.name or ".oracle" in arm.name:
+        return "no-action" if duty_of(arm.name.replace("random:", "")) == 0 else None
     if not acts_by_itself(arm.mode, arm.decode):
-        blind = detector.get(arm.decode, {}).get("blind")
+        blind = detector.get("blind")
         return None if blind is None else str(blind)
-    clean = by_arm.get(f"clean+{arm.mode}.{arm.decode}")
-    mine = by_arm[f"perturbed+{arm.mode}.{arm.decode}"]
-    return detector_blind(float(mine["duty"].mean()), np.nan if clean is None else float(clean["duty"].mean()))
+    mine = duty_of(f"perturbed+{arm.mode}")
+    return None if mine == 1 else detector_blind(mine, duty_of(f"clean+{arm.mode}"))
 
 
 def _fractions(
@@ -183,7 +228,12 @@ def _fractions(
 ) -> list[dict[str, Any]]:
     clean = by_arm[f"clean.{arm.decode}"]
     mine, pert = (by_arm[name].reindex(clean.index) for name in (arm.condition_id, f"perturbed.{arm.decode}"))
-    reason = _blind(arm, by_arm, detector)
+
+    def duty_of(name: str) -> float:
+        rows = by_arm.get(f"{name}.{arm.decode}")
+        return float("nan") if rows is None else float(rows["duty"].mean())
+
+    reason = why_blind(arm, detector.get(arm.decode, {}), duty_of)
     out = []
     for metric in FORCED_METRICS if arm.decode == "forced" else FREE_METRICS:
         if metric not in mine or metric not in pert:
@@ -202,7 +252,7 @@ def _fractions(
             "condition": arm.condition_id, "mode": arm.mode, "timing": arm.timing, "arm": arm.kind,
             "decode": arm.decode, "metric": metric, "rf": rf.value, "low": rf.low, "high": rf.high,
             "reason": rf.reason, "clean": rf.clean, "perturbed": rf.pert, "recovered": rf.rec,
-            "acted_on": acted_on(metric, config.detector), "n": rf.n, "delta_min": smallest,
+            "acted_on": acted_on(metric, config.detector, arm.mode), "n": rf.n, "delta_min": smallest,
         })  # fmt: skip
     return out
 

@@ -27,6 +27,7 @@ from dynprobe.runs._manifest import Manifest, Part
 from dynprobe.runs._run import Run, open_run
 from dynprobe.runs._schema import COLUMNS, SCHEMA_VERSION, TABLES, Column, Table, registry_facts
 from dynprobe.runs._secrets import scrub, scrub_command
+from dynprobe.runs._series import run_series
 from dynprobe.runs._states import decode_bfloat16
 from dynprobe.runs._trajectory_template import TEMPLATE
 from dynprobe.runs._writer import RunWriter
@@ -64,6 +65,7 @@ __all__ = [
     "read_trajectory",
     "register_converter",
     "registry_facts",
+    "run_series",
     "scrub",
     "scrub_command",
     "trace_callback",

@@ -28,3 +28,18 @@ def zoo(_own_cache: None) -> Subject:
 @pytest.fixture(scope="session")
 def calibrated(zoo: Subject) -> Calibration:
     return dp.calibrate(zoo)
+
+
+@pytest.fixture(scope="session")
+def smollm2(_own_cache: None) -> Subject:
+    """SmolLM2-135M from the cache of the person who runs the tests, or a skip."""
+    from dynprobe.errors import ModelNotFoundError, OfflineError
+    from dynprobe.models import fetch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DYNPROBE_CACHE")
+        try:
+            fetch("smollm2-135m")
+        except (ModelNotFoundError, OfflineError) as error:
+            pytest.skip(f"the weights are not in the cache and cannot be had: {error}")
+        return dp.load("smollm2-135m")

@@ -26,7 +26,7 @@ def test_cell_is_what_its_name_says(cell: object) -> None:
     assert isinstance(cell, dp.models.PanelModel)
     source = resolve(cell.name)
     assert (source.kind, source.weights_id) == ("known", f"dynprobe/{cell.name}")
-    model, tokenizer, facts = load_model(source, device="cpu")
+    model, _, facts = load_model(source, device="cpu")
     config = model.config
     assert config.model_type == {"llama": "llama", "cem": "dynprobe_cem", "csm": "dynprobe_csm"}[cell.family]
     if cell.family == "csm":

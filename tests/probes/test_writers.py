@@ -9,6 +9,7 @@ from models import LAYERS, NAMES, ROWS, TWO_UPDATES, subject
 from torch import Tensor
 
 from dynprobe.errors import CalibrationError, ModelError, SiteError, UsageError
+from dynprobe.models import weights_hash
 from dynprobe.probes import (
     Calibration,
     Instrument,
@@ -19,6 +20,7 @@ from dynprobe.probes import (
     make_writers,
     perturb,
 )
+from dynprobe.probes._decode import decode
 from dynprobe.probes._noise import gaussian
 from dynprobe.probes._outputs import identical
 
@@ -172,6 +174,35 @@ def test_rows_that_had_ended_do_not_count() -> None:
     assert partial.n_states.tolist() == [5, 3]
 
 
+def test_rows_that_left_keep_their_books_when_tokens_are_taken_back() -> None:
+    """What stands after a rewind is what a shorter run would have written, also for rows that are gone by then."""
+    found = subject("llama")
+    spec = Perturb.parse("alpha=0.1,layers=1,positions=1:")
+
+    def fed(long: int, back: int) -> PerturbWriter:
+        writer = PerturbWriter(found, spec)
+        batch = make_batch(found, [[8, 9], [3, 4, 5, 6, 7, 1]], side="left", row_keys=["a", "b"])
+        with Instrument(found, (), [writer], **batch.rows) as instrument, torch.no_grad():
+            texts = [[11, 12, 13, 14, 15, 16, 17, 18][:long], [21, 22]]
+            decode(found, batch, long, (), instrument=instrument, forced=texts)
+            instrument.rewind(back)
+        return writer
+
+    taken, shorter = fed(8, 3), fed(5, 0)
+    assert taken.counts == shorter.counts
+    for mine, theirs in zip(taken.asked(), shorter.asked(), strict=True):
+        assert mine.tolist() == theirs.tolist()
+    a, b = taken.passport(), shorter.passport()
+    assert a is not None
+    assert b is not None
+    assert a.n_states.tolist() == b.n_states.tolist()
+    own = taken.passport(np.array([6, 7]))
+    assert own is not None
+    assert own.n_states.tolist() == [5, 6]  # positions 1 … 5, and 1 … 6 of the row that has left
+    for unit, values in a.rows().items():
+        np.testing.assert_allclose(values, b.rows()[unit], rtol=1e-6, err_msg=unit)
+
+
 def test_first_position() -> None:
     found = subject("llama")
 
@@ -259,6 +290,22 @@ def test_writes_that_cannot_be_made(spec: str, error: type[Exception], message: 
 def test_calibrations_of_another_width_are_refused() -> None:
     with pytest.raises(CalibrationError, match="16 coordinates, the states 32"):
         capture(subject("llama"), ROWS, perturb="alpha=0.1,scale=coordstd", calibration=yardstick(dim=16))
+
+
+def test_a_calibration_of_another_model_is_refused() -> None:
+    found = subject("llama")
+    other = yardstick()
+    other.header |= {"weights": "tensors-blake2b:00", "dtype": "float32"}
+    spec = "alpha=0.1,layers=1,scale=coordstd"
+    with pytest.raises(CalibrationError, match="was made with weights 'tensors-blake2b:00'"):
+        capture(found, ROWS, perturb=spec, calibration=other)
+    with pytest.raises(CalibrationError, match="was made with weights"), perturb(found, spec, calibration=other):
+        pass
+    own = yardstick()
+    own.header |= {"weights": weights_hash(found.model), "dtype": "float32"}
+    same(
+        capture(found, ROWS, perturb=spec, calibration=own), capture(found, ROWS, perturb=spec, calibration=yardstick())
+    )
 
 
 def test_coordstd_uses_the_depth_that_is_written() -> None:

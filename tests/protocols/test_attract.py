@@ -6,12 +6,13 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import dynprobe as dp
 from dynprobe.controllers import AttractorLayer, attached
-from dynprobe.errors import UsageError
+from dynprobe.errors import InterruptedRunError, UsageError
 from dynprobe.protocols import AttractConfig, loop_gain
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._attract_arms import Condition, Sites, conditions_of
@@ -410,3 +411,56 @@ def test_arms_stand_for_themselves(subject):
     with torch.no_grad(), attached(other.controllers(pushed), subject):
         b = subject.model(ids).logits
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stage", ["doses", "batch"])
+def test_an_interrupted_study_goes_on_where_it_was(subject, tmp_path, stage):
+    settings = {
+        "arms": "layer", "doses": "0.05", "lengths": "8", "max_new_tokens": 8, "batch_size": 1, "slots": [4],
+        "burn_in": [8], "dose_texts": 1, "dose_tokens": 16,
+    }  # fmt: skip
+    whole = dp.attract(subject, PROMPTS[:2], out=tmp_path / "whole", **settings)
+
+    def stop(progress):
+        if progress.stage == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError):
+        dp.attract(subject, PROMPTS[:2], out=tmp_path / "parts", listener=stop, **settings)
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert dp.open(folder).status == "interrupted"
+    done = dp.attract(subject, PROMPTS[:2], out=tmp_path / "parts", **settings)
+    assert (done.path, done.status) == (folder, "complete")
+    for name in ("samples", "tokens", "lengths", "slots", "fits", "trials"):
+        one, other = (run.table(name).astype(str) for run in (whole, done))
+        order = list(one.columns)
+        one, other = (table.sort_values(order).reset_index(drop=True) for table in (one, other))
+        pd.testing.assert_frame_equal(one, other)
+    told = [{k: v for k, v in json.loads(json.dumps(run.summary)).items() if k != "seconds"} for run in (whole, done)]
+    assert told[0] == told[1]
+    # Another study of the same prompts is another folder, finished or not.
+    assert dp.attract(subject, PROMPTS[:2], out=tmp_path / "parts", **{**settings, "slots": [5]}).path != folder
+
+
+def test_the_residual_site_of_the_zoo_s_cem(tmp_path):
+    cem = dp.load("tiny-cem")
+    run = dp.attract(
+        cem, PROMPTS[:2], arms="layer", doses="0.05", attractor="site=residual,read=field,layers=50%", lengths="8",
+        max_new_tokens=8, out=tmp_path, **SMALL,
+    )  # fmt: skip
+    (dose,) = (d for d in run.summary["doses"] if d["condition"] == "layer@0.05")
+    assert dose["status"] == "solved"
+    assert run.summary["sites"][0]["site"].startswith("resid_post.")
+    assert (run.table("slots")["strength"] > 0).all()
+    ids = torch.tensor([cem.tokenizer(PROMPTS[0])["input_ids"]])
+    layer = AttractorLayer(site="residual", slots=4, burn_in=8, strength=dose["strength"])
+    with torch.no_grad():
+        bare = cem.model(ids).logits
+        with layer.attach(cem) as handle:
+            pushed = cem.model(ids).logits
+        assert torch.equal(pushed[:, :8], bare[:, :8])
+        assert not torch.equal(pushed, bare)
+        with AttractorLayer(site="residual", slots=4, burn_in=8, gate=0.0).attach(cem):
+            assert torch.equal(cem.model(ids).logits, bare)
+        assert torch.equal(cem.model(ids).logits, bare)
+    assert next(iter(handle.states.values()))["n"].tolist() == [ids.shape[1]]

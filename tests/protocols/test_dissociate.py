@@ -501,6 +501,7 @@ def test_a_detector_that_never_fires_is_blind_and_the_always_arm_is_not(
     [
         ({"dynamic": "kappa_phase"}, "recovers by arithmetic"),
         ({"dynamic": "delta_angle"}, "recovers by arithmetic"),
+        ({"dynamic": "limen_ct", "mode": "slerp,str"}, "recovers by arithmetic"),
         ({"dynamic": "kapa_geom"}, "kappa_geom"),
         ({"dynamic": "nll"}, "a metric of the states"),
         ({"perturb": "alpha=0,layers=50%"}, "no dose"),

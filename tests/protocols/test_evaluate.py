@@ -17,7 +17,9 @@ import yaml
 
 import dynprobe as dp
 from dynprobe.cli import main
-from dynprobe.controllers import Controller
+from dynprobe.controllers import AttractorLayer, Controller
+from dynprobe.controllers.attractor import parse_attractor
+from dynprobe.controllers.recovery import Always, Recovery, Slerp
 from dynprobe.errors import InterruptedRunError, ModelError, OfflineError, UsageError
 from dynprobe.models._zoo import zoo_folder
 from dynprobe.probes import Instrument, Subject, live_hooks, make_writers
@@ -408,6 +410,96 @@ def test_writers_and_contexts_control_too(subject: Subject, easy: Path, out: Pat
     assert not (out / "none").exists()
 
 
+ATTRACTOR = "slots=4,strength=1.5,burn_in=4,theta_read=0,s_ref=0.5,layers=50%"
+
+
+def test_an_attractor_of_strength_zero_is_the_harness_to_the_last_digit(
+    subject: Subject, easy: Path, out: Path
+) -> None:
+    run = dp.evaluate(
+        subject, ("easy", "dynprobe_stories_short"), attractor=ATTRACTOR.replace("1.5", "0"), include_path=easy,
+        limit=6, batch_size=5, gen_kwargs="max_gen_toks=6", out=out,
+    )  # fmt: skip
+    items = run.table("items")
+    clean, controlled = (items[items["condition_id"] == arm] for arm in ("clean", "controlled"))
+    assert len(clean) == 12
+    assert clean["responses"].tolist() == controlled["responses"].tolist()
+    assert (run.samples.set_index("condition_id").loc["controlled", "control_energy"] == 0).all()
+    alone = _harness_alone(subject, easy, ["easy"], 5, limit=6)["results"]["easy"]
+    assert run.summary["harness"]["controlled"]["results"]["easy"]["acc,none"] == alone["acc,none"]
+
+
+def test_an_attractor_acts_on_every_request_alone(subject: Subject, easy: Path, out: Path) -> None:
+    run = dp.evaluate(subject, "easy", attractor=ATTRACTOR, include_path=easy, limit=5, batch_size=7, out=out)
+    found, clean = _logliks(run, "controlled"), _logliks(run, "clean")
+    assert all(found[k] != clean[k] for k in found)
+    samples = run.samples[run.samples["condition_id"] == "controlled"]
+    assert ((samples["duty_cycle"] > 0) & (samples["duty_cycle"] < 1)).all()
+    assert (samples["control_energy"] > 0).all()
+    alone = dp.evaluate(
+        subject, "easy", perturb="alpha=0", attractor=ATTRACTOR, include_path=easy, limit=2, batch_size=1, out=out
+    )
+    few = _logliks(alone, "controlled")
+    assert set(few) < set(found)
+    for key, values in few.items():
+        np.testing.assert_allclose(values, found[key], atol=2e-4)
+        np.testing.assert_allclose(_logliks(alone, "recovered")[key], values, atol=2e-4)
+    layer, layers = parse_attractor(ATTRACTOR)
+    for number, row in enumerate(_pieces(40)[:5]):  # by hand, one row at a time, the layer attached as a user does
+        for choice, said in zip(row["choices"], found[str(number)], strict=True):
+            context, whole = (
+                subject.tokenizer(text)["input_ids"] for text in (row["context"], row["context"] + choice)
+            )
+            with torch.no_grad(), layer.attach(subject, layers):
+                logp = subject.model(torch.tensor([whole])).logits[0, :-1].double().log_softmax(-1)
+            mine = logp[range(len(whole) - 1), whole[1:]][len(context) - 1 :].sum()
+            assert said == pytest.approx(float(mine), abs=2e-4)
+    assert live_hooks(subject.model) == 0
+
+
+def test_a_recovery_mode_in_words_is_the_controller_it_names(subject: Subject, easy: Path, out: Path) -> None:
+    given = {"include_path": easy, "limit": 3, "perturb": PUSH, "out": out}
+    run = dp.evaluate(subject, "easy", recover="slerp,timing=always,site=layers=3", **given)
+    made = Recovery(Always(0.5), Slerp(), site="layers=3")
+    by_hand = dp.evaluate(subject, "easy", controllers=[made], **given)
+    assert run.summary["controllers"] == ["recover:slerp,timing=always,site=layers=3"]
+    for arm in ("controlled", "recovered"):
+        assert _logliks(run, arm) == _logliks(by_hand, arm)
+        assert _logliks(run, arm) != _logliks(run, {"controlled": "clean", "recovered": "perturbed"}[arm])
+    samples = run.samples[run.samples["condition_id"] == "recovered"]
+    assert (samples["duty_cycle"] > 0).all()
+    assert (samples["control_energy"] > 0).all()
+    waits = dp.evaluate(subject, "easy", recover="slerp,q_hi=1.0,m=9", **given)  # never fires in five tokens
+    assert (waits.samples.set_index("condition_id").loc["controlled", "control_energy"] == 0).all()
+    for words, said in (("guard", "takes tokens back"), ("slarp", "slerp"), ("slerp,gian=1", "gain")):
+        with pytest.raises(UsageError, match=said):
+            dp.evaluate(subject, "easy", recover=words, **given)
+    assert live_hooks(subject.model) == 0
+
+
+def test_the_same_controller_in_words_or_as_an_object_is_the_same_run(
+    subject: Subject, easy: Path, tmp_path: Path
+) -> None:
+    runs = [
+        dp.evaluate(subject, "easy", include_path=easy, limit=2, out=tmp_path, **given)
+        for given in (
+            {"attractor": "slots=4,strength=1.5"}, {"controllers": ["attractor:strength=1.5,slots=4"]},
+            {"attractor": AttractorLayer(slots=4, strength=1.5)},
+        )
+    ]  # fmt: skip
+    assert len({run.path for run in runs}) == 1
+    assert runs[0].summary["controllers"] == ["attractor:slots=4,strength=1.5"]
+    used = AttractorLayer(slots=4, strength=1.5).calibrate(subject)
+    assert dp.evaluate(subject, "easy", attractor=used, include_path=easy, limit=2, out=tmp_path).path != runs[0].path
+    for given, said in (
+        ({"attractor": "slotz=4"}, "slots"), ({"controllers": ["atractor:slots=4"]}, "attractor"),
+        ({"controllers": ["slots=4"]}, "attractor:key=value"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            dp.evaluate(subject, "easy", include_path=easy, limit=2, out=tmp_path / "none", **given)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_finished_evaluation_is_found_and_an_interrupted_one_continued(
     subject: Subject, easy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -585,6 +677,10 @@ def test_the_command_line_scores_and_prints(easy: Path, tmp_path: Path, capfd: p
     assert "easy" in printed.out
     assert "perturbed" in printed.out
     assert printed.err == ""
+    assert main([*words, "--attractor", "slots=4,strength=1"]) == 0
+    printed = capfd.readouterr()
+    assert "controlled" in printed.out
+    assert "recovered" in printed.out
     assert main([*words, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["summary"]["protocol"] == "eval"

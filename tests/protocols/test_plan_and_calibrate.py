@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dynprobe as dp
 from dynprobe.errors import PromptError, SiteError, UsageError
 from dynprobe.models import cache_root
-from dynprobe.probes import discover, load_calibration
+from dynprobe.probes import Calibration, discover, load_calibration
 from dynprobe.protocols import doctor
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._selfchecks import model_checks
@@ -125,6 +125,10 @@ def test_calibrations_are_cached_copied_and_remade_when_damaged(llama, full_run)
         again = dp.calibrate(llama)
         assert torch.equal(again.tensors["std"], made.tensors["std"])
         assert load_calibration(folder).hash == made.hash  # whole again
+    older = Calibration({k: v for k, v in made.tensors.items() if k != "str_sigma"}, made.signals, made.header)
+    older.save(folder)  # of a version that had no use for it
+    assert torch.equal(dp.calibrate(llama).tensors["str_sigma"], made.tensors["str_sigma"])
+    assert "str_sigma" in load_calibration(folder).tensors
     with pytest.raises(dp.DynprobeError, match="made with weights"):
         made.check("another", "float32")
 

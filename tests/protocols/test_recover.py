@@ -8,12 +8,15 @@ import pandas as pd
 import pytest
 
 import dynprobe as dp
+from dynprobe.controllers.recovery import MODES
 from dynprobe.errors import CalibrationError, InterruptedRunError, ModelError, UsageError
 from dynprobe.probes import Calibration
 from dynprobe.probes._dispatch import live_hooks
 from dynprobe.prompts import Prompt
 from dynprobe.protocols import Progress, RecoverConfig, calibrate, recover, watch
+from dynprobe.protocols._recover_arms import Arm
 from dynprobe.protocols._recover_rows import first_written, row_lines
+from dynprobe.protocols._recover_summary import FREE_METRICS, _calm_of, acted_on, why_blind
 from dynprobe.testing import tiny_llama
 
 #: Of different lengths; the second has a text that follows.
@@ -207,6 +210,23 @@ def test_recovery_fractions_follow_from_the_samples(study, samples):
             assert entry[name]["mean"] == pytest.approx(rows[name].astype(float).mean(), rel=1e-6)
 
 
+def test_texts_that_never_are_calm_are_censored_and_not_left_out(study, samples):
+    for entry in study.summary["arms"]:
+        rows = arm(samples, entry["condition"])
+        rows = rows[rows["acted_after"].notna()]
+        calm, found = rows["recovered_after"].dropna(), entry["calm"]
+        assert (found["n"], found["never"]) == (len(rows), len(rows) - len(calm))
+        if len(rows) and len(calm) == len(rows):
+            assert found["median"] == pytest.approx(float(np.median(calm)))
+    frame = pd.DataFrame({
+        "acted_after": [0.0, 2.0, 1.0, np.nan], "recovered_after": [1.0, np.nan, np.nan, np.nan], "n_watched": 9,
+    })  # fmt: skip
+    assert _calm_of(frame, 0)["exceeds"] == 8.0  # one of three came to rest, so no median is known
+    assert _calm_of(frame, 0)["never"] == 2
+    assert math.isnan(_calm_of(frame, 0)["median"])
+    assert _calm_of(frame.iloc[3:], 0)["n"] == 0
+
+
 def test_harm_follows_from_the_samples(study, samples):
     clean, once = arm(samples, "clean.forced")["nll"], arm(samples, "clean.oneforward")["nll"]
     floor = (clean - once).abs().max()
@@ -317,7 +337,11 @@ def test_a_blind_detector_gives_no_fraction_but_always_does(llama, tmp_path):
     assert run.summary["detector"]["forced"]["blind"] == "DETECTOR_BLIND"
     assert run.summary["detector"]["forced"]["duty_perturbed"] == 0
     for entry in run.summary["recovery"]:
-        waits = not any(name in entry["condition"] for name in (".always", ".oracle", "str."))
+        waits = not any(name in entry["condition"] for name in (".always", ".oracle"))
+        if "str." in entry["condition"]:  # it follows its own gate, which is judged by how often it acted
+            duty = {kind: arm(run.samples.astype(str), f"{kind}+str.forced")["duty"].astype(float).mean()
+                    for kind in ("perturbed", "clean")}  # fmt: skip
+            waits = duty["perturbed"] < 0.05 or duty["perturbed"] <= duty["clean"] < 1
         assert (entry["reason"] == "DETECTOR_BLIND") == waits, entry["condition"]
         assert not waits or entry["rf"] is None
     assert any(entry["rf"] is not None for entry in run.summary["recovery"])
@@ -449,6 +473,34 @@ def test_a_model_without_a_cache_is_refused(llama, tmp_path):
     with pytest.raises(ModelError, match="takes no cache"):
         recover(model, [[5, 6, 7, 8], [4, 3, 2]], mode="slerp", out=tmp_path / "runs", **SETTINGS)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "seen", "perturbed", "clean", "blind"),
+    [
+        ("slerp", None, 0.0, 0.0, False), ("slerp", "DETECTOR_BLIND", 0.9, 0.0, True),
+        ("str", "DETECTOR_BLIND", 0.5, 0.2, False), ("str", None, 0.48, 0.65, True), ("str", None, 0.04, 0.0, True),
+        ("str", None, 1.0, 1.0, False), ("guard", None, 0.3, 0.1, False), ("guard", None, 0.3, float("nan"), True),
+    ],
+)  # fmt: skip
+def test_who_is_judged_by_the_detector_and_who_by_its_own_trigger(mode, seen, perturbed, clean, blind):
+    duty = {f"perturbed+{mode}": perturbed, f"clean+{mode}": clean}
+    for name in (f"perturbed+{mode}", f"perturbed+random:{mode}"):
+        found = why_blind(Arm(name, "free", True, mode), {"blind": seen}, duty.__getitem__)
+        assert (found == "DETECTOR_BLIND") == blind, name
+        for share, said in ((1.0, None), (0.01, None), (0.0, "no-action")):  # noise in the prompt leaves an oracle none
+            timed = duty | {f"perturbed+{mode}.oracle": share}
+            assert why_blind(Arm(f"{name}.oracle", "free", True, mode, "oracle"), {}, timed.__getitem__) == said
+
+
+def test_what_a_mode_selects_by_itself_is_no_evidence():
+    free = {mode: [m for m in FREE_METRICS if acted_on(m, "kappa_phase_zmax", mode)] for mode in MODES}
+    step = ["kappa_phase", "delta_rel_prev"]
+    assert free["slerp"] == step
+    assert free["guard"] == free["hybrid"] == ["nll_bare", "repetition", *step]
+    assert free["sampling"] == ["nll_bare", *step]
+    assert free["recync"] == free["str"] == free["dom"] == [*step, "limen_ct"]
+    assert not any(acted_on(m, "entropy", mode) for mode in MODES for m in ("nll", "kl_clean_pert", "kappa_geom"))
 
 
 def test_latencies_count_from_the_first_written_token():

@@ -2,7 +2,12 @@
 
 Attention outputs share a large mean: of two unrelated tokens of a small model the median cosine is above 0.5, so that
 most tokens would reinforce one slot, whose direction is that mean. Directions are therefore compared after the mean of
-clean text is subtracted, and "alike" means more alike than 95 % of pairs of tokens.
+clean text is subtracted, and "alike" means more alike than nearly all pairs of tokens.
+
+*How nearly.* A token is compared with every slot, and one match is a hit. Let a pair of unrelated tokens be above θ
+with probability q; then a token hits one of M slots that hold unrelated tokens with probability at most M·q, whatever
+the dependence between slots (Boole's inequality). So that this is at most 0.1, θ is the quantile 1 − 0.1/M of all
+pairs: those of equal tokens, which are no false hits, are among the largest and make θ the stricter.
 """
 
 from __future__ import annotations
@@ -18,19 +23,21 @@ from dynprobe.probes import Instrument, Site, Subject, make_batch, tokenize
 from dynprobe.probes._subject import evaluating
 from dynprobe.prompts import load_prompts
 
-__all__ = ["measure_centre"]
+__all__ = ["FALSE_HITS", "measure_centre"]
 
-_ALIKE = 0.95
+#: Largest share of unrelated tokens that hit one slot or another.
+FALSE_HITS = 0.1
 _MOST = 2048
 
 
-def measure_centre(subject: Subject, site: Site, prompts: Any = None) -> tuple[Tensor, float]:
-    """Return the mean of a site's states ``[dim]`` and the 95 % quantile of their pair cosines after centring.
+def measure_centre(subject: Subject, site: Site, prompts: Any = None, *, slots: int = 1) -> tuple[Tensor, float]:
+    """Return the mean of a site's states ``[dim]`` and the quantile 1 − 0.1/M of their pair cosines after centring.
 
     Args:
         subject: The model.
         site: Component and layer.
         prompts: Texts or lists of token ids; default the built-in calibration prompts.
+        slots: M, slots that a token is compared with.
 
     Raises:
         CalibrationError: If there are fewer than three tokens.
@@ -52,7 +59,7 @@ def measure_centre(subject: Subject, site: Site, prompts: Any = None) -> tuple[T
     unit = torch.nn.functional.normalize((x - mean)[:_MOST], dim=-1)
     cos = unit @ unit.T
     pairs = cos[torch.triu(torch.ones_like(cos, dtype=torch.bool), diagonal=1)]
-    return mean, float(np.quantile(pairs.cpu().numpy(), _ALIKE))
+    return mean, float(np.quantile(pairs.cpu().numpy(), 1 - FALSE_HITS / max(slots, 1)))
 
 
 class _Keep:

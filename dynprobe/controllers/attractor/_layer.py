@@ -43,6 +43,7 @@ class AttractorSite(Controller):
     """
 
     id = "attractor/1"
+    by_tokens = True
 
     def __init__(
         self, settings: Settings, site: Site, *, mean: Tensor | None = None, theta: float = _DEFAULT_THETA,
@@ -96,7 +97,7 @@ class AttractorHandle:
     @property
     def states(self) -> dict[str, Memory]:
         """Slots at each site after the latest forward: ``{"attn_out.12": {"A": …, "s": …, "n": …}}``."""
-        return {f"{s.sites[0][0]}.{s.sites[0][1]}": dict(s.memory) for s in self.steerings}
+        return {f"{s.sites[0][0]}.{s.sites[0][1]}": {k: v.clone() for k, v in s.memory.items()} for s in self.steerings}
 
     def detach(self) -> None:
         """Take the layer off; a second call does nothing. In a session the state is kept for the next sequence."""
@@ -142,6 +143,11 @@ class AttractorLayer(nn.Module):
         self._base: dict[str, Memory] = {}
         self._in_session = False
         self._made_for: dict[str, Any] = {}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its settings tell all of it: nothing was measured or remembered yet."""
+        return not self._base and not self._centres
 
     def extra_repr(self) -> str:
         """Settings that are not the default."""
@@ -202,8 +208,8 @@ class AttractorLayer(nn.Module):
     ) -> AttractorLayer:
         """Measure the centre of each site, and the cosine above which tokens count as alike.
 
-        The centre is the mean of y over the tokens of texts that no study uses, θ the 95 % quantile of the cosines of
-        pairs of tokens after it is subtracted.
+        The centre is the mean of y over the tokens of texts that no study uses, θ the quantile 1 − 0.1/M of the
+        cosines of pairs of tokens after it is subtracted: at most one unrelated token in ten hits any of M slots.
 
         Args:
             subject: The model.
@@ -214,7 +220,7 @@ class AttractorLayer(nn.Module):
             The layer itself.
         """
         for site in self.sites(subject, layers):
-            self._centres[self._key(subject, site)] = measure_centre(subject, site, prompts)
+            self._centres[self._key(subject, site)] = measure_centre(subject, site, prompts, slots=self.settings.slots)
         return self
 
     def _key(self, subject: Subject, site: Site) -> str:
@@ -232,7 +238,7 @@ class AttractorLayer(nn.Module):
                     "with. Call layer.calibrate(subject, layers, prompts=token_ids) first, attach to a subject of "
                     "dp.load, or take centre='running' or centre='none'"
                 )
-            self._centres[key] = measure_centre(subject, site)
+            self._centres[key] = measure_centre(subject, site, slots=s.slots)
         mean, theta = self._centres[key]
         return mean.to(subject.device), theta if s.theta is None else s.theta
 

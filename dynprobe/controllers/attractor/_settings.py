@@ -33,8 +33,8 @@ class Settings:
         burn_in: Tokens, or total strength, before anything is injected.
         site: Where y is read and written.
         read: How slots are read: by ``match`` with y, as one ``field``, or as a ``hopfield`` memory.
-        theta: θ, cosine above which a token reinforces a slot; None takes the 95 % quantile of pair cosines of the
-            calibration where the layer is centred on one, else 0.8.
+        theta: θ, cosine above which a token reinforces a slot; None takes the quantile 1 − 0.1/M of pair cosines
+            of the calibration where the layer is centred on one, else 0.8.
         theta_read: θ_r, cosine above which a slot is read.
         rate: α, how far a slot moves towards a token that reinforces it.
         beta: β, inverse temperature of the Hopfield read.

@@ -11,6 +11,7 @@ from dynprobe.controllers.recovery._replay import Replay
 from dynprobe.controllers.recovery._sampling import Narrowing
 from dynprobe.controllers.recovery._signals import SIGNALS, Signal
 from dynprobe.controllers.recovery._str import STR_WINDOW, Gate, StrControl
+from dynprobe.controllers.recovery._words import RecoveryWords, parse_recovery
 
 __all__ = [
     "ACTUATORS",
@@ -28,6 +29,7 @@ __all__ = [
     "Never",
     "Oracle",
     "Recovery",
+    "RecoveryWords",
     "Recync",
     "Replay",
     "Shrink",
@@ -39,4 +41,5 @@ __all__ = [
     "TopComponents",
     "make_mode",
     "mode_name",
+    "parse_recovery",
 ]

@@ -10,6 +10,7 @@ import torch
 from slow_rule import SlowSlots
 
 from dynprobe.controllers.attractor import Settings, empty_state, pass_tokens, strengths
+from dynprobe.controllers.attractor._chunks import pass_chunks
 from dynprobe.probes import identical
 
 DIM = 6
@@ -87,6 +88,112 @@ def test_prefill_equals_tokens_one_by_one(commit, centre, observe):
             torch.testing.assert_close(parts[2][name], whole[2][name], atol=1e-6, rtol=1e-6)
         for name in ("stamp", "n", "hits", "born"):
             assert torch.equal(parts[2][name], whole[2][name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"read": "hopfield"}, {"observe": "post"}, {"clocks": True, "centre": "running"}, {"evict": "oldest"},
+        {"evict": "none", "s_min": 0.2}, {"half_life": 1000.0, "s_max": 3.0},
+    ],
+)  # fmt: skip
+def test_chunks_of_one_token_equal_single_tokens(changes):
+    """Two ways of writing the same rule, with rows that hold broken tokens."""
+    settings, y = lively(**changes), series()
+    y[1, 5], y[2, 9] = torch.nan, 0.0
+    real = torch.ones(3, 40, dtype=torch.bool)
+    out, gain, state = passed(y, settings, real=real)
+    for row in range(3):
+        keep = [t for t in range(40) if bool(y[row, t].isfinite().all()) and float(y[row, t].norm()) > 0]
+        x = y[row : row + 1, keep]
+        other = empty_state(1, DIM, settings)
+        field, g, _ = pass_chunks(other, x, x.norm(dim=-1), torch.tensor([len(keep)]), settings, None, settings.theta)
+        torch.testing.assert_close(g[0], gain[row, keep], atol=1e-6, rtol=0)
+        pushed = x[0] + (g * settings.strength * x.norm(dim=-1))[0, :, None].float() * field[0]
+        torch.testing.assert_close(pushed, out[row, keep], atol=1e-5, rtol=0)
+        for name in ("A", "s", "z", "mean"):
+            torch.testing.assert_close(other[name][0], state[name][row], atol=1e-5, rtol=1e-5)
+        for name in ("stamp", "n", "hits", "born"):
+            assert torch.equal(other[name][0], state[name][row]), name
+
+
+@pytest.mark.parametrize("commit", [1, 4, 8, 32])
+@pytest.mark.parametrize("observe", ["pre", "post"])
+def test_rows_in_different_chunks_do_not_meet(commit, observe):
+    """A batch of prompts of 3, 13 and 30 tokens, padded on the left, then decoded together."""
+    settings, y, lengths = lively(commit_every=commit, observe=observe), series(columns=45), (3, 13, 30)
+    padded, real = torch.full((3, 30, DIM), 5.0), torch.zeros(3, 30, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        padded[row, 30 - n :], real[row, 30 - n :] = y[row, :n], True
+    state = empty_state(3, DIM, settings)
+    pass_tokens(state, padded, real, settings, None, settings.theta)
+    outs = []
+    for t in range(15):
+        token = torch.stack([y[row, n + t] for row, n in enumerate(lengths)])[:, None]
+        outs.append(pass_tokens(state, token, torch.ones(3, 1, dtype=torch.bool), settings, None, settings.theta).out)
+    for row, n in enumerate(lengths):
+        alone, _, other = passed(y[row : row + 1, : n + 15], settings)
+        torch.testing.assert_close(torch.cat(outs, 1)[row], alone[0, n:], atol=1e-5, rtol=0)
+        for name in ("A", "s"):
+            torch.testing.assert_close(state[name][row], other[name][0], atol=1e-5, rtol=1e-6)
+        for name in ("stamp", "n", "hits", "born"):
+            assert torch.equal(state[name][row], other[name][0]), name
+
+
+@pytest.mark.parametrize("commit", [1, 7, 512])
+def test_one_token_of_a_large_chunk_leaves_older_states_alone(commit):
+    """What was kept of a state is not changed by later tokens, whatever is written in place."""
+    settings, y = lively(commit_every=commit), series(columns=20)
+    state, real = empty_state(3, DIM, settings), torch.ones(3, 1, dtype=torch.bool)
+    with torch.inference_mode():  # a prefill under inference mode, decoded without it
+        pass_tokens(state, y[:, :10], real.expand(3, 10), settings, None, 0.8)
+    for t in range(10, 20):
+        kept = {k: v for k, v in state.items() if not k.startswith("pending")}
+        copies = {k: v.clone() for k, v in kept.items()}
+        pass_tokens(state, y[:, t : t + 1], real, settings, None, 0.8)
+        assert all(torch.equal(kept[k], copies[k]) for k in kept)
+    assert state["n"].tolist() == [20] * 3
+
+
+@pytest.mark.parametrize(("every", "half_life"), [(2, 4.0), (3, 4.0), (9, 6.0)])
+def test_a_slot_that_is_driven_settles_where_the_formula_says(every, half_life):
+    """One hit at every k-th token: s* = 1/(1 − 2^{−(k−1)/H}) right after it."""
+    y = torch.eye(DIM)[1].repeat(1, 240, 1)
+    y[:, every - 1 :: every] = torch.eye(DIM)[0]
+    settings = lively(half_life=half_life, s_max=1e6)
+    _, _, state = passed(y[:, : 240 // every * every], settings)
+    slot = int(state["A"][0, :, 0].argmax())
+    assert int(state["stamp"][0, slot]) == int(state["n"][0])
+    expected = 1 / (1 - 2 ** (-(every - 1) / half_life))
+    assert float(state["s"][0, slot]) == pytest.approx(expected, rel=1e-6)
+    for chunk in (5, 240):
+        _, _, chunked = passed(y[:, : 240 // every * every], lively(half_life=half_life, s_max=1e6, commit_every=chunk))
+        if 240 // every * every % chunk == 0:
+            assert float(chunked["s"][0].max()) == pytest.approx(float(state["s"][0].max()), rel=1e-6)
+
+
+def test_hits_at_every_token_have_no_fixed_point():
+    settings = lively(half_life=2.0, s_max=20.0)
+    _, _, state = passed(torch.eye(DIM)[:1].repeat(1, 12, 1), settings)
+    assert float(state["s"].max()) == settings.s_new + 11
+    _, _, state = passed(torch.eye(DIM)[:1].repeat(1, 40, 1), settings)
+    assert float(state["s"].max()) == 20.0
+
+
+def test_hits_at_random_settle_at_the_mean_that_the_formula_says():
+    half_life, share = 5.0, 0.3
+    hit = torch.rand(48, 300, generator=torch.Generator().manual_seed(0)) < share
+    y = torch.where(hit[..., None], torch.eye(DIM)[0], torch.eye(DIM)[1])
+    settings = lively(half_life=half_life, s_max=1e6, slots=2)
+    state, after = empty_state(48, DIM, settings), []
+    for t in range(300):
+        pass_tokens(state, y[:, t : t + 1], torch.ones(48, 1, dtype=torch.bool), settings, None, 0.8)
+        if t >= 60:
+            ours = state["A"][..., 0] > 0.5
+            after.append(state["s"][ours & hit[:, t, None]])
+    q = 2 ** (-1 / half_life)
+    expected = (1 - (1 - share) * q) / ((1 - share) * (1 - q))
+    assert float(torch.cat(after).mean()) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("commit", [1, 5])
