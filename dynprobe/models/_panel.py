@@ -6,7 +6,7 @@ the same number of steps. The narrowest of them come with the package as ``panel
 ``examples/train_panel.py`` makes the rest. Their random-initialised twins need no weights: ``--controls twin`` draws
 them.
 
-They are a hundred kilobytes each. What holds across the panel holds for models of that size.
+They are a tenth to four tenths of a megabyte each. What holds across the panel holds for models of that size.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class DelayDiagnostics:
         """
         from dynprobe.runs._plot_delay import draw_delay
 
-        return draw_delay(self.table, self.axes, series)
+        return draw_delay(self.table, self.axes, series, accept=self.settings["accept"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain lists and mappings; a number that is not known is None."""

@@ -25,13 +25,14 @@ _COMPONENTS = ((BLUE, "-"), (RED, "-"), ("#009E73", "-"))
 _HALF = 0.27
 
 
-def draw_delay(table: pd.DataFrame, axes: pd.DataFrame, series: str | None = None) -> Figure:
+def draw_delay(table: pd.DataFrame, axes: pd.DataFrame, series: str | None = None, *, accept: float = 0.05) -> Figure:
     """Draw one series of a delay diagnosis.
 
     Args:
         table: Its table.
         axes: Principal axes of the data.
         series: Name of the series; default the first.
+        accept: Share of false neighbours below which a dimension counts as enough; a dotted line.
 
     Raises:
         UsageError: There is no such series, or matplotlib is missing.
@@ -45,8 +46,8 @@ def draw_delay(table: pd.DataFrame, axes: pd.DataFrame, series: str | None = Non
     rows, own = table[table["series"] == name], axes[axes["series"] == name]
     figure = canvas(PAGE, 2.9)
     left, middle, right = figure.subplots(1, 3)
-    _among(left, rows, "fnn", 0, "false nearest neighbours", "share")
-    _among(middle, rows, "pc_share", 1, "first principal axis", "share of variance")
+    _among(left, rows, "fnn", 0, "false nearest neighbours", "share", accept)
+    _among(middle, rows, "pc_share", 1, "first principal axis", "share of variance", None)
     _axes(right, own)
     facts = rows.iloc[0]
     made = int(rows["n_surrogates"].max())
@@ -58,7 +59,9 @@ def draw_delay(table: pd.DataFrame, axes: pd.DataFrame, series: str | None = Non
     return figure
 
 
-def _among(panel: Any, rows: pd.DataFrame, statistic: str, component: int, heading: str, label: str) -> None:
+def _among(
+    panel: Any, rows: pd.DataFrame, statistic: str, component: int, heading: str, label: str, accept: float | None
+) -> None:
     dress(panel, heading)
     own = rows[(rows["statistic"] == statistic) & (rows["component"] == component)]
     kinds = list(dict.fromkeys(own["surrogate"]))
@@ -76,8 +79,8 @@ def _among(panel: Any, rows: pd.DataFrame, statistic: str, component: int, headi
     if len(missing):
         reasons = ", ".join(f"{d}: {r}" for d, r in zip(missing["dim"], missing["reason"], strict=True))
         note(panel, 0.98, 0.98, f"not given for m = {reasons}".replace(", ", "\n"), ha="right", va="top")
-    if statistic == "fnn":
-        panel.axhline(0.05, color=GREY, lw=0.6, ls=":")
+    if accept is not None:
+        panel.axhline(accept, color=GREY, lw=0.6, ls=":")
     else:
         panel.plot(dims, 1 / dims, color=GREY, lw=0.6, ls=":")
         note(panel, 0.02, 0.02, "dotted: 1/m")

@@ -155,6 +155,9 @@ def test_summary_figure_and_files(found, tmp_path):
     assert [panel.get_title(loc="left") for panel in figure.axes] == [
         "false nearest neighbours", "first principal axis", "principal axes, m = 4",
     ]  # fmt: skip
+    strict = dp.delay_diagnostics(np.arange(60.0) ** 2, dims=(1, 2), surrogates=["ar1"], accept=0.01)
+    for drawn, accept in ((figure, 0.05), (strict.figure(), 0.01)):
+        assert [line.get_ydata()[0] for line in drawn.axes[0].lines if line.get_linestyle() == ":"] == [accept]
     content = json.loads(found.save(tmp_path / "all.json").read_text())
     assert len(content["table"]) == len(found.table)
     assert {entry["value"] for entry in content["table"] if entry["reason"]} == {None}

@@ -15,8 +15,9 @@ the batching. Of a token y with n tokens before it,
 so that nothing at a token depends on that token or on later ones. With ``commit_every = C`` the reads of C tokens see
 the slots as they were at the last multiple of C, and their writes are applied together at its end. Boundaries are token
 counts, so prefill and decode agree for every C. Applied together means: each token is matched with the slots as they
-were; hits on one slot are added in order, without renormalising in between; a miss that no slot takes opens one, later
-misses of the chunk within θ of it reinforce it, and a chunk opens at most M. For C = 1 this is the rule above.
+were; hits on one slot are added in order, renormalised and capped at s_max once, after the last; a miss that no slot
+takes opens one, later misses of the chunk within θ of it reinforce it, and a chunk opens at most M (where nothing may
+give way, a miss that finds no dead slot counts as one of them). For C = 1 this is the rule above.
 
 A token that is padding, not finite, or shorter than 1e-6 does not exist: it neither reads nor writes nor counts.
 """

@@ -37,6 +37,13 @@ class RecoveryWords:
         q_hi: Upper level.
         gain: Largest gain.
         site: Where it acts; None where the signal points.
+
+    Raises:
+        UsageError: If the mode cannot act in another loop, or a setting has no meaning.
+
+    Example:
+        >>> [controller.id for controller in RecoveryWords("slerp", gain=0.25).controllers()]
+        ['recovery.slerp/1']
     """
 
     mode: str

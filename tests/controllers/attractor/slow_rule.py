@@ -1,4 +1,4 @@
-"""The update rule once more, one token and one slot at a time in NumPy, written from the formulas."""
+"""The update rule once more, one token and one slot at a time in NumPy, written from the formulas; and in chunks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class SlowSlots:
         self.s = np.zeros(settings.slots)
         self.stamp = np.zeros(settings.slots, int)
         self.born = np.full(settings.slots, -1)
+        self.hits = np.zeros(settings.slots, int)
         self.z = np.zeros((settings.slots, 3))
         self.n = 0
 
@@ -57,6 +58,29 @@ class SlowSlots:
         self.write(u, live, theta)
         return out, g
 
+    def vacancy(self, n):
+        """The slot that a new direction gets at token count n, or None."""
+        dead = [m for m in range(self.p.slots) if self.strength(m, n) < self.p.s_min]
+        if dead:
+            return dead[0]
+        if self.p.evict == "none" or not self.p.slots:
+            return None
+        if self.p.evict == "weakest":
+            return min(range(self.p.slots), key=lambda m: (self.strength(m, n), m))
+        return min(range(self.p.slots), key=lambda m: (self.born[m], m))
+
+    def open(self, slot, u, n):
+        self.A[slot], self.s[slot], self.stamp[slot] = u, self.p.s_new, n + 1
+        self.born[slot], self.z[slot], self.hits[slot] = n, 0.0, 0
+
+    def tick(self, hit):
+        """One token of the three traces."""
+        keep = 2.0 ** (-1.0 / np.array([10.0, 100.0, 1000.0]))
+        if self.p.clocks:
+            self.z *= keep
+            if hit is not None:
+                self.z[hit] += 1 - keep
+
     def write(self, u, live, theta):
         p, hit = self.p, None
         if live:
@@ -68,22 +92,63 @@ class SlowSlots:
             moved = (1 - p.rate) * self.A[hit] + p.rate * u
             self.A[hit] = moved / np.linalg.norm(moved)
             self.s[hit], self.stamp[hit] = min(p.s_max, c + 1), self.n + 1
+            self.hits[hit] += 1
         else:
-            dead = [m for m in range(p.slots) if m not in live]
-            if dead:
-                slot = dead[0]
-            elif p.evict == "none" or not p.slots:
-                slot = None
-            elif p.evict == "weakest":
-                slot = min(range(p.slots), key=lambda m: (self.strength(m), m))
-            else:
-                slot = min(range(p.slots), key=lambda m: (self.born[m], m))
+            slot = self.vacancy(self.n)
             if slot is not None:
-                self.A[slot], self.s[slot], self.stamp[slot] = u, p.s_new, self.n + 1
-                self.born[slot], self.z[slot] = self.n, 0.0
-        keep = 2.0 ** (-1.0 / np.array([10.0, 100.0, 1000.0]))
-        if p.clocks:
-            self.z *= keep
-            if hit is not None:
-                self.z[hit] += 1 - keep
+                self.open(slot, u, self.n)
+        self.tick(hit)
         self.n += 1
+
+
+class SlowChunks(SlowSlots):
+    """The same reads, and writes that wait for the end of their chunk."""
+
+    def __init__(self, settings, dim):
+        super().__init__(settings, dim)
+        self.waiting = []
+
+    def write(self, u, live, theta):
+        self.waiting.append((self.n, u))
+        self.n += 1
+        if self.n % self.p.commit_every == 0:
+            self.commit(theta)
+            self.waiting = []
+
+    def reinforce(self, m, tokens):
+        """Hits in order; unit length and the ceiling are put right once, after the last of them."""
+        moved, s = self.A[m], self.s[m]
+        for n, u in tokens:
+            moved = (1 - self.p.rate) * moved + self.p.rate * u
+            s = s * 2.0 ** (-(n - self.stamp[m]) / self.p.half_life) + 1
+            self.stamp[m] = n + 1
+        self.A[m], self.s[m] = moved / np.linalg.norm(moved), min(self.p.s_max, s)
+        self.hits[m] += len(tokens)
+
+    def commit(self, theta):
+        tokens, slots = self.waiting, range(self.p.slots)
+        struck = {}  # number of a token in the chunk → its slot
+        for k, (n, u) in enumerate(tokens):
+            live = [m for m in slots if self.strength(m, n) >= self.p.s_min]
+            best = max(live, key=lambda m, u=u: (float(u @ self.A[m]), -m), default=None)
+            if best is not None and float(u @ self.A[best]) >= theta:
+                struck[k] = best
+        for m in set(struck.values()):
+            self.reinforce(m, [tokens[k] for k in struck if struck[k] == m])
+        missed = [k for k in range(len(tokens)) if k not in struck]
+        for _ in slots:
+            if not missed:
+                break
+            n, leader = tokens[missed.pop(0)]
+            slot = self.vacancy(n)
+            if slot is None:
+                continue
+            struck = {k: m for k, m in struck.items() if m != slot}
+            self.open(slot, leader, n)
+            near = [k for k in missed if float(tokens[k][1] @ leader) >= theta]
+            if near:
+                self.reinforce(slot, [tokens[k] for k in near])
+            struck |= dict.fromkeys(near, slot)
+            missed = [k for k in missed if k not in near]
+        for k in range(len(tokens)):
+            self.tick(struck.get(k))

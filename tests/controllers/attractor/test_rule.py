@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from slow_rule import SlowSlots
+from slow_rule import SlowChunks, SlowSlots
 
 from dynprobe.controllers.attractor import Settings, empty_state, pass_tokens, strengths
 from dynprobe.controllers.attractor._chunks import pass_chunks
@@ -70,8 +70,51 @@ def test_the_rule_equals_the_slow_one(changes):
         np.testing.assert_array_equal(state["stamp"][row].numpy(), slow.stamp)
         np.testing.assert_allclose(state["A"][row].numpy(), slow.A, atol=1e-5)
         np.testing.assert_allclose(state["z"][row].numpy(), slow.z, atol=1e-12)
+        np.testing.assert_array_equal(state["born"][row].numpy(), slow.born)
+        np.testing.assert_array_equal(state["hits"][row].numpy(), slow.hits)
         assert int(state["n"][row]) == slow.n
     assert gain.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("commit", "changes"),
+    [
+        (3, {}), (7, {}), (16, {}), (7, {"read": "field"}), (3, {"read": "hopfield"}), (16, {"inject": "absolute"}),
+        (7, {"evict": "oldest"}), (16, {"evict": "none", "s_min": 0.2, "half_life": 2.0}), (7, {"observe": "post"}),
+        (7, {"clocks": True}), (3, {"clocks": True, "slots": 2, "evict": "oldest"}), (7, {"slots": 1}),
+        (3, {"burn": "strength", "burn_in": 2.0}), (7, {"half_life": 1.5}), (16, {"half_life": 1000.0, "s_max": 3.0}),
+        (7, {"rate": 0.6}), (16, {"slots": 12}),
+    ],
+)  # fmt: skip
+def test_chunks_equal_the_slow_ones(commit, changes):
+    """Prompts of 5, 13 and 30 tokens, padded on the left and with broken tokens, then decoded together.
+
+    No length is a multiple of a chunk, and the rows are in different chunks at every step.
+    """
+    settings, y, lengths = lively(commit_every=commit, **changes), series(columns=45), (5, 13, 30)
+    y[2, 8], y[1, 20] = 0.0, torch.nan
+    padded, real = torch.full((3, 30, DIM), 5.0), torch.zeros(3, 30, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        padded[row, 30 - n :], real[row, 30 - n :] = y[row, :n], True
+    state, mean = empty_state(3, DIM, settings), torch.full((DIM,), 0.1)
+    found = [pass_tokens(state, padded, real, settings, mean, settings.theta)]
+    for t in range(15):
+        token = torch.stack([y[row, n + t] for row, n in enumerate(lengths)])[:, None]
+        found.append(pass_tokens(state, token, torch.ones(3, 1, dtype=torch.bool), settings, mean, settings.theta))
+    out, gain = (torch.cat([getattr(p, name) for p in found], 1) for name in ("out", "gain"))
+    for row, n in enumerate(lengths):
+        slow = SlowChunks(settings, DIM)
+        for t, token in enumerate(y[row, : n + 15].double().numpy(), 30 - n):
+            expected, g = slow.token(token, np.full(DIM, np.float32(0.1)), settings.theta)
+            assert float(gain[row, t]) == pytest.approx(g, abs=5e-6)
+            np.testing.assert_allclose(out[row, t].numpy(), expected, atol=5e-5)
+        for name, atol in (("s", 1e-9), ("A", 2e-5), ("z", 1e-12)):
+            np.testing.assert_allclose(state[name][row].numpy(), getattr(slow, name), atol=atol, err_msg=name)
+        for name in ("stamp", "born", "hits"):
+            np.testing.assert_array_equal(state[name][row].numpy(), getattr(slow, name), err_msg=name)
+        assert int(state["n"][row]) == slow.n == n + 15 - (row > 0)
+    assert gain.max() > 0
+    assert state["hits"].max() > 0
 
 
 @pytest.mark.parametrize("commit", [1, 4, 7, 64])
