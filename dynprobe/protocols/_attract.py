@@ -181,9 +181,9 @@ class _Attract:
     def plan(self) -> list[Any]:
         """Return units: the doses, then each arm on each batch, the bare model first."""
         n = self.config.max_new_tokens
-        batches = plan_batches(
-            [len(r) + n for r in self.ready.rows], max_new_tokens=n, n_layers=self.subject.n_layers,
-            dim=self.subject.width, vocab=self.subject.vocab_size or 1,
+        batches = plan_batches(  # logits are reduced as they come, so only states count
+            [len(r) for r in self.ready.rows], max_new_tokens=n, n_layers=self.subject.n_layers,
+            dim=self.subject.width, vocab=1,
             batch_size=_ITEM_ROWS if self.asked is not None and self.config.batch_size == "auto"
             else self.config.batch_size,
             exact=self.exact, early=False,

@@ -27,6 +27,8 @@ __all__ = ["Written", "lens_words", "write_arm", "written_tables"]
 
 #: State metrics that are read at every length.
 _STATES = (*metrics.CORE, "kappa.geom/1")
+#: Logits of the bare model that are held at once.
+_LOGIT_BYTES = 512 * 2**20
 _COLUMNS = ("kappa_phase", "kappa_geom", "limen_ratio", "limen_ct")
 #: Lives of slots in the atlas, contexts of each, words, and tokens on either side of a context.
 _MOST_LIVES, _MOST_CONTEXTS, _WORDS, _AROUND = 16, 6, 10, 8
@@ -81,23 +83,43 @@ def write_arm(
         with eager(subject) as reason:
             if reason is None:
                 with mass:
-                    passage, bare = _both(subject, texts, sampling, stack, theta, which)
+                    passage, bare, last = _both(subject, texts, sampling, stack, theta, which)
     if reason is not None:  # a model without explicit attention is read as it is
-        passage, bare = _both(subject, texts, sampling, steerings, theta, which)
-    drift = metrics.diverge([bare.tape.states[-1]], [passage.tape.states[-1]], passage.mask)[0]
+        passage, bare, last = _both(subject, texts, sampling, steerings, theta, which)
+    drift = metrics.diverge([last], [passage.tape.states[-1]], passage.mask)[0]
     grid = mass.table(len(texts), config.max_new_tokens - 1)
     notes = [s.controller for s in steerings if isinstance(s.controller, Recorded)]
-    return Written(passage, bare.outputs["nll"], drift, grid, reason or mass.reason, notes)
+    return Written(passage, bare, drift, grid, reason or mass.reason, notes)
 
 
 def _both(
     subject: Subject, texts: Sequence[Text], sampling: Sampling, writers: Sequence[Any], theta: float | None,
     which: Sequence[str],
-) -> tuple[Passage, Passage]:  # fmt: skip
+) -> tuple[Passage, np.ndarray, torch.Tensor]:  # fmt: skip
     passage = free(subject, texts, sampling, writers, theta=theta, which=which)
-    bare = forced(subject, passage.texts, side="left", which=())
-    assert torch.equal(bare.mask, passage.mask)  # texts of one length stand in the same columns
-    return passage, bare
+    return passage, *judged(subject, passage.texts, passage.mask)
+
+
+def judged(subject: Subject, texts: Sequence[Text], mask: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    """Read texts with the bare model, as many at once as their logits leave room for.
+
+    Returns:
+        NLL ``[batch, pos]`` and the final states ``[batch, pos, dim]``, in the columns of ``mask``.
+    """
+    at_once = max(1, _LOGIT_BYTES // (4 * (subject.vocab_size or 1) * mask.shape[1]))
+    nll = np.full(mask.shape, np.nan)
+    last: torch.Tensor | None = None
+    for start in range(0, len(texts), at_once):
+        rows = slice(start, start + at_once)
+        bare = forced(subject, texts[rows], side="left", which=())
+        states, n = bare.tape.states[-1], bare.mask.shape[1]
+        assert torch.equal(bare.mask, mask[rows, -n:])  # texts of one batch end in the same column
+        nll[rows, -n:] = bare.outputs["nll"]
+        if last is None:
+            last = states.new_zeros(*mask.shape, states.shape[-1])
+        last[rows, -n:] = states
+    assert last is not None
+    return nll, last
 
 
 def written_tables(

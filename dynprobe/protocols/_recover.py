@@ -122,7 +122,7 @@ class _Recover:
         """Return batches, each twice: for the detector, and for the modes."""
         n = self.config.max_new_tokens
         batches = plan_batches(
-            [len(r) + n for r in self.ready.rows], max_new_tokens=n, n_layers=self.subject.n_layers,
+            [len(r) for r in self.ready.rows], max_new_tokens=n, n_layers=self.subject.n_layers,
             dim=self.subject.width, vocab=self.subject.vocab_size or 1, batch_size=self.config.batch_size,
             exact=self.exact, early=False,
         )  # fmt: skip

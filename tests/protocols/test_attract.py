@@ -464,3 +464,19 @@ def test_the_residual_site_of_the_zoo_s_cem(tmp_path):
             assert torch.equal(cem.model(ids).logits, bare)
         assert torch.equal(cem.model(ids).logits, bare)
     assert next(iter(handle.states.values()))["n"].tolist() == [ids.shape[1]]
+
+
+def test_texts_are_judged_alike_however_many_at_once(subject, monkeypatch):
+    from dynprobe.protocols import _attract_rows
+    from dynprobe.protocols._arms import Text, forced
+
+    texts = [
+        Text(str(i), tuple(subject.tokenizer(p).input_ids), tuple(range(70, 76))) for i, p in enumerate(PROMPTS)
+    ]
+    whole = forced(subject, texts, side="left", which=())
+    for room in (1, 4 * subject.vocab_size * whole.mask.shape[1] * 2, 2**30):
+        monkeypatch.setattr(_attract_rows, "_LOGIT_BYTES", room)
+        nll, last = _attract_rows.judged(subject, texts, whole.mask)
+        kept = whole.mask.numpy()
+        np.testing.assert_allclose(nll[kept], whole.outputs["nll"][kept], rtol=0, atol=1e-5)
+        torch.testing.assert_close(last[whole.mask], whole.tape.states[-1][whole.mask], rtol=1e-4, atol=1e-4)
