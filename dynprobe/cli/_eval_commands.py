@@ -26,5 +26,5 @@ def eval_command(given: dict[str, Any]) -> None:
         done = evaluate(settings.pop("model"), settings.pop("tasks", ()), listener=listener, **settings)
     if as_json:
         print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
-    elif not quiet:
+    else:
         _render.run(done)

@@ -167,13 +167,13 @@ def _notes(found: Run) -> list[str]:
         ]
     if any(row["acted_on"] for row in rows):
         lines.append(
-            "* the controller acts on this, so it recovers by construction (Goodhart) and is no evidence; judge by the "
-            "others"
+            "* the controller acts on this: what it shows is the controller's own doing (Goodhart), recovery or harm, "
+            "and no evidence; judge by the others"
         )
     if any(row["reason"] == "DETECTOR_BLIND" for row in rows):
         lines.append(
             "blind: DETECTOR_BLIND, the loop acted on under 5 % of perturbed tokens or no more than on clean ones; "
-            "read always and oracle, or take another --detector"
+            "read always and oracle, take another --detector, or let it fire sooner (--m, --q-hi) where texts are short"
         )
     if any(row["reason"] == "no-action" for row in rows):
         lines.append("no-action: the noise is on at no new token, so an oracle has nothing to act on")

@@ -39,6 +39,7 @@ from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._prompts import learned_positions
 from dynprobe.protocols._recover import no_calibration
 from dynprobe.protocols._recover_arms import Arm, ArmResult
+from dynprobe.protocols._recover_config import Modes
 from dynprobe.protocols._streams import check_streams
 from dynprobe.runs import Run, RunWriter, open_run
 from dynprobe.runs._find import find_run
@@ -56,7 +57,7 @@ def dissociate(
     items: str | Path | Sequence[Item] | None = None,
     *,
     perturb: Any = None,
-    mode: str | Sequence[str] = ("slerp",),
+    mode: Modes = ("slerp",),
     listener: Listener | None = None,
     **settings: Any,
 ) -> Run:
@@ -71,7 +72,7 @@ def dissociate(
         model: Hub id, folder, known name, module, or subject; it must decode with a cache, and have a tokenizer.
         items: A built-in set (``cloze``), a ``.jsonl`` file of ``question``, ``choices``, ``answer``, or items.
         perturb: Fixes the noise and its dose; default the smallest strength of ``alphas`` that costs 0.2 of accuracy.
-        mode: Recovery modes.
+        mode: Recovery modes, or :class:`dynprobe.Controller` objects of your own.
         listener: Called with :class:`dynprobe.protocols.Progress`.
         **settings: Any field of :class:`DissociateConfig`: ``alphas``, ``layers``, ``dynamic``, ``timings``, ….
 

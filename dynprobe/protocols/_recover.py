@@ -32,7 +32,7 @@ from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._prompts import answer_tokens
 from dynprobe.protocols._recover_arms import ArmResult, Arms, arms_of
 from dynprobe.protocols._recover_checks import checked, names_prompts, no_calibration, possible
-from dynprobe.protocols._recover_config import DEFAULT_PERTURB, RecoverConfig, listed
+from dynprobe.protocols._recover_config import DEFAULT_PERTURB, Modes, RecoverConfig, listed
 from dynprobe.protocols._recover_summary import detector_summary, fraction_table, recovery_summary
 from dynprobe.protocols._tables import Labels, passage_tables
 from dynprobe.runs import Run, RunWriter, open_run
@@ -47,7 +47,7 @@ def recover(
     model: str | nn.Module | Subject,
     prompts: Sequence[Any] | Path | None = None,
     *,
-    mode: str | Sequence[str] = "hybrid",
+    mode: Modes = "hybrid",
     perturb: Any = DEFAULT_PERTURB,
     listener: Listener | None = None,
     **settings: Any,
@@ -60,7 +60,7 @@ def recover(
         model: Hub id, folder, known name, module, or subject; it must decode with a cache.
         prompts: Texts or prompts; prompts with a ``continuation`` are read along it, others along the clean model's
             own text. Default: built-in passages with their continuation.
-        mode: Recovery modes, ``"all"``, or controllers registered by another package.
+        mode: Recovery modes, ``"all"``, modes of another package, or :class:`dynprobe.Controller` objects of your own.
         perturb: What to recover from; None only watches clean text.
         listener: Called with :class:`dynprobe.protocols.Progress`.
         **settings: Any field of :class:`RecoverConfig`: ``detector``, ``gain``, ``budget``, ``decode``, ….

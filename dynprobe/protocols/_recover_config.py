@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dynprobe.controllers import why_not
-from dynprobe.controllers.recovery import MODES, SIGNALS, Deadband, Never, make_mode, mode_name
+from dynprobe.controllers import Controller, why_not
+from dynprobe.controllers.recovery import MODES, SIGNALS, Deadband, Never, adopt, make_mode, mode_name
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.probes import Sampling, load_calibration
 from dynprobe.protocols._config import RunConfig
 
-__all__ = ["DEFAULT_PERTURB", "RecoverConfig", "listed"]
+__all__ = ["DEFAULT_PERTURB", "Modes", "RecoverConfig", "listed"]
 
+#: Names of recovery modes, and controllers that are none yet.
+Modes = str | Controller | type[Controller] | Sequence[str | Controller | type[Controller]]
 #: What a recovery study recovers from where nothing else is asked for: about the median KL threshold of a small model.
 DEFAULT_PERTURB = "alpha=0.6,scale=relnorm,layers=50%,phase=decode"
 
@@ -49,13 +51,13 @@ class RecoverConfig(RunConfig):
     @field_validator("mode", mode="before")
     @classmethod
     def _modes(cls, value: Any, info: ValidationInfo) -> tuple[str, ...]:
-        names = listed(value)
-        if not names:
-            raise ValueError(f"name at least one mode: {', '.join(MODES)}, or all")
         try:
+            names = listed(value)
             chosen = [mode_name(name) for name in names if name != "all"]
         except UsageError as error:
             raise ValueError(str(error)) from error
+        if not names:
+            raise ValueError(f"name at least one mode: {', '.join(MODES)}, or all")
         controls = [name for name in chosen if name.startswith("random:")]
         if controls:
             raise ValueError(
@@ -106,8 +108,9 @@ class RecoverConfig(RunConfig):
 
 
 def listed(value: Any) -> list[str]:
-    """Names of a list, with commas or without; in the order given."""
-    items = [value] if isinstance(value, str) else list(value)
+    """Names of a list, with commas or without, in the order given; a controller has the name it is adopted under."""
+    one = isinstance(value, str | type) or not isinstance(value, Iterable)
+    items = [item if isinstance(item, str) else adopt(item) for item in ([value] if one else value)]
     return [name.strip() for text in items for name in str(text).split(",") if name.strip()]
 
 

@@ -31,7 +31,7 @@ from dynprobe.protocols._execute import calibration_of
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._recover_arms import Arm, Arms
 from dynprobe.protocols._recover_checks import checked, names_prompts, no_calibration
-from dynprobe.protocols._recover_config import DEFAULT_PERTURB, RecoverConfig
+from dynprobe.protocols._recover_config import DEFAULT_PERTURB, Modes, RecoverConfig
 
 __all__ = ["Moment", "watch"]
 
@@ -77,7 +77,7 @@ def watch(
     model: str | nn.Module | Subject,
     prompts: Sequence[Any] | Path | None = None,
     *,
-    mode: str | Sequence[str] = "hybrid",
+    mode: Modes = "hybrid",
     perturb: Any = DEFAULT_PERTURB,
     **settings: Any,
 ) -> Iterator[Moment]:
@@ -86,7 +86,7 @@ def watch(
     Args:
         model: Hub id, folder, known name, module, or subject; it must decode with a cache.
         prompts: The first one is taken; default the first built-in passage.
-        mode: One recovery mode.
+        mode: One recovery mode, or a :class:`dynprobe.Controller` of your own.
         perturb: What to recover from, or None.
         **settings: As in :func:`dynprobe.recover`; nothing is written to ``out``.
 

@@ -170,8 +170,9 @@ def recovery_figure(run: Run) -> Figure:
         mine = fits[fits["decode_mode"] == road]
         for number, (panel, metric) in enumerate(zip(row, shown[road], strict=False)):
             _draw_fractions(panel, mine[mine["metric"] == metric], lines[road])
-            acts = bool(mine.loc[mine["metric"] == metric, "acted_on"].any())
-            panel.set_title(_METRICS[metric] + ("\n(acted on)" if acts else ""), fontsize=8)
+            acts = mine.loc[mine["metric"] == metric, "acted_on"].astype(bool)
+            said = "\n(acted on)" if acts.all() else "\n(hollow: acted on)" if acts.any() else ""
+            panel.set_title(_METRICS[metric] + said, fontsize=8)
             labels = [label for label, _, _ in lines[road]] if not number else []
             panel.set_yticks(range(len(lines[road])), labels or [""] * len(lines[road]), fontsize=8)
             if not number:

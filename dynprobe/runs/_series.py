@@ -134,7 +134,8 @@ def _samples(run: Run, table: str, condition: str | None, rows: pd.DataFrame) ->
         asked = "condition was not given" if condition is None else f"condition {condition!r} names {len(chosen)}"
         near = did_you_mean(condition or "", held)
         raise RunFolderError(
-            f"{run.path}: {asked}.{near} Conditions with rows in {table}: {', '.join(held) or 'none'}."
+            f"{run.path}: {asked}.{near} Conditions with rows in {table}: {', '.join(held) or 'none'}"
+            + (f"; type --condition {held[-1]}" if held else "")
         )
     samples = samples[samples["condition_id"] == chosen[0]]
     order = {p: i for i, p in enumerate(run.table("prompts", ["prompt_id"])["prompt_id"].astype(object))}

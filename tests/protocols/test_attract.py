@@ -470,9 +470,7 @@ def test_texts_are_judged_alike_however_many_at_once(subject, monkeypatch):
     from dynprobe.protocols import _attract_rows
     from dynprobe.protocols._arms import Text, forced
 
-    texts = [
-        Text(str(i), tuple(subject.tokenizer(p).input_ids), tuple(range(70, 76))) for i, p in enumerate(PROMPTS)
-    ]
+    texts = [Text(str(i), tuple(subject.tokenizer(p).input_ids), tuple(range(70, 76))) for i, p in enumerate(PROMPTS)]
     whole = forced(subject, texts, side="left", which=())
     for room in (1, 4 * subject.vocab_size * whole.mask.shape[1] * 2, 2**30):
         monkeypatch.setattr(_attract_rows, "_LOGIT_BYTES", room)

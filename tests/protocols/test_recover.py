@@ -564,3 +564,26 @@ def test_watching_can_stop_and_shows_what_is_taken_back(llama, edited):
     assert len(moments[-1].text) == NEW - 1  # the last token is not fed
     with pytest.raises(UsageError, match="one mode can be watched"):
         watch(llama, PROMPTS, mode="slerp,shrink", **SETTINGS)
+
+
+def test_a_controller_of_ones_own_is_a_mode(tmp_path):
+    class Halve(dp.Controller):
+        reads = writes = "layers=1"
+
+        def act(self, state, site, seen, memory):
+            return 0.9 * state
+
+    settings = {
+        "perturb": "alpha=0.9,layers=1,phase=decode", "limit": 2, "max_new_tokens": 8, "decode": "forced",
+        "timings": "detector", "out": tmp_path,
+    }  # fmt: skip
+    run = dp.recover("tiny-llama", mode=[Halve(), "sham"], **settings)
+    (arm,) = (a for a in run.summary["arms"] if a["condition"].startswith("perturbed+Halve"))
+    assert arm["duty"]["mean"] == 1.0
+    # Each write takes a tenth of the state: Σ‖u‖²/‖h‖² is a hundredth per token that is fed after the prompt.
+    assert arm["energy_written"]["mean"] == pytest.approx(0.01 * 7, rel=1e-5)
+    (control,) = (a for a in run.summary["arms"] if a["condition"].startswith("perturbed+random:Halve"))
+    assert control["energy_written"]["mean"] == pytest.approx(0.07, rel=1e-5)
+    assert dp.recover("tiny-llama", mode=[Halve, "sham"], **settings).path == run.path  # the same study again
+    with pytest.raises(UsageError, match=r"a mode is a name or a dp\.Controller, not int"):
+        dp.recover("tiny-llama", mode=3, **settings)

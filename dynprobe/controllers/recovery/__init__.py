@@ -3,7 +3,7 @@
 from dynprobe.controllers.recovery._actuators import ACTUATORS, Clamp, Shrink, Slerp, Subspace
 from dynprobe.controllers.recovery._detector import Always, Deadband, Never, Oracle
 from dynprobe.controllers.recovery._guard import GUARD_WINDOW, Guard
-from dynprobe.controllers.recovery._modes import MODES, make_mode, mode_name
+from dynprobe.controllers.recovery._modes import MODES, adopt, make_mode, mode_name
 from dynprobe.controllers.recovery._operators import LoraPair, TopComponents
 from dynprobe.controllers.recovery._recovery import Recovery, Timing
 from dynprobe.controllers.recovery._recync import Recync
@@ -39,6 +39,7 @@ __all__ = [
     "Subspace",
     "Timing",
     "TopComponents",
+    "adopt",
     "make_mode",
     "mode_name",
     "parse_recovery",

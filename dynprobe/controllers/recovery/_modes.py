@@ -7,11 +7,12 @@ tokens back and writes them anew; ``hybrid`` (also ``HYBRID_RECOVERY``) is slerp
 is no file of its operators. ``random:<mode>`` is made by a study, since it replays what a mode did.
 
 Another package adds modes through the entry-point group ``dynprobe.recovery``: a callable that takes ``timing`` and
-``site`` and returns a controller or a list of them.
+``site`` and returns a controller or a list of them. A controller at hand needs no package: ``adopt`` gives it a name.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from dynprobe.controllers._controller import Controller
 from dynprobe.controllers.recovery._actuators import ACTUATORS
 from dynprobe.controllers.recovery._guard import Guard
+from dynprobe.controllers.recovery._likeness import likeness
 from dynprobe.controllers.recovery._operators import LoraPair, TopComponents
 from dynprobe.controllers.recovery._recovery import Recovery, Timing
 from dynprobe.controllers.recovery._recync import Recync
@@ -27,7 +29,7 @@ from dynprobe.controllers.recovery._sampling import Narrowing
 from dynprobe.controllers.recovery._str import StrControl
 from dynprobe.errors import UsageError, did_you_mean
 
-__all__ = ["MODES", "MODE_ALIASES", "Mode", "make_mode", "mode_name"]
+__all__ = ["MODES", "MODE_ALIASES", "Mode", "adopt", "make_mode", "mode_name"]
 
 #: Makes the controllers of a mode, given a maker of timings and a site (None: where the signal points).
 Mode = Callable[..., "Controller | list[Controller]"]
@@ -96,6 +98,45 @@ MODES: dict[str, Mode] = {
 }
 
 
+#: Modes that were handed over as objects in this process.
+_ADOPTED: dict[str, Mode] = {}
+
+
+def adopt(given: Controller | type[Controller]) -> str:
+    """Make a controller a mode of this process, and return the mode's name: its class and a digest of what it is.
+
+    Every arm gets a copy of its own. The same class with the same settings has the same name in another process, so
+    that a study that was stopped goes on; another one is another study.
+
+    Args:
+        given: A controller, or a class of controllers that needs no arguments.
+
+    Raises:
+        UsageError: If it is no controller, or its class wants arguments.
+
+    Example:
+        >>> class Idle(Controller):
+        ...     pass
+        >>> adopt(Idle()) == adopt(Idle), adopt(Idle).split("-")[0]
+        (True, 'Idle')
+    """
+    kind = given if isinstance(given, type) else type(given)
+    if isinstance(given, type) and issubclass(given, Controller):
+        try:
+            given = given()
+        except TypeError as error:
+            raise UsageError(f"{kind.__name__} cannot be made without arguments ({error}); hand in one") from error
+    if not isinstance(given, Controller):
+        raise UsageError(
+            f"a mode is a name or a dp.Controller, not {kind.__name__}. Names: {', '.join(MODES)}; a controller "
+            "of your own is a subclass of dp.Controller with decide() and act()"
+        )
+    kept = given
+    name = f"{type(kept).__name__}-{likeness(kept)}"
+    _ADOPTED[name] = lambda timing, site=None, **_: copy.deepcopy(kept)
+    return name
+
+
 def mode_name(text: str) -> str:
     """Return the name of a mode as it stands in tables.
 
@@ -104,6 +145,8 @@ def mode_name(text: str) -> str:
     """
     head, base = ("random:", text[7:]) if text.lower().startswith("random:") else ("", text)
     spellings = (base, MODE_ALIASES.get(base.upper(), ""), base.lower().replace("_", "-"))
+    if base in _ADOPTED:
+        return head + base
     for name in spellings:
         if name in MODES:  # the packages that are installed need not be searched for a mode of ours
             return head + name
@@ -130,6 +173,8 @@ def make_mode(name: str, timing: Callable[[], Timing], *, site: str | None = Non
     name = mode_name(name)
     if name.startswith("random:"):
         raise UsageError(f"{name} replays what {name.removeprefix('random:')} did; dp.recover makes it from that arm")
-    make: Mode = MODES[name] if name in MODES else next(p for p in entry_points(group=_GROUP) if p.name == name).load()
+    make = _ADOPTED.get(name) or MODES.get(name)
+    if make is None:
+        make = next(p for p in entry_points(group=_GROUP) if p.name == name).load()
     made = make(timing=timing, site=site, **options)
     return made if isinstance(made, list) else [made]

@@ -68,3 +68,62 @@ def test_a_package_adds_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mode_name("random:My_Mode") == "random:My_Mode"
     with pytest.raises(UsageError, match=r"known: .*My_Mode.*Did you mean 'My_Mode'\?"):
         mode_name("My_Mod")
+
+
+class Fade(Controller):
+    writes = "layers=1"
+
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+
+    def act(self, state: Any, site: Any, seen: Any, memory: Any) -> Any:
+        return self.factor * state
+
+
+class FadeAsWell(Controller):
+    writes = "layers=1"
+
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+
+    def act(self, state: Any, site: Any, seen: Any, memory: Any) -> Any:
+        return self.factor * self.factor * state
+
+
+def test_a_controller_at_hand_is_a_mode() -> None:
+    name = module.adopt(Fade(0.25))
+    assert name.startswith("Fade-")
+    assert mode_name(name) == name
+    assert mode_name(f"random:{name}") == f"random:{name}"
+    first, second = (make_mode(name, Always)[0] for _ in range(2))
+    assert isinstance(first, Fade)
+    assert first is not second  # every arm has its own
+    assert first.factor == 0.25
+
+
+def test_the_name_tells_code_and_settings_apart() -> None:
+    assert module.adopt(Fade(0.25)) == module.adopt(Fade(0.25))
+    assert module.adopt(Fade) == module.adopt(Fade(0.5))
+    names = {module.adopt(given) for given in (Fade(0.25), Fade(0.5), FadeAsWell(0.5))}
+    assert len(names) == 3
+    assert len({name.split("-")[1] for name in names}) == 3
+
+
+def test_code_that_no_file_holds_is_told_apart_too() -> None:
+    made = []
+    for factor in (0.5, 0.25):
+        space: dict[str, Any] = {"Controller": Controller}
+        exec(f"class Own(Controller):\n    def act(self, state, *_):\n        return {factor} * state", space)
+        made.append(module.adopt(space["Own"]()))
+    assert made[0] != made[1]
+
+
+def test_what_is_no_controller_is_refused() -> None:
+    class Wants(Controller):
+        def __init__(self, needed: int) -> None:
+            self.needed = needed
+
+    with pytest.raises(UsageError, match=r"cannot be made without arguments .*hand in one"):
+        module.adopt(Wants)
+    with pytest.raises(UsageError, match=r"a mode is a name or a dp\.Controller, not int"):
+        module.adopt(3)  # type: ignore[arg-type]
