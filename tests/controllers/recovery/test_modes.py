@@ -3,7 +3,9 @@
 from importlib.metadata import EntryPoint
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from dynprobe.controllers import Controller
 from dynprobe.controllers.recovery import ACTUATORS, MODES, Always, Recovery, make_mode, mode_name
@@ -116,6 +118,59 @@ def test_code_that_no_file_holds_is_told_apart_too() -> None:
         exec(f"class Own(Controller):\n    def act(self, state, *_):\n        return {factor} * state", space)
         made.append(module.adopt(space["Own"]()))
     assert made[0] != made[1]
+
+
+FACTOR = 0.5
+
+
+class Named(Controller):
+    def act(self, state: Any, *_: Any) -> Any:
+        return FACTOR * state
+
+
+class Holds(Controller):
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+def _closing_over(factor: float) -> Controller:
+    class Own(Controller):
+        def act(self, state: Any, *_: Any) -> Any:
+            return factor * state
+
+    return Own()
+
+
+class _Box:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+def test_one_source_with_other_values_is_another_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.adopt(_closing_over(0.5)) == module.adopt(_closing_over(0.5))
+    assert module.adopt(_closing_over(0.5)) != module.adopt(_closing_over(0.25))
+    half = module.adopt(Named())
+    monkeypatch.setitem(globals(), "FACTOR", 0.25)
+    assert module.adopt(Named()) != half
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: x, lambda x: 2 * x), (_Box(1.0), _Box(2.0)), ([_Box(1.0)], [_Box(2.0)]), ({"a": 1}, {"a": 2}),
+        (torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 2.0, dtype=torch.bfloat16)),
+        (torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0 + 1e-12, dtype=torch.float64)),
+        (np.arange(2000.0), np.r_[np.arange(1999.0), -1.0]), (np.ones(2), np.ones(2, np.float32)),
+    ],
+)  # fmt: skip
+def test_settings_are_told_apart_by_what_they_hold(one: Any, other: Any) -> None:
+    assert module.adopt(Holds(one)) == module.adopt(Holds(one))
+    assert module.adopt(Holds(one)) != module.adopt(Holds(other))
+
+
+def test_a_setting_without_contents_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot be told from another object"):
+        module.adopt(Holds(object()))
 
 
 def test_what_is_no_controller_is_refused() -> None:
