@@ -25,7 +25,6 @@ __all__ = ["likeness"]
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 _MEMBERS = (*_PLAIN, FunctionType, tuple, list, dict, np.ndarray, torch.Tensor)
-_NOT_ITS_OWN = ("__doc__", "__module__", "__qualname__", "__firstlineno__", "__static_attributes__", "__annotations__")
 
 
 def likeness(controller: Controller) -> str:
@@ -48,7 +47,8 @@ def _class(kind: type, above: tuple[int, ...]) -> Any:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # a prompt, or exec: no file holds it
         source = ""
-    own = ((name, member) for name, member in sorted(vars(kind).items()) if name not in _NOT_ITS_OWN)
+    # Python keeps books of its own on a class, also later (copying it leaves __slotnames__); methods are the author's.
+    own = [(k, v) for k, v in sorted(vars(kind).items()) if isinstance(v, FunctionType) or not k.startswith("__")]
     members = [(name, _value(member, above)) for name, member in own if isinstance(member, _MEMBERS)]
     return (kind.__qualname__, source, members)
 

@@ -149,6 +149,10 @@ class _Box:
 def test_one_source_with_other_values_is_another_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.adopt(_closing_over(0.5)) == module.adopt(_closing_over(0.5))
     assert module.adopt(_closing_over(0.5)) != module.adopt(_closing_over(0.25))
+    given = _closing_over(0.5)
+    name = module.adopt(given)
+    make_mode(name, Always)  # a copy leaves books of Python's on the class
+    assert module.adopt(given) == name
     half = module.adopt(Named())
     monkeypatch.setitem(globals(), "FACTOR", 0.25)
     assert module.adopt(Named()) != half
