@@ -114,6 +114,13 @@ class Controller:
         """Return the memory of a new sequence of ``n_rows`` rows."""
         return {}
 
+    def idle(self, seen: Seen, memory: Memory) -> bool:
+        """Return whether ``act`` would hand every state of this forward back as it is; then it is not asked.
+
+        Asked as a forward begins, before there are states. False is always right; True spares a call at every site.
+        """
+        return False
+
     def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
         """Return the state to use at a site, ``[batch, columns, dim]``; the very same object for no change."""
         return state

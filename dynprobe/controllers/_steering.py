@@ -70,6 +70,7 @@ class Steering:
         self._decides = type(controller).decide is not Controller.decide
         self._first: Step | None = None
         self._seen: Seen | None = None
+        self._idle = False
         self._rows = np.zeros(0, dtype=np.int64)
         self._past: list[Memory] = []
         self._lines: list[_Line] = []
@@ -100,10 +101,13 @@ class Steering:
             self._past.append(kept_copy(self.memory))
         self._rows = np.arange(n_rows) if step.rows is None else step.rows
         self._seen = Seen(step)
+        self._idle = self.controller.idle(self._seen, self.memory)
         self._writes.append([])
 
     def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
         """Let the controller act, and note what it did."""
+        if self._idle:
+            return state
         assert self._seen is not None
         if torch.is_grad_enabled():
             with torch.no_grad():
@@ -123,7 +127,8 @@ class Steering:
     def observe(self, state: Tensor, site: Site, step: Step) -> None:
         """Show the controller a state."""
         assert self._seen is not None
-        self._seen.states[site] = state.detach().clone() if self._copies else state.detach()
+        state = state.detach() if state.requires_grad else state
+        self._seen.states[site] = state.clone() if self._copies else state
 
     def end(self, step: Step, output: Any) -> Any:
         """Let the controller decide, and choose logits."""

@@ -55,10 +55,17 @@ def lengths(x: torch.Tensor) -> torch.Tensor:
     devices where looking would mean waiting, the sum is made in float64.
     """
     norm = torch.linalg.vector_norm(x, dim=-1)
-    if x.dtype == torch.float32 and (x.device.type != "cpu" or bool((~((norm > _LOW) & (norm < _HIGH))).any())):
+    if x.dtype == torch.float32 and (x.device.type != "cpu" or not _within(norm)):
         norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
     norm = norm.double()
     return torch.where(torch.isfinite(norm) & (norm > 0), norm, torch.nan)
+
+
+def _within(norm: torch.Tensor) -> bool:
+    if not norm.numel():
+        return True
+    low, high = torch.aminmax(norm)  # NaN where there is one, which is not within
+    return _LOW < float(low) and float(high) < _HIGH
 
 
 def stacked(states: Any, name: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:

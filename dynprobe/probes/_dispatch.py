@@ -36,12 +36,24 @@ class _Gate:
 
     module: weakref.ref[nn.Module]
     side: str
-    writers: list[tuple[Writer, int | None]] = field(default_factory=list)
-    steerers: list[tuple[Writer, int | None]] = field(default_factory=list)
-    readers: list[tuple[Reader, int | None]] = field(default_factory=list)
+    writers: tuple[tuple[Writer, int | None], ...] = ()
+    steerers: tuple[tuple[Writer, int | None], ...] = ()
+    readers: tuple[tuple[Reader, int | None], ...] = ()
+    acting: tuple[tuple[Writer, int | None], ...] = ()
     handle: RemovableHandle | None = None
     roots: dict[int, RemovableHandle] = field(default_factory=dict)
     calls: int = 0
+
+    def admit(self, role: str, client: tuple[Any, int | None]) -> None:
+        setattr(self, role, (*getattr(self, role), client))
+        self.acting = (*self.writers, *self.steerers)
+
+    def dismiss(self, role: str, client: tuple[Any, int | None]) -> None:
+        # Made anew: whoever walks through the old one at this moment is not disturbed.
+        held = list(getattr(self, role))
+        held.remove(client)
+        setattr(self, role, tuple(held))
+        self.acting = (*self.writers, *self.steerers)
 
     def count_from(self, root: nn.Module) -> None:
         if id(root) not in self.roots:
@@ -75,10 +87,10 @@ class _Gate:
 
     def _pass(self, state: Tensor) -> Tensor:
         now, self.calls = self.calls, self.calls + 1
-        for write, call in (*self.writers, *self.steerers):
+        for write, call in self.acting:
             if call is None or call == now:
                 state = write(state)
-        for read, call in tuple(self.readers):
+        for read, call in self.readers:
             if call is None or call == now:
                 read(state)
         return state
@@ -107,9 +119,8 @@ class Attachment:
 
     def remove(self) -> None:
         """Take the client off the module; a second call does nothing."""
-        clients: list[Any] = getattr(self.gate, self.role)
         if self.client is not None:
-            clients.remove(self.client)
+            self.gate.dismiss(self.role, self.client)
             self.client = None
         self.gate.close_if_idle()
 
@@ -147,11 +158,11 @@ def attach(
         gate.count_from(root)
     if write is not None:
         writer, role = (write, call), "steerers" if steers else "writers"
-        getattr(gate, role).append(writer)
+        gate.admit(role, writer)
         return Attachment(gate, writer, role)
     assert read is not None
     reader = read, call
-    gate.readers.append(reader)
+    gate.admit("readers", reader)
     return Attachment(gate, reader, "readers")
 
 

@@ -204,6 +204,8 @@ class Instrument:
         """The state with its batch and position axes apart, checked against the positions of this forward."""
         assert self.step is not None
         rows, columns = self.step.positions.shape
+        if state.dim() > 2 and state.size(0) == rows and state.size(1) == columns:  # asked at every site and token
+            return state
         if state.dim() == 2 and len(state) == rows * columns:
             return state.reshape(rows, columns, state.shape[-1])
         if state.shape[:2] == (rows, columns):
@@ -241,7 +243,7 @@ class Instrument:
         def read(state: Tensor) -> None:
             if self.step is None:
                 return
-            kept = self._shaped(state if self._grad else state.detach())
+            kept = self._shaped(state.detach() if state.requires_grad and not self._grad else state)
             self.fired[site, "read"] = self.fired.get((site, "read"), 0) + 1
             if state.is_inference() or self.subject.mutates:
                 kept = ordinary(kept) if state.is_inference() else kept.clone()

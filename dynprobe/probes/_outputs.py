@@ -71,6 +71,8 @@ def hidden_of(output: Any) -> Tensor:
         >>> hidden_of(h) is h, hidden_of((h, None)) is h, hidden_of({"hidden_states": h}) is h
         (True, True, True)
     """
+    if isinstance(output, Tensor) and output.is_floating_point() and output.dim() >= 2:  # most blocks, every token
+        return output
     key = _key_of(output)
     return output if key is None else output[key]
 

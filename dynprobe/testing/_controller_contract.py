@@ -36,7 +36,7 @@ from dynprobe.probes._subject import evaluating
 __all__ = ["CONTROLLER_CHECKS", "check_controller"]
 
 #: What is tried, in this order.
-CONTROLLER_CHECKS = ("detached", "repeatable", "quiet", "alone", "leaving", "reordered", "rewound")
+CONTROLLER_CHECKS = ("detached", "repeatable", "idle", "quiet", "alone", "leaving", "reordered", "rewound")
 
 _PROMPTS = ([40, 41, 42, 43, 44, 45, 46], [50, 51, 52], [60, 61, 62, 63, 64])
 _N_NEW, _REORDERED_AT, _REWOUND_AT = 9, 4, 6
@@ -67,7 +67,8 @@ def check_controller(
 
     ``detached`` nothing stays on the model, also after an error; ``repeatable`` a second sequence and a second
     controller give the same bits as the first, and the prompt of the next sequence finds nothing of the last;
-    ``quiet`` a run in which nothing was written has the bits of a run without controller; ``alone`` a row in a padded
+    ``idle`` a controller that is asked to act where it calls itself idle does nothing there; ``quiet`` a run in which
+    nothing was written has the bits of a run without controller; ``alone`` a row in a padded
     batch is treated as by itself; ``leaving`` so is one whose neighbours end and leave; ``reordered`` so is one that
     changes places, as beams do; ``rewound`` taking tokens back and giving them again is as if it had not happened.
 
@@ -91,7 +92,7 @@ def check_controller(
         ...     def act(self, state, site, seen, memory):
         ...         return 0.5 * state if seen.decoding else state
         >>> check_controller(Halve)
-        ('detached', 'repeatable', 'alone', 'leaving', 'reordered', 'rewound')
+        ('detached', 'repeatable', 'idle', 'alone', 'leaving', 'reordered', 'rewound')
     """
     subject = subject if subject is not None else load("tiny-llama")
     if not can_shrink(subject):
@@ -125,7 +126,7 @@ class _Suite:
     def run(self) -> tuple[str, ...]:
         done = [self.detached()]
         together = self.fed(self.prompts, self.new)
-        done += [self.repeatable(together)]
+        done += [self.repeatable(together), self.idle(together)]
         if not (together.actions["energy"] > 0).any():
             done.append(self.quiet(together))
         alone = [self.fed([prompt], [new]) for prompt, new in zip(self.prompts, self.new, strict=True)]
@@ -163,6 +164,11 @@ class _Suite:
             "repeatable", first, second, None, f"a controller's first and its second sequence ({_ON_SELF})", exact=True
         )
         return "repeatable"
+
+    def idle(self, together: _Trace) -> str:
+        asked = self.fed(self.prompts, self.new, _Asked(self.make(), self.subject, self.calibration))
+        self.compare("idle", together, asked, None, "a run and one where it was asked though idle", exact=True)
+        return "idle"
 
     def quiet(self, together: _Trace) -> str:
         none = self.fed(self.prompts, self.new, Steering(Controller(), self.subject))
@@ -287,6 +293,14 @@ class _Suite:
 
     def fail(self, check: str, what: str) -> None:
         raise SelfTestError(f"{self.name} breaks the contract of controllers ({check}): {what}")
+
+
+class _Asked(Steering):
+    """Lets the controller act in every forward, also where it said that it would do nothing."""
+
+    def begin(self, step: Any) -> None:
+        super().begin(step)
+        self._idle = False
 
 
 class _CannotCut(Exception):  # noqa: N818 - control flow, not an error

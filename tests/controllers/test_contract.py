@@ -115,6 +115,16 @@ class InPlace(Scale):
         return state
 
 
+class Sleeper(Scale):
+    """Calls itself idle in forwards in which it would act."""
+
+    def idle(self, seen: Any, memory: Any) -> bool:
+        return bool((seen.step.positions.max() % 2) == 0)
+
+    def act(self, state: Tensor, site: Any, seen: Any, memory: Any) -> Tensor:
+        return state * 1.1 if seen.decoding else state
+
+
 class Hooks(Scale):
     """Puts a hook of its own on the model and leaves it there."""
 
@@ -167,7 +177,7 @@ class Beams(Rows):
     ("make", "check"),
     [
         (OnSelf, "repeatable"), (Draws, "repeatable"), (BatchMean, "alone"), (ByPlace, "alone"), (Columns, "alone"),
-        (InPlace, "quiet"), (Counter, "rewound"), (Rows, "leaving"), (Beams, "reordered"),
+        (InPlace, "quiet"), (Sleeper, "idle"), (Counter, "rewound"), (Rows, "leaving"), (Beams, "reordered"),
     ],
 )  # fmt: skip
 def test_bad_ones_fail_where_they_are_bad(make: Any, check: str, tiny: Subject) -> None:

@@ -110,9 +110,13 @@ class Recovery(Controller):
         """Let the timing decide."""
         self.timing.decide(seen, memory)
 
+    def idle(self, seen: Seen, memory: Memory) -> bool:
+        """Whether no row is active, or the prompt is fed."""
+        return self.actuator is None or not memory["active"].any() or not seen.decoding
+
     def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
         """Change the active rows whose depth this is."""
-        if self.actuator is None or not memory["active"].any() or not seen.decoding:
+        if self.idle(seen, memory):
             return state
         number = site[1]
         rows = memory["active"] & (memory["gain"] > 0)

@@ -54,7 +54,7 @@ class Signal:
         if self.name not in SIGNALS:
             near = did_you_mean(self.name, SIGNALS)
             raise UsageError(f"unknown signal {self.name!r}; known: {', '.join(SIGNALS)}.{near}")
-        self._mu = self._sigma = np.zeros(0)
+        self._mu = self._sigma = torch.zeros(0)
 
     @property
     def reads_depths(self) -> bool:
@@ -87,8 +87,9 @@ class Signal:
                 f"the calibration does not hold the signal {self.name}; make it again with: dynprobe calibrate MODEL"
             )
         if prefix:
-            self._mu = calibration.tensors[f"{prefix}_mu"].numpy()[self.first + 1 :]
-            self._sigma = calibration.tensors[f"{prefix}_sigma"].numpy()[self.first + 1 :]
+            self._mu, self._sigma = (
+                calibration.tensors[f"{prefix}_{of}"][self.first + 1 :].double() for of in ("mu", "sigma")
+            )
 
     def start(self, n_rows: int) -> Memory:
         """Return what the signal remembers of a row."""
@@ -117,15 +118,15 @@ class Signal:
         states = torch.stack(held if held[0].shape[1] <= width else [state[:, -width:] for state in held])
         of_step = metrics.norm_step if self.name == "norm_step_zmax" else metrics.phase_lag
         # Few numbers from here on: one transfer, and float64 as in the calibration.
-        steps = of_step(states).cpu().numpy().astype(np.float64)
+        steps = of_step(states).cpu().double()
         steps = steps.mean(-1) if steps.ndim == 4 else steps  # slots of one position together
         depth: np.ndarray | None = None
         if self.name == "kappa_phase":
-            value = _mean(steps)
+            value = _mean(steps.numpy())
         elif self.name == "kappa_phase_z":
-            value = metrics.step_z(steps, self._mu, self._sigma)
+            value = metrics.step_z(steps, self._mu, self._sigma).numpy()
         else:
-            value, at = metrics.step_zmax(steps, self._mu, self._sigma)
+            value, at = (found.numpy() for found in metrics.step_zmax(steps, self._mu, self._sigma))
             depth = np.where(at < 0, -1, at + self.first + 1)
         return np.where(counted, value, np.nan), depth
 
