@@ -105,6 +105,12 @@ def resolve(
     canonical = canonical_name(text)
     if canonical is not None:
         return _known_source(canonical, text, revision)
+    if text.startswith("panel/") and not Path(text).exists():
+        panel = [known for known in KNOWN if known.startswith("panel/")]
+        raise ModelNotFoundError(
+            f"The panel has no model {text!r}.{did_you_mean(text, panel)} dynprobe.models.panel_models() lists its "
+            f"{len(panel)} models; for a hub model of an owner called panel, give the path of a local copy."
+        )
     path = Path(text).expanduser()
     if path.exists():
         _refuse_revision(revision, text)

@@ -87,16 +87,22 @@ class Calibration:
             site=f"{component}.{layer}",
         )
 
-    def check(self, weights: str, dtype: str) -> None:
+    def check(self, weights: str, dtype: str, name: str = "the model") -> None:
         """Refuse a calibration of another model.
+
+        Args:
+            weights: Hash of the model's weights.
+            dtype: Its dtype.
+            name: What to call it in the message.
 
         Raises:
             CalibrationError: If weights or dtype differ.
         """
         for key, found in (("weights", weights), ("dtype", dtype)):
             if self.header.get(key) != found:
+                made = f"of {self.header['model']} " if self.header.get("model") else ""
                 raise CalibrationError(
-                    f"this calibration was made with {key} {self.header.get(key)!r}, the model has {found!r}; "
+                    f"this calibration {made}was made with {key} {self.header.get(key)!r}, {name} has {found!r}; "
                     "make one with: dynprobe calibrate MODEL"
                 )
 

@@ -30,7 +30,7 @@ def check_same_model(subject: Subject, calibration: Calibration) -> None:
         >>> check_same_model(tiny_llama(), calibration)
         Traceback (most recent call last):
         ...
-        dynprobe.errors.CalibrationError: this calibration was made with weights 'tensors-blake2b:00', the model has ...
+        dynprobe.errors.CalibrationError: this calibration was made with weights 'tensors-blake2b:00', ... has ...
     """
     kind = str(calibration.header.get("weights")).split(":")[0]
     found = str(subject.facts.get("weights_hash", ""))
@@ -40,4 +40,4 @@ def check_same_model(subject: Subject, calibration: Calibration) -> None:
         found = combine_file_hashes(subject.facts["weights_files"])
     elif not found:
         found = "no files: it was handed over as a module"
-    calibration.check(found, str(subject.dtype).removeprefix("torch."))
+    calibration.check(found, str(subject.dtype).removeprefix("torch."), subject.name or "the model")

@@ -145,7 +145,11 @@ def _handed_in(ready: Prepared, folder: Path) -> Calibration:
     found, subject = load_calibration(folder), ready.subject
     # A model is known by its files where they were just read, else by its tensors; a calibration knows both.
     same = "tensors" in found.header and found.header["tensors"] == models.weights_hash(subject.model)
-    found.check(found.header["weights"] if same else ready.weights, str(subject.dtype).removeprefix("torch."))
+    found.check(
+        found.header["weights"] if same else ready.weights,
+        str(subject.dtype).removeprefix("torch."),
+        subject.name or "the model",
+    )
     structure = structure_of(subject)
     if found.header.get("structure", structure) != structure:
         raise CalibrationError(

@@ -75,3 +75,10 @@ def test_known_models_stays_a_short_list_and_a_slip_is_caught() -> None:
     assert not any(name.startswith("panel/") for name in known_models())
     with pytest.raises(ModelNotFoundError, match=r"Did you mean 'panel/cem-depth2-width32-seed[01]'"):
         fetch("panel/cem-depth2-width32-seed")
+
+
+def test_typing_error_in_a_panel_name_is_not_taken_to_the_hub() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no model 'panel/cem-depth2-width32-seed9'.*panel_models"):
+        resolve("panel/cem-depth2-width32-seed9")
+    with pytest.raises(ModelNotFoundError, match="Did you mean 'panel/llama-depth1-width32-seed0'"):
+        resolve("panel/lama-depth1-width32-seed0")
