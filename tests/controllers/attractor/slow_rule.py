@@ -19,6 +19,7 @@ class SlowSlots:
         self.hits = np.zeros(settings.slots, int)
         self.z = np.zeros((settings.slots, 3))
         self.n = 0
+        self.sum = np.zeros(dim)
 
     def strength(self, m, n=None):
         n = self.n if n is None else n
@@ -30,6 +31,9 @@ class SlowSlots:
         y = np.asarray(y, dtype=np.float64)
         if not np.isfinite(y).all() or np.linalg.norm(y) < 1e-6:
             return y, 0.0
+        if p.centre == "running":
+            mean = self.sum / max(self.n, 1)
+            self.sum = self.sum + y
         u = y - mean
         u = u / np.linalg.norm(u)
         live = [m for m in range(p.slots) if self.strength(m) >= p.s_min]

@@ -55,6 +55,7 @@ def passed(y, settings, *, mean=None, cuts=None, real=None):
         {}, {"read": "field"}, {"read": "hopfield"}, {"inject": "absolute"}, {"evict": "oldest"}, {"evict": "none"},
         {"observe": "post"}, {"clocks": True}, {"burn": "strength", "burn_in": 2.0},
         {"half_life": 1000.0, "s_max": 3.0}, {"rate": 0.6}, {"s_min": 0.2}, {"gate": 0.4}, {"slots": 1},
+        {"centre": "running"}, {"centre": "running", "observe": "post"},
     ],
 )  # fmt: skip
 def test_the_rule_equals_the_slow_one(changes):
@@ -83,7 +84,8 @@ def test_the_rule_equals_the_slow_one(changes):
         (7, {"evict": "oldest"}), (16, {"evict": "none", "s_min": 0.2, "half_life": 2.0}), (7, {"observe": "post"}),
         (7, {"clocks": True}), (3, {"clocks": True, "slots": 2, "evict": "oldest"}), (7, {"slots": 1}),
         (3, {"burn": "strength", "burn_in": 2.0}), (7, {"half_life": 1.5}), (16, {"half_life": 1000.0, "s_max": 3.0}),
-        (7, {"rate": 0.6}), (16, {"slots": 12}),
+        (7, {"rate": 0.6}), (16, {"slots": 12}), (3, {"centre": "running"}),
+        (7, {"centre": "running", "observe": "post"}), (16, {"centre": "running", "clocks": True}),
     ],
 )  # fmt: skip
 def test_chunks_equal_the_slow_ones(commit, changes):
