@@ -12,6 +12,9 @@
   :func:`semantic_refusal`, :func:`iatrogenic_rate`, :func:`spearman_interval`.
 - Two sides of the same prompts: :func:`paired_difference`, :func:`profile_difference`, :func:`cluster_mean`,
   :func:`profile_interval`, :func:`adjusted` (Holm, Benjamini–Hochberg).
+- Panels of models: :func:`variance_table` (η², ω², each term by itself), :func:`variance_components` (ANOVA, REML) and
+  :func:`nakagawa_r2`, :func:`icc1`, :func:`lmg_shares`, :func:`skeleton_r2`, :func:`adjusted_rand`,
+  :func:`stable_clusters`, :func:`regime_shares`.
 - Detectors: :func:`detector_power`, made of :func:`auc`, :func:`event_rate`, :func:`kaplan_meier` and
   :func:`proportion_interval`; :func:`detector_blind`, :func:`onsets`, :func:`sustained_max`.
 
@@ -41,6 +44,7 @@ from dynprobe.metrics.statistics._dissociation import (
     dissociation_verdict,
     semantic_refusal,
 )
+from dynprobe.metrics.statistics._icc import Icc, icc1
 from dynprobe.metrics.statistics._mean import mean_threshold
 from dynprobe.metrics.statistics._multiplicity import adjusted
 from dynprobe.metrics.statistics._nonparametric import (
@@ -58,6 +62,7 @@ from dynprobe.metrics.statistics._paired_difference import (
     paired_differences,
     profile_difference,
 )
+from dynprobe.metrics.statistics._partitions import RandIndex, Topology, adjusted_rand, stable_clusters
 from dynprobe.metrics.statistics._population import Threshold, prompt_threshold
 from dynprobe.metrics.statistics._posterior import Answer, PosteriorSearch, PosteriorThreshold
 from dynprobe.metrics.statistics._prompt_means import ClusterMean, cluster_mean, cluster_means, profile_interval
@@ -65,8 +70,18 @@ from dynprobe.metrics.statistics._psychometric import PsychometricFit, fit_psych
 from dynprobe.metrics.statistics._rates import EventRate, event_rate, iatrogenic_rate
 from dynprobe.metrics.statistics._ratio import Ratio, ratio_threshold
 from dynprobe.metrics.statistics._recovery import RecoveryFraction, delta_min, recovery_fraction
+from dynprobe.metrics.statistics._regime_shares import RegimeShares, regime_shares
+from dynprobe.metrics.statistics._shapley import lmg_shares
+from dynprobe.metrics.statistics._skeleton import Skeleton, skeleton_r2
 from dynprobe.metrics.statistics._survival import KaplanMeier, kaplan_meier
 from dynprobe.metrics.statistics._trend import Monotonicity, Trend, mann_kendall, monotonicity_test
+from dynprobe.metrics.statistics._variance import VarianceRow, VarianceTable, variance_table
+from dynprobe.metrics.statistics._variance_components import (
+    MixedR2,
+    VarianceComponents,
+    nakagawa_r2,
+    variance_components,
+)
 
 __all__ = [
     "Answer",
@@ -79,8 +94,10 @@ __all__ = [
     "DetectorPower",
     "Dissociation",
     "EventRate",
+    "Icc",
     "IsotonicFit",
     "KaplanMeier",
+    "MixedR2",
     "Monotonicity",
     "Nonlinearity",
     "PairedDifference",
@@ -89,16 +106,24 @@ __all__ = [
     "ProfileDifference",
     "Proportion",
     "PsychometricFit",
+    "RandIndex",
     "Ratio",
     "RecoveryFraction",
     "Refusal",
+    "RegimeShares",
+    "Skeleton",
     "SpearmanKarber",
     "Status",
     "Threshold",
+    "Topology",
     "Trend",
     "Trial",
+    "VarianceComponents",
+    "VarianceRow",
+    "VarianceTable",
     "Verdict",
     "adjusted",
+    "adjusted_rand",
     "auc",
     "broken_stick",
     "cluster_mean",
@@ -112,11 +137,14 @@ __all__ = [
     "first_crossing",
     "fit_psychometric",
     "iatrogenic_rate",
+    "icc1",
     "isotonic_threshold",
     "kaplan_meier",
+    "lmg_shares",
     "mann_kendall",
     "mean_threshold",
     "monotonicity_test",
+    "nakagawa_r2",
     "nonlinear",
     "onsets",
     "paired_difference",
@@ -127,8 +155,13 @@ __all__ = [
     "proportion_interval",
     "ratio_threshold",
     "recovery_fraction",
+    "regime_shares",
     "semantic_refusal",
+    "skeleton_r2",
     "spearman_interval",
     "spearman_karber",
+    "stable_clusters",
     "sustained_max",
+    "variance_components",
+    "variance_table",
 ]
