@@ -36,13 +36,17 @@ def import_command(file: Path | None, template: bool, as_json: bool, quiet: bool
         _render.run(done)
 
 
-def validate_command(file: Path, as_json: bool) -> int:
+def validate_command(
+    file: Path, as_json: bool, dims: str | None, depths: str | None, final_norm: str | None, allow_bin: bool
+) -> int:
     """``dynprobe validate``; the exit code."""
     from dynprobe.cli._render_ingest import trajectory
     from dynprobe.runs import read_trajectory
+    from dynprobe.runs._trajectory_layers import Reading, read_depths
 
     try:
-        found = read_trajectory(file)
+        axes = None if dims is None else tuple(name.strip() for name in dims.split(","))
+        found = read_trajectory(file, Reading(axes, read_depths(depths), final_norm, allow_bin))
     except UsageError as error:
         if as_json:
             print_json({"valid": False, "file": str(file), "error": str(error)})

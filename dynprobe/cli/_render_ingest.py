@@ -14,6 +14,7 @@ __all__ = ["imported", "trajectory"]
 
 _MODES = {
     "trajectory": "full trajectory",
+    "layers": "layers of a Transformer",
     "final_per_depth": "last states of one run per depth (final_per_depth)",
 }
 _MOST = 6
@@ -59,9 +60,10 @@ def _convergence(found: Mapping[str, Any]) -> list[str]:
 def _lines(facts: Mapping[str, Any]) -> list[str]:
     dims: Mapping[str, int] = facts["dims"]
     given = set(facts["dims_in_file"])
-    shape = " × ".join(f"{size} {axis}" for axis, size in dims.items() if axis in given or size > 1)
+    words = {"iter": "layer"} if facts["mode"] == "layers" else {}
+    shape = " × ".join(f"{size} {words.get(axis, axis)}" for axis, size in dims.items() if axis in given or size > 1)
     lines = [f"states    {shape}, {facts['dtype']}, {_MODES.get(facts['mode'], facts['mode'])}"]
-    word = "depth" if facts["mode"] == "final_per_depth" else "iteration"
+    word = "iteration" if facts["mode"] == "trajectory" else "depth"
     lines += [f"stage     {name}: {len(at)} {word}s, {_span(at)}" for name, at in facts["stages"].items()]
     samples = list(facts["samples"])
     some = ", ".join(samples[:_MOST]) + (" …" if len(samples) > _MOST else "")

@@ -1,10 +1,13 @@
-"""``ingest``: anyone's trajectory file becomes a run.
+"""``ingest``: anyone's trajectory file, or dump of a Transformer's layers, becomes a run.
 
 There is no model: what is known is the file. Its states are measured as those of a model would be, with depth 0 taking
 part (an iteration has no embedding layer to skip) and, where a position has several state vectors, with the vectors as
 the units; residuals, the contraction estimate and iterations to tolerance stand beside them. The tables have the
 columns of a run of a model, so that the two can be compared; what only a readout could give (NLL, entropy, margin) is
 NaN with the reason ``no-readout``.
+
+The layers of a Transformer are measured as a run of that model measures them: the embedding takes no part, and columns
+that speak of convergence are not there.
 
 Every stage of the file is a track of its own: depths of two tracks are never paired. The samples table speaks of one
 track, by default the one whose state ends the file; depths and profiles hold all.
@@ -15,6 +18,7 @@ from __future__ import annotations
 import platform
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,19 @@ from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._ingest_measure import Track, measure_track
 from dynprobe.protocols._ingest_tables import batch_tables, converged, ingest_facts, state_rows
 from dynprobe.protocols._summary import summarise
-from dynprobe.runs import CALLBACK, Run, RunWriter, Trace, Trajectory, identity, open_run, read_trajectory
+from dynprobe.runs import (
+    CALLBACK,
+    Run,
+    RunWriter,
+    Trace,
+    Trajectory,
+    identity,
+    import_export,
+    is_export,
+    open_run,
+    read_trajectory,
+)
+from dynprobe.runs._trajectory_layers import Reading, read_depths
 
 __all__ = ["ingest"]
 
@@ -36,7 +52,7 @@ _ROWS = 400_000
 
 
 def ingest(
-    path: str | Path | Trace | Trajectory,
+    path: Any,
     *,
     out: str | Path = "runs",
     name: str | None = None,
@@ -44,12 +60,21 @@ def ingest(
     sink: int | None = None,
     states: bool = False,
     force: bool = False,
+    dims: str | Sequence[str] | None = None,
+    depths: str | Sequence[int] | None = None,
+    final_norm: str | None = None,
+    allow_bin: bool = False,
+    token_ids: Any = None,
+    valid: Any = None,
+    ids: Sequence[str] | None = None,
 ) -> Run:
-    """Make a run of a trajectory file: states of an iterated model, saved by whoever has the model.
+    """Make a run of states that others saved, without the model that made them; or of an exported run.
 
     Args:
-        path: ``.npz``, ``.safetensors`` or ``.parquet``; see :func:`dynprobe.runs.read_trajectory`. Or what
-            :func:`dynprobe.trace_callback` heard.
+        path: A trajectory file (``.npz``, ``.safetensors``, ``.parquet``), a dump of the layers of a Transformer
+            (``.pt``, ``.npy``, or under the names of TransformerLens), a folder of SAELens's cached activations or of
+            speculators' files, an ``ActivationCache`` or other tensors in memory, what :func:`dynprobe.trace_callback`
+            heard, or a folder that ``dynprobe export`` wrote; see ``docs/trajectories.md``.
         out: Folder of runs.
         name: Name of the model; default the file's own (``meta["model"]``), else the name of the file.
         track: Stage the samples table speaks of; default the one whose state ends the file.
@@ -57,6 +82,13 @@ def ingest(
             there is one position only.
         states: Store the states in the run as well.
         force: Continue a run that another version began.
+        dims: Names of the axes of a stack of layers, such as ``layer,batch,pos,dim``.
+        depths: Depths of its layers, such as ``2,16,29`` or ``0:13``; d is the state entering block d.
+        final_norm: ``applied`` where the last state is after the final norm (it is left out), ``none`` where it is not.
+        allow_bin: Read a pickled file, with ``weights_only=True``.
+        token_ids: Token ids ``[batch, pos]`` of states in memory.
+        valid: Which of their positions exist ``[batch, pos]``.
+        ids: Names of their samples; equal names pair with other runs.
 
     Returns:
         The run. The same file and options again find the run that was made of them.
@@ -75,8 +107,24 @@ def ingest(
         (0.5, 'halving')
     """
     begun = time.perf_counter()
+    told = {
+        "name": name, "track": track, "sink": sink, "dims": dims, "depths": depths, "final_norm": final_norm,
+        "token_ids": token_ids, "valid": valid, "ids": ids,
+    }  # fmt: skip
+    given = [key for key, value in told.items() if value is not None]
+    if isinstance(path, str | Path):
+        if is_export(path):
+            if given:
+                raise UsageError(f"{path} is an exported run, which says all of it itself; leave out {given[0]}")
+            return import_export(path, out)
+        if memory := [key for key in given if key in ("token_ids", "valid", "ids")]:
+            raise UsageError(f"{memory[0]} is for states in memory; a file holds its own (see docs/trajectories.md)")
+    axes = tuple(d.strip() for d in dims.split(",")) if isinstance(dims, str) else None if dims is None else tuple(dims)
+    reading = Reading(axes, read_depths(depths), final_norm, allow_bin)
     found = path.trajectory if isinstance(path, Trace) else path
-    found = found if isinstance(found, Trajectory) else read_trajectory(found)
+    if not isinstance(found, Trajectory):
+        meta = {"model": name} if name else None
+        found = read_trajectory(found, reading, token_ids=token_ids, valid=valid, ids=ids, meta=meta)
     chosen = _track(found, track)
     several = found.states.shape[2] > 1
     if sink is not None and sink < 0:
@@ -84,7 +132,7 @@ def ingest(
     sink = int(several) if sink is None else sink
     config = {
         "protocol": "import", "file": found.path.name, "sha256": found.sha256, "track": chosen, "sink": sink,
-        "mode": found.mode, "states": states, "name": name,
+        "mode": found.mode, "states": states, "name": name, **_said(reading),
     }  # fmt: skip
     for line in found.remarks:
         warnings.warn(f"{found.path}: {line}", stacklevel=2)
@@ -112,6 +160,12 @@ def ingest(
     return open_run(writer.folder)
 
 
+def _said(reading: Reading) -> dict[str, Any]:
+    """What the user said of the file; nothing where nothing was said, so that ids stay what they were."""
+    said = {"dims": reading.dims, "depths": reading.depths, "final_norm": reading.final_norm}
+    return {key: value if isinstance(value, str) else list(value) for key, value in said.items() if value is not None}
+
+
 def _track(found: Trajectory, track: str | None) -> str:
     known = list(found.stages)
     if track is None:
@@ -123,10 +177,12 @@ def _track(found: Trajectory, track: str | None) -> str:
 
 def _provenance(found: Trajectory, chosen: str, states: bool) -> dict[str, Any]:
     heard = found.path == CALLBACK
+    held = str(found.path) == "memory"
+    command = ["dp.ingest", "trace"] if heard else ["dp.ingest", "cache"] if held else None
     return {
-        "command": ["dp.ingest", "trace"] if heard else ["dynprobe", "import", str(found.path)],
+        "command": command or ["dynprobe", "import", str(found.path)],
         "model": {
-            "source": "callback" if heard else "trajectory file", "file": str(found.path),
+            "source": "callback" if heard else "memory" if held else "trajectory file", "file": str(found.path),
             "file_sha256": found.sha256, "meta": dict(found.meta), "track": chosen,
         },
         "weights": {"hash": f"file-sha256:{found.sha256}"},

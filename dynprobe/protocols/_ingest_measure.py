@@ -7,15 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from dynprobe.metrics import DEFAULT, Measurement, Result, convergence_ids, measure, measure_slots
 from dynprobe.runs import Trajectory
 from dynprobe.runs._trajectory_checks import FIT, consecutive
 
-__all__ = ["MEASURED", "Measured", "Track", "measure_track"]
+__all__ = ["MEASURED", "Measured", "Track", "measure_track", "measured"]
 
 #: What is measured of every track.
 MEASURED: tuple[str, ...] = tuple(dict.fromkeys((*DEFAULT, *convergence_ids())))
+
+
+def measured(found: Trajectory) -> tuple[str, ...]:
+    """Return what is measured: of layers what a run of a model stores, of iterations their convergence as well."""
+    return DEFAULT if found.mode == "layers" else MEASURED
 
 
 class Track(NamedTuple):
@@ -54,6 +60,8 @@ def measure_track(found: Trajectory, track: Track, sink: int) -> Measured:
     states = [found.states[place, track.rows] for place in track.places]
     mask = found.valid[track.rows]
     iters = found.iter[list(track.places)]
+    if found.mode == "layers":
+        return Measured(track, _measure_layers([s[:, :, 0] for s in states], mask, iters, sink))
     grain = "iteration" if found.mode == "trajectory" and consecutive(iters) else "stored"
     if found.mode == "final_per_depth":
         grain = "final-per-depth"
@@ -69,6 +77,13 @@ def measure_track(found: Trajectory, track: Track, sink: int) -> Measured:
         out.token |= {name: grid for name, grid in alone.token.items() if name not in out.token}
     _judge(out, iters, grain)
     return Measured(track, out)
+
+
+def _measure_layers(states: list[torch.Tensor], mask: np.ndarray, depths: np.ndarray, sink: int) -> Measurement:
+    """Measure the layers of a Transformer as a run of the model does: depth 0, the embedding, takes no part."""
+    grain = "" if consecutive(depths) else ",grain=stored"
+    said = f"embed=0,final_norm=pre{grain},sink=drop{sink},span=all"
+    return measure(states, mask, metrics=DEFAULT, embed=int(depths[0] != 0), sink=sink, extractor=said)
 
 
 def _judge(m: Measurement, iters: np.ndarray, grain: str) -> None:

@@ -14,9 +14,10 @@ import torch
 
 from dynprobe import metrics
 from dynprobe.protocols._columns import _OWN, _with_parameters
-from dynprobe.protocols._ingest_measure import MEASURED, Measured
+from dynprobe.protocols._ingest_measure import Measured, measured
 from dynprobe.protocols._tables import row_status, sample_id
 from dynprobe.runs import Trajectory, registry_facts
+from dynprobe.runs._trajectory_checks import consecutive
 
 __all__ = ["batch_tables", "converged", "ingest_facts", "state_rows"]
 
@@ -44,7 +45,7 @@ def batch_tables(found: Trajectory, tracks: Sequence[Measured], chosen: str, row
         "samples": _samples(found, main, ids, rows),
         "tokens": _tokens(found, main, ids, rows, at),
         "depths": pd.concat([_depths(found, one, ids, rows, at) for one in tracks], ignore_index=True),
-        "profiles": pd.concat([_profiles(one, ids) for one in tracks], ignore_index=True),
+        "profiles": pd.concat([_profiles(found, one, ids) for one in tracks], ignore_index=True),
     }
 
 
@@ -95,6 +96,15 @@ def _labels(found: Trajectory, one: Measured, ids: np.ndarray, rows: slice, at: 
     places = list(one.track.places)
     n_depths, n = len(places), len(at[0])
     iteration = np.repeat(found.iter[places].astype(np.int32), n)
+    if found.mode == "layers":
+        return pd.DataFrame(
+            {
+                "sample_id": np.tile(ids[at[0]], n_depths), "pos": np.tile(found.positions[rows][at], n_depths),
+                "track": one.track.name, "depth": iteration, "stage": np.where(iteration > 0, "block", "embed"),
+                "layer": iteration - np.int32(1), "iteration": np.int32(0),
+                "component": np.where(iteration > 0, "resid_post", "resid_pre"),
+            }
+        )  # fmt: skip
     return pd.DataFrame(
         {
             "sample_id": np.tile(ids[at[0]], n_depths), "pos": np.tile(found.positions[rows][at], n_depths),
@@ -118,11 +128,17 @@ def _depths(found: Trajectory, one: Measured, ids: np.ndarray, rows: slice, at: 
     return pd.concat([table, pd.DataFrame(columns)], axis=1)
 
 
-def _profiles(one: Measured, ids: np.ndarray) -> pd.DataFrame:
+def _depths_of(found: Trajectory, one: Measured) -> np.ndarray:
+    """Numbers of the states on the track: those of the file where it names depths, else counted."""
+    places = list(one.track.places)
+    return found.iter[places].astype(np.int16) if found.mode == "layers" else np.arange(len(places), dtype=np.int16)
+
+
+def _profiles(found: Trajectory, one: Measured, ids: np.ndarray) -> pd.DataFrame:
     m, n_depths = one.measurement, len(one.track.places)
     table: dict[str, Any] = {
         "sample_id": np.tile(ids, n_depths), "track": one.track.name,
-        "depth": np.repeat(np.arange(n_depths, dtype=np.int16), len(ids)),
+        "depth": np.repeat(_depths_of(found, one), len(ids)),
         **{name: grid.reshape(-1).astype(np.float32) for name, grid in m.profile.items()},
     }  # fmt: skip
     with warnings.catch_warnings():
@@ -148,6 +164,8 @@ def converged(samples: pd.DataFrame) -> dict[str, Any]:
 
     The median counts a censored sample as later than any other; where half of them are censored it is missing.
     """
+    if "converge_rho" not in samples:
+        return {}
     out: dict[str, Any] = {"converge_rho": float(samples["converge_rho"].median())}
     for name in [n for n in samples if f"{n}_event" in samples]:
         event = samples[f"{name}_event"].to_numpy(np.float64)
@@ -163,10 +181,13 @@ def converged(samples: pd.DataFrame) -> dict[str, Any]:
 
 def ingest_facts(found: Trajectory, sink: int) -> dict[str, dict[str, str]]:
     """Return what every column of an import means."""
-    columns = metrics.columns() | _with_parameters(MEASURED)
+    which = measured(found)
+    columns = metrics.columns() | _with_parameters(which)
     facts = registry_facts(columns)
     within = "the state vectors of a position" if found.has_slots else "the positions of a sample"
     over = f"positions from the {sink + 1}th on" if sink else "all positions"
+    if found.mode == "layers" and sink == 1:
+        over = "all"  # the words of a run of a model, which leaves the first position out too
     for name, column in columns.items():
         spec = metrics.spec(metrics.parse_id(column.metric_id).id)
         facts[name] |= {"span": over, "description": spec.sentence}
@@ -185,7 +206,15 @@ def ingest_facts(found: Trajectory, sink: int) -> dict[str, dict[str, str]]:
             facts[f"samples.{name}"] = {
                 "id": metric_id, "unit": unit, "digest": digest, "aggregation": how, "description": text,
             }  # fmt: skip
-    for full in (i for i in MEASURED if i.startswith("converge.iterations")):
+    stored = "" if found.mode != "layers" or consecutive(found.iter) else f"between stored depths {found.iter.tolist()}"
+    for name in columns if stored else ():  # so that compare refuses them beside those of all depths
+        for table in ("samples", "depths", "tokens", "profiles"):
+            how = facts.get(f"{table}.{name}", {}).get("aggregation", "")
+            facts[f"{table}.{name}"] = {
+                **facts.get(f"{table}.{name}", {}),
+                "aggregation": f"{how}; {stored}".strip("; "),
+            }
+    for full in (i for i in which if i.startswith("converge.iterations")):
         name = metrics.column_name(full)
         facts[f"samples.{name}"] = {"aggregation": f"of the residual over {within}" + ", all positions together"}
         facts[f"{name}_time"] = {

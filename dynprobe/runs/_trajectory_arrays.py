@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dynprobe.errors import UsageError, did_you_mean
+from dynprobe.runs._trajectory_layers import Reading, from_named, hook_depth
 from dynprobe.runs._trajectory_raw import Raw, as_tensor, integers, names, read_dims, read_meta, refuse
 
 __all__ = ["read_npz", "read_safetensors"]
@@ -20,7 +21,7 @@ _KNOWN = ("states", "dims", "iter", "depth", "stage", "energy", "delta", "valid"
 _FINAL = re.compile(r"states_depth_(\d+)$")
 
 
-def read_npz(path: Path) -> Raw:
+def read_npz(path: Path, reading: Reading) -> Raw:
     """Read an ``.npz`` file.
 
     Raises:
@@ -51,11 +52,14 @@ def read_npz(path: Path) -> Raw:
             refuse(raw, f"{name} cannot be read ({error})", "write the file again")
 
     with np.load(path, allow_pickle=False) as arrays:
+        layers = _of_layers(inside, reading)
+        if layers and from_named(raw, {name: read(name) for name in inside if name != "dims"}, reading):
+            return raw
         _fill(raw, inside, read, lambda name: as_tensor(raw, name, read(name)))
     return raw
 
 
-def read_safetensors(path: Path) -> Raw:
+def read_safetensors(path: Path, reading: Reading) -> Raw:
     """Read a ``.safetensors`` file; ``dims``, ``stage``, ``ids`` and ``meta`` stand in its metadata.
 
     Raises:
@@ -74,6 +78,9 @@ def read_safetensors(path: Path) -> Raw:
             "'states.safetensors', metadata={'dims': 'iter,state,dim'})"
         ) from error
 
+    if _of_layers(list(tensors), reading) and from_named(raw, tensors, reading):
+        return raw
+
     def states(name: str) -> torch.Tensor:
         found = tensors[name]
         if not found.is_floating_point() or found.element_size() < 2:
@@ -88,6 +95,16 @@ def read_safetensors(path: Path) -> Raw:
     own = {"format"} & set(header)  # what libraries write by themselves
     _fill(raw, [*tensors, *(set(header) - own)], read, states)
     return raw
+
+
+def _of_layers(names: Iterable[str], reading: Reading) -> bool:
+    """Whether the arrays are those of a Transformer's layers, by their names or because the user says so."""
+    held = set(names)
+    if reading.dims is not None and "layer" in reading.dims:
+        return True
+    return not any(name == "states" or _FINAL.match(name) for name in held) and any(
+        name == "hidden_states" or hook_depth(name) is not None for name in held
+    )
 
 
 def _fill(raw: Raw, inside: Iterable[str], read: Callable[[str], Any], states: Callable[[str], torch.Tensor]) -> None:

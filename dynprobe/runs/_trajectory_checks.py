@@ -22,7 +22,7 @@ _SAME_HALF = 2e-2
 _TRAINED = ("trained_iterations", "trained_depth")
 
 
-def check_iterations(iters: NDArray[np.int64], stage: tuple[str, ...], where: str, name: str) -> None:
+def check_iterations(iters: NDArray[np.int64], stage: tuple[str, ...], where: str, name: str, least: int = 2) -> None:
     """Refuse iterations that do not strictly increase inside a stage, are negative, or too few for any step.
 
     Raises:
@@ -41,7 +41,7 @@ def check_iterations(iters: NDArray[np.int64], stage: tuple[str, ...], where: st
             )
         last[of] = place
     for of in last:
-        if (n := stage.count(of)) < 2:
+        if (n := stage.count(of)) < least:
             raise UsageError(
                 f"{where}: stage {of!r} has {n} iteration, and a change needs 2; store the state before the first "
                 "update too (iter 0)"
@@ -131,7 +131,13 @@ def thin(
     iters: NDArray[np.int64], stage: tuple[str, ...], mode: str, meta: Mapping[str, object], states: torch.Tensor
 ) -> list[str]:
     """Return what a reader of numbers made of this trajectory should know."""
-    said = []
+    said = [_half(states)] if states.dtype in (torch.float16, torch.bfloat16) else []
+    if mode == "layers":
+        if not consecutive(iters):
+            said.append(f"layers are missing between the depths {_some(iters)}: Δ and κ are between stored depths")
+        if len(iters) == 1:
+            said.append(f"one depth ({iters[0]}): what needs a step along the depth is missing")
+        return said
     names = np.array(stage, dtype=object)
     for of in dict.fromkeys(stage):
         mine = iters[names == of]
@@ -153,9 +159,11 @@ def thin(
     trained = next((meta[key] for key in _TRAINED if key in meta), None)
     if isinstance(trained, int | float) and iters.max() > trained:
         said.append(f"iteration {iters.max()} lies above the depth the model was trained with ({trained:g})")
-    if states.dtype in (torch.float16, torch.bfloat16):
-        said.append(f"states are {str(states.dtype).removeprefix('torch.')}: rounding alone turns them by up to 5e-4 π")
     return said
+
+
+def _half(states: torch.Tensor) -> str:
+    return f"states are {str(states.dtype).removeprefix('torch.')}: rounding alone turns them by up to 5e-4 π"
 
 
 def _some(iters: NDArray[np.int64]) -> str:

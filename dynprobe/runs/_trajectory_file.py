@@ -24,12 +24,23 @@ from numpy.typing import NDArray
 
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.runs._trajectory_checks import check_finite, check_holes, check_iterations, compare_prefix, thin
-from dynprobe.runs._trajectory_raw import AXES, Raw, canonical, per_iteration, per_position, refuse, stack_finals
+from dynprobe.runs._trajectory_layers import Reading
+from dynprobe.runs._trajectory_raw import (
+    AXES,
+    Raw,
+    canonical,
+    digest_of,
+    per_iteration,
+    per_position,
+    refuse,
+    stack_finals,
+)
 
 __all__ = ["FORMATS", "Trajectory", "read_trajectory", "trajectory_of"]
 
-FORMATS = (".npz", ".safetensors", ".parquet")
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib")
+FORMATS = (".npz", ".safetensors", ".parquet", ".npy", ".pt")
+_TORCH = (".pt", ".pth", ".bin")
+_PICKLED = (".ckpt", ".pkl", ".pickle", ".joblib")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +59,8 @@ class Trajectory:
         ids: Name of each sample.
         token_ids: Token ids ``[batch, pos]``, or None.
         meta: What the author says: ``model``, ``dtype``, ``seed``, ``trained_iterations`` ….
-        mode: ``trajectory``, or ``final_per_depth``: the last state of a separate run for each depth.
+        mode: ``trajectory``; ``layers`` of a Transformer, whose depths stand in ``iter``; or ``final_per_depth``: the
+            last state of a separate run for each depth.
         dims: The axes that the file itself has, in its order.
         prefix: Depth → largest relative distance of the run of that depth to the same iteration of the trajectory.
         remarks: What a reader of its numbers should know.
@@ -105,11 +117,14 @@ class Trajectory:
         }  # fmt: skip
 
 
-def read_trajectory(path: str | Path) -> Trajectory:
-    """Read and check a trajectory file.
+def read_trajectory(path: Any, reading: Reading | None = None, **extra: Any) -> Trajectory:
+    """Read and check a trajectory file, or states that others dumped.
 
     Args:
-        path: ``.npz``, ``.safetensors`` or ``.parquet``.
+        path: ``.npz``, ``.safetensors``, ``.parquet``, ``.npy``, ``.pt``; a folder of speculators' files or of cached
+            activations; an ``ActivationCache``, a mapping or a list of tensors in memory.
+        reading: What a file of layers does not say.
+        **extra: ``token_ids``, ``valid``, ``ids``, ``meta`` of states in memory.
 
     Raises:
         UsageError: There is no such file, or what is in it cannot be used; the message says what to type.
@@ -123,8 +138,14 @@ def read_trajectory(path: str | Path) -> Trajectory:
         >>> list(found.states.shape), found.dims, found.stage[0]
         ([6, 1, 1, 16, 8], ('iter', 'state', 'dim'), 'core')
     """
+    reading = reading or Reading()
+    if not isinstance(path, str | Path):
+        from dynprobe.runs._trajectory_dumps import MEMORY, read_object
+
+        raw = read_object(path, reading, extra)
+        return trajectory_of(raw, MEMORY, digest_of(raw))
     file = Path(path)
-    return trajectory_of(_reader(file)(file), file, _sha256(file))
+    return trajectory_of(_reader(file, reading)(file), file, _sha256(file))
 
 
 def trajectory_of(raw: Raw, path: Path, sha256: str) -> Trajectory:
@@ -144,7 +165,10 @@ def trajectory_of(raw: Raw, path: Path, sha256: str) -> Trajectory:
     n, batch, length = (int(s) for s in states.shape[:3])
     stage = _stages(raw, n)
     iters = _counted(stage) if iters is None else iters
-    check_iterations(iters, stage, raw.where, "depth" if mode == "final_per_depth" else "iter")
+    least = 1 if mode == "layers" else 2
+    check_iterations(iters, stage, raw.where, "iter" if mode == "trajectory" else "depth", least)
+    if mode == "layers" and not iters.any():
+        refuse(raw, "the embedding (depth 0) is all there is", "store the output of a layer")
     valid = per_position(raw, "valid", raw.valid, (batch, length), bool)
     valid = np.ones((batch, length), bool) if valid is None else valid
     if not valid.any():
@@ -163,9 +187,11 @@ def trajectory_of(raw: Raw, path: Path, sha256: str) -> Trajectory:
     )  # fmt: skip
 
 
-def _reader(file: Path) -> Callable[[Path], Raw]:
+def _reader(file: Path, reading: Reading) -> Callable[[Path], Raw]:
+    from dynprobe.runs import _trajectory_dumps as dumps
+
     if file.is_dir():
-        raise UsageError(f"{file} is a folder; name a trajectory file ({', '.join(FORMATS)})")
+        return lambda path: dumps.read_folder(path, reading)
     if not file.is_file():
         near = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UsageError(f"there is no file {file}.{did_you_mean(file.name, near)}")
@@ -175,15 +201,21 @@ def _reader(file: Path) -> Callable[[Path], Raw]:
             f"{file} is pickled, and reading a pickle runs the code in it; store the arrays instead: "
             "np.savez('states.npz', states=…, dims=[…]) (dynprobe import --template prints it whole)"
         )
+    if suffix in _TORCH:
+        return lambda path: dumps.read_pt(path, reading)
+    if suffix == ".npy":
+        return lambda path: dumps.read_npy(path, reading)
     if suffix == ".npz":
         from dynprobe.runs._trajectory_arrays import read_npz
 
-        return read_npz
+        return lambda path: read_npz(path, reading)
     if suffix == ".safetensors":
         from dynprobe.runs._trajectory_arrays import read_safetensors
 
-        return read_safetensors
+        return lambda path: read_safetensors(path, reading)
     if suffix == ".parquet":
+        if dumps.is_activations(file):
+            return lambda path: dumps.read_activations(path, [path], reading)
         from dynprobe.runs._trajectory_table import read_parquet
 
         return read_parquet
@@ -220,6 +252,8 @@ def _states(raw: Raw) -> tuple[torch.Tensor, NDArray[np.int64] | None, str]:
             "may stand beside a full trajectory)",
         )  # fmt: skip
     numbers = raw.depth if raw.iter is None else raw.iter
+    if raw.layers:
+        return states, numbers, "layers"
     if numbers is None:
         raw.assumed.append("iter: 0, 1, 2, … (0 = before the first update)")
         return states, None, "trajectory"
@@ -268,11 +302,17 @@ def _assumed(raw: Raw) -> tuple[str, ...]:
     said = list(raw.assumed)
     if not raw.meta:
         said.append("meta: nothing is said of the model (add meta with model, dtype, seed, trained_iterations)")
-    if raw.energy is None:
+    if raw.energy is None and not raw.layers:
         said.append("energy: none")
     return tuple(said)
 
 
 def _sha256(file: Path) -> str:
+    if file.is_dir():
+        inside = sorted(
+            p for p in file.rglob("*") if p.is_file() and p.suffix in (".arrow", ".parquet", ".safetensors")
+        )
+        lines = [f"{p.relative_to(file).as_posix()} {_sha256(p)}" for p in inside]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

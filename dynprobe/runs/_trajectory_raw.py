@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ __all__ = [
     "Raw",
     "as_tensor",
     "canonical",
+    "digest_of",
     "integers",
     "names",
     "per_iteration",
@@ -49,6 +51,7 @@ class Raw:
         states: Full trajectory.
         finals: Depth → last state of the run of that depth, without the iter axis.
         dims: Names of the axes of ``states``.
+        layers: Whether the first axis is that of a Transformer's layers, numbered by depth, not of iterations.
     """
 
     where: str
@@ -67,6 +70,7 @@ class Raw:
     meta: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+    layers: bool = False
 
 
 def refuse(raw: Raw, found: str, instead: str) -> NoReturn:
@@ -223,3 +227,14 @@ def per_iteration(
     if missing := int(np.isnan(out).sum()):
         raw.remarks.append(f"{name} is missing at {missing} of {out.size} places")
     return out
+
+
+def digest_of(raw: Raw) -> str:
+    """Return a hash of everything that came from memory."""
+    assert raw.states is not None
+    notes = [raw.dims, raw.stage, raw.ids, raw.meta, str(raw.states.dtype), list(raw.states.shape)]
+    digest = hashlib.sha256(json.dumps(notes, sort_keys=True, default=str).encode())
+    digest.update(raw.states.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for grid in (raw.iter, raw.valid, raw.token_ids, raw.energy):
+        digest.update(b"none" if grid is None else np.ascontiguousarray(grid).tobytes())
+    return digest.hexdigest()

@@ -11,7 +11,6 @@ axes that nobody named. What can be known only at the end (a NaN, one iteration 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from dynprobe.errors import UsageError
 from dynprobe.runs._trajectory_file import Trajectory, trajectory_of
-from dynprobe.runs._trajectory_raw import AXES, Raw, canonical, read_dims
+from dynprobe.runs._trajectory_raw import AXES, Raw, canonical, digest_of, read_dims
 
 __all__ = ["CALLBACK", "Trace", "trace_callback"]
 
@@ -170,7 +169,7 @@ class Trace:
             raw.energy = torch.cat([_padded(_energies(b), length, 2, np.nan) for b in heard], dim=1).numpy()
         if all(b.ids is not None for b in heard):
             raw.ids = [name for b in heard for name in b.ids or ()]
-        self._found = trajectory_of(raw, CALLBACK, _digest(raw))
+        self._found = trajectory_of(raw, CALLBACK, digest_of(raw))
 
     def save(self, path: str | Path) -> Path:
         """Write what was heard as a trajectory file, ``.safetensors`` or ``.npz``, for others to read.
@@ -310,14 +309,3 @@ def _padded(values: Tensor, length: int, axis: int, fill: Any = 0) -> Tensor:
     shape = list(values.shape)
     shape[axis] = length - shape[axis]
     return torch.cat([values, values.new_full(shape, fill)], dim=axis) if shape[axis] else values
-
-
-def _digest(raw: Raw) -> str:
-    """Hash of everything that was heard."""
-    assert raw.states is not None
-    notes = [raw.dims, raw.stage, raw.ids, raw.meta, str(raw.states.dtype), list(raw.states.shape)]
-    digest = hashlib.sha256(json.dumps(notes, sort_keys=True, default=str).encode())
-    digest.update(raw.states.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for grid in (raw.iter, raw.valid, raw.token_ids, raw.energy):
-        digest.update(b"none" if grid is None else np.ascontiguousarray(grid).tobytes())
-    return digest.hexdigest()
