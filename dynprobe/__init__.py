@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str] = {
     "capture": "dynprobe.probes",
     "compare": "dynprobe.runs",
     "delay_diagnostics": "dynprobe.protocols",
+    "diff": "dynprobe.runs",
     "discover": "dynprobe.probes",
     "dissociate": "dynprobe.protocols",
     "doctor": "dynprobe.protocols",
@@ -34,11 +35,13 @@ _PUBLIC: dict[str, str] = {
     "ingest": "dynprobe.protocols",
     "load": "dynprobe.probes",
     "open": "dynprobe.runs",
+    "panel": "dynprobe.protocols",
     "perturb": "dynprobe.probes",
     "plan": "dynprobe.protocols",
     "readout": "dynprobe.probes",
     "record": "dynprobe.probes",
     "recover": "dynprobe.protocols",
+    "report": "dynprobe.runs",
     "resume": "dynprobe.probes",
     "run": "dynprobe.protocols",
     "iterate": "dynprobe.protocols",
@@ -47,7 +50,9 @@ _PUBLIC: dict[str, str] = {
     "trace_callback": "dynprobe.runs",
 }
 _ALIASES = {"open": "open_run"}
-_ROOMS = ("cli", "controllers", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing")
+_ROOMS = (
+    "claims", "cli", "controllers", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing",
+)  # fmt: skip
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
 
@@ -83,13 +88,16 @@ if TYPE_CHECKING:
     from dynprobe.protocols import evaluate as evaluate
     from dynprobe.protocols import ingest as ingest
     from dynprobe.protocols import iterate as iterate
+    from dynprobe.protocols import panel as panel
     from dynprobe.protocols import plan as plan
     from dynprobe.protocols import recover as recover
     from dynprobe.protocols import run as run
     from dynprobe.protocols import sweep as sweep
     from dynprobe.protocols import threshold as threshold
     from dynprobe.runs import compare as compare
+    from dynprobe.runs import diff as diff
     from dynprobe.runs import open_run as open  # noqa: F401
+    from dynprobe.runs import report as report
     from dynprobe.runs import trace_callback as trace_callback
 
 

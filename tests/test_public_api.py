@@ -10,9 +10,10 @@ import dynprobe as dp
 
 NAMES = [
     "AttractorLayer", "Controller", "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "attract",
-    "calibrate", "capture", "cli", "compare", "controllers", "delay_diagnostics", "discover", "dissociate", "doctor",
-    "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "perturb", "plan",
-    "probes", "prompts", "protocols", "readout", "record", "recover", "resume", "run", "runs", "sweep", "testing",
+    "calibrate", "capture", "claims", "cli", "compare", "controllers", "delay_diagnostics", "diff", "discover",
+    "dissociate", "doctor",
+    "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "panel", "perturb", "plan",
+    "probes", "prompts", "protocols", "readout", "record", "recover", "report", "resume", "run", "runs", "sweep", "testing",
     "threshold", "trace_callback",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.
@@ -31,7 +32,8 @@ def test_the_public_names_are_these():
 
 def test_every_room_keeps_its_table_of_contents():
     for room in (
-        "controllers", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing", "cli", "errors",
+        "claims", "controllers", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing", "cli",
+        "errors",
     ):  # fmt: skip
         module = getattr(dp, room)
         assert module.__all__

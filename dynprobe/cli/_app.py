@@ -128,20 +128,26 @@ def _run(
 
 @app.command("doctor")
 def _doctor(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or known name.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or known name; or a run folder.")],
     layers: Annotated[str | None, typer.Option(help="Pattern of the blocks' names, where they are not found.")] = None,
     dtype: Annotated[str, typer.Option()] = "float32",
     device: Annotated[str, typer.Option()] = "auto",
     revision: Annotated[str | None, typer.Option()] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
     allow_bin: Annotated[bool, typer.Option("--allow-bin")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Of a run: mend what can be mended; nothing is deleted.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print what was found in a model and run the five self-tests. Exit code 3 where one fails."""
+    """Of a model: what was found in it, and the five self-tests (exit code 3 where one fails).
+
+    Of a run folder: what is damaged, and what --repair would do about it (exit code 1 while anything is).
+    """
     from dynprobe.cli._commands import doctor_command
 
     doctor_command(
-        model, json, layers=layers, dtype=dtype, device=device, revision=revision,
+        model, json, repair=repair, layers=layers, dtype=dtype, device=device, revision=revision,
         trust_remote_code=trust_remote_code, allow_bin=allow_bin,
     )  # fmt: skip
 

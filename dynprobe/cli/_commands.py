@@ -9,7 +9,7 @@ from typing import Any
 
 from dynprobe.cli import _render, _render_metrics
 from dynprobe.cli._progress import Listener
-from dynprobe.errors import SelfTestError, UsageError
+from dynprobe.errors import RunFolderError, SelfTestError, UsageError
 
 __all__ = [
     "calibrate_command",
@@ -124,8 +124,16 @@ def plan_command(given: dict[str, Any]) -> None:
 def doctor_command(model: str, as_json: bool, **options: Any) -> None:
     """``dynprobe doctor``."""
     from dynprobe.protocols import doctor
+    from dynprobe.runs import Examination
 
     found = doctor(model, **options)
+    if isinstance(found, Examination):
+        from dynprobe.cli import _render_doctor
+
+        print_json(found.as_dict()) if as_json else _render_doctor.examination(found)
+        if not found.healthy:
+            raise RunFolderError(_render_doctor.left(found))
+        return
     print_json(found.as_dict()) if as_json else _render.diagnosis(found)
     if not found.healthy:
         failed = ", ".join(name for name, check in found.checks.items() if not check.passed)

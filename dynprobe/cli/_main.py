@@ -33,14 +33,19 @@ def _main(arguments: list[str] | None) -> int:
 
     from dynprobe.cli import (  # noqa: F401 - their commands join the app
         _attract_app,
+        _claims_app,
         _compare_app,
         _delay_app,
+        _diff_app,
         _dissociate_app,
         _eval_app,
+        _export_app,
         _grid_app,
         _ingest_app,
         _iterate_app,
+        _panel_app,
         _recover_app,
+        _report_app,
     )
     from dynprobe.cli._app import app
     from dynprobe.errors import DynprobeError

@@ -11,6 +11,7 @@ import pandas as pd
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_panel import variance_table
 
 if TYPE_CHECKING:
     from dynprobe.runs import Comparison
@@ -39,6 +40,7 @@ def comparison(found: Comparison, metrics: Sequence[str], written: Sequence[Path
     _print_matched(console, found, shown, numbers)
     _print_thresholds(console, found)
     _print_correlations(console, found)
+    _print_variance(console, found, shown)
     for text in found.warnings:
         console.print(f"warning: {text}", soft_wrap=True)
     for row in found.refused.to_dict("records"):
@@ -211,6 +213,25 @@ def _print_correlations(console: Any, found: Comparison) -> None:
         cells = [_rho(own.loc[over]) for over in ("prompts", "depth")]
         shown.add_row(*key, *cells, str(own.loc["depth", "points"]))
     console.print(shown)
+
+
+def _print_variance(console: Any, found: Comparison, shown: Sequence[str]) -> None:
+    table = found.variance
+    if not len(table):
+        return
+    for condition in list(dict.fromkeys(table["condition"]))[:1]:
+        part = table[(table["condition"] == condition) & table["metric"].isin(list(shown))]
+        if len(part):
+            variance_table(console, condition, part)
+    rows = found.skeleton
+    known = rows[rows["reason"].isna()] if len(rows) else rows
+    for row in (known[known["condition"] == known["condition"].iloc[0]] if len(known) else known).to_dict("records"):
+        console.print(
+            f"skeleton ({row['covariates']}) of {row['metric']}: R² {row['r2']:.2f} between {row['n_models']} model "
+            f"means, adjusted {row['r2_adjusted']:.2f}, by chance {row['r2_null']:.2f}, p {_p(row['p_permutation'])}, "
+            f"leaving a model out {row['r2_leave_model']:.2f}",
+            soft_wrap=True,
+        )
 
 
 def _difference_table(title: str, caption: str) -> Table:

@@ -18,6 +18,8 @@ from dynprobe.protocols._gate import GateResult, linear_response
 from dynprobe.protocols._ingest import ingest
 from dynprobe.protocols._iterate import IterateConfig, iterate
 from dynprobe.protocols._lyapunov import LyapunovResult, lyapunov
+from dynprobe.protocols._panel import panel, plan_panel
+from dynprobe.protocols._panel_config import PanelConfig, read_panel
 from dynprobe.protocols._plan import Estimate
 from dynprobe.protocols._plateau import PlateauResult, plateau
 from dynprobe.protocols._recover import recover
@@ -42,6 +44,7 @@ __all__ = [
     "LoopGain",
     "LyapunovResult",
     "Moment",
+    "PanelConfig",
     "PlateauResult",
     "Progress",
     "RecoverConfig",
@@ -62,8 +65,11 @@ __all__ = [
     "load_config",
     "loop_gain",
     "lyapunov",
+    "panel",
     "plan",
+    "plan_panel",
     "plateau",
+    "read_panel",
     "recover",
     "run",
     "sweep",

@@ -29,12 +29,28 @@ from dynprobe.prompts import Prompt, content_hash
 from dynprobe.protocols._columns import column_facts
 from dynprobe.protocols._conditions import resolve_perturbations
 from dynprobe.protocols._config import RunConfig
+from dynprobe.protocols._model_skeleton import skeleton_of
 from dynprobe.protocols._prompts import choose_prompts, token_rows
 from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
 from dynprobe.runs import Run, RunWriter, identity, open_run
 from dynprobe.runs._find import find_run
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Held", "Prepared", "prepare"]
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A subject that was read from files by name and that nobody else holds: its files say what its weights are.
+
+    A panel loads a model once for all of its cells, and each cell is the run that loading it by name would give.
+
+    Attributes:
+        name: What it was loaded by.
+        subject: The subject.
+    """
+
+    name: str
+    subject: Subject
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +83,12 @@ class Prepared:
     @cached_property
     def ident(self) -> str:
         """Identity of the run: the same exactly where the numbers would be the same."""
-        settings = {
+        return identity(self.settings, [list(r) for r in self.rows], self.weights)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What, beside prompts and weights, the identity is made of; stored, so that anyone can make it again."""
+        return {
             **self.config.identity(),
             "perturb": [str(p) for p in self.perturbs],
             "directions": [p.direction_digest for p in self.perturbs if p.direction_digest],
@@ -79,7 +100,6 @@ class Prepared:
             # A hook of the caller's own changes the numbers and has no hash: such a run is never taken for another.
             **({"hooks": uuid.uuid4().hex} if foreign_hooks(self.subject) else {}),
         }
-        return identity(settings, [list(r) for r in self.rows], self.weights)
 
     def finished(self) -> Run | None:
         """Return this run where it lies finished under ``out``."""
@@ -113,7 +133,10 @@ class Prepared:
         called = bool(sys.argv) and Path(sys.argv[0]).name.removesuffix(".exe") == "dynprobe"
         return {
             "command": ["dynprobe", *sys.argv[1:]] if called else None,
-            "model": {**{k: v for k, v in facts.items() if k != "versions"}, "structure": subject.describe()},
+            "model": {
+                **{k: v for k, v in facts.items() if k != "versions"}, "structure": subject.describe(),
+                "skeleton": skeleton_of(subject),
+            },
             "weights": {"hash": self.weights, "files": facts.get("weights_files")},
             "versions": {
                 "dynprobe": __version__, "torch": torch.__version__, "numpy": np.__version__,
@@ -128,6 +151,7 @@ class Prepared:
             },
             "seeds": {"noise": list(dict.fromkeys(p.seed for p in self.perturbs)), "sampling": self.config.seed},
             "foreign_hooks": foreign_hooks(subject),
+            "identity": self.settings,
             "ignored_generation_defaults": ignored_defaults(subject),
         }  # fmt: skip
 
@@ -177,7 +201,13 @@ def prepare(
     # One state has one row: the output of a block and the input of the next are the same place.
     places = {(c, at) if c in ("attn_out", "mlp_out") else ("", at + (c == "resid_post")): (c, at) for c, at in sites}
     ready = Prepared(
-        subject, config, chosen, rows, perturbs, tuple(places.values()) if config.states else (), isinstance(model, str)
+        subject,
+        config,
+        chosen,
+        rows,
+        perturbs,
+        tuple(places.values()) if config.states else (),
+        isinstance(model, str | Held),
     )
     _refuse(ready)
     return ready
@@ -198,10 +228,13 @@ def _configuration(
     values["perturb"] = tuple(str(i) for i in items)
     if isinstance(values.get("where"), Where):
         values["where"] = str(values["where"])
-    return kind.build(**{"model": model if isinstance(model, str) else None, **values}), items
+    name = model.name if isinstance(model, Held) else model if isinstance(model, str) else None
+    return kind.build(**{"model": name, **values}), items
 
 
-def _load(model: str | nn.Module | Subject, config: RunConfig) -> Subject:
+def _load(model: str | nn.Module | Subject | Held, config: RunConfig) -> Subject:
+    if isinstance(model, Held):
+        return model.subject
     if not isinstance(model, str):
         return load_subject(model)
     keys = ("revision", "dtype", "device", "device_map", "trust_remote_code", "allow_bin")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["HEADLINE", "summarise"]
+__all__ = ["HEADLINE", "summarise", "without_remarks"]
 
 #: Columns of the summary, in order.
 HEADLINE = (
@@ -47,7 +47,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     for condition, rows in samples.groupby("condition_id", sort=False, observed=True):
         entry: dict[str, Any] = {"samples": len(rows)}
         every, rows = rows, rows[~rows["status"].isin(_NOT_AS_ASKED)]
-        rows = _without_remarks(rows)
+        rows = without_remarks(rows)
         held = [column for column in HEADLINE if column in rows and rows[column].notna().any()]
         per_prompt = rows[held].astype(np.float64).groupby(rows["prompt_id"], observed=True).mean()
         for column in held:
@@ -68,18 +68,21 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     return out
 
 
-def _without_remarks(rows: pd.DataFrame) -> pd.DataFrame:
+def without_remarks(rows: pd.DataFrame) -> pd.DataFrame:
     """Drop values that carry a reason, such as a ratio over one step: they say nothing about the model."""
     texts = rows["reasons"].dropna() if "reasons" in rows else pd.Series(dtype=object)
-    remarked = [(i, name) for i, text in texts.items() for name in json.loads(text) if name in rows]
+    remarked: dict[str, list[Any]] = {}
+    for index, text in texts.items():
+        for name in json.loads(text):
+            if name in rows and pd.api.types.is_numeric_dtype(rows[name]):
+                remarked.setdefault(name, []).append(index)
     if not remarked:
         return rows
     rows = rows.copy()
-    for index, name in remarked:
-        if pd.api.types.is_numeric_dtype(rows[name]):
-            rows.loc[index, name] = np.nan
-            if name == "limen_ratio":
-                rows.loc[index, "limen_regime"] = None
+    for name, at in remarked.items():
+        rows.loc[at, name] = np.nan
+        if name == "limen_ratio":
+            rows.loc[at, "limen_regime"] = None
     return rows
 
 

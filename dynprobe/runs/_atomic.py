@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dynprobe.errors import RunFolderError
 
-__all__ = ["TEMPORARY", "Written", "remove", "sync_folder", "write_bytes", "write_stream", "writing"]
+__all__ = ["TEMPORARY", "Written", "keep", "remove", "sync_folder", "write_bytes", "write_stream", "writing"]
 
 #: Every temporary file starts with this; nothing else in a run folder does.
 TEMPORARY = ".tmp-"
@@ -77,6 +77,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def keep(path: Path, as_name: Path) -> None:
+    """Give a file that is about to be replaced a second name, under which it stays; one that is not there has none.
+
+    Nothing is copied: the file is linked, and is on the device already. Where links are not possible it is copied.
+    """
+    if not path.exists():
+        return
+    temporary = as_name.with_name(f"{TEMPORARY}{os.getpid()}-{as_name.name}")
+    remove(temporary)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, as_name)  # noqa: PTH105
+    except BaseException:
+        remove(temporary)
+        raise
 
 
 def remove(path: Path) -> None:

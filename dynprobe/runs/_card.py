@@ -1,7 +1,7 @@
-"""What a run says about itself to a person: the README of its folder, its line in a terminal, its box in a notebook.
+"""What a run says about itself to a person: the README of its folder, and the facts a person asks for first.
 
-All three are made from the manifest alone. Names and texts in it come from users, so everything is escaped for the
-place it is shown in.
+Both are made from the manifest alone. Names and texts in it come from users, so everything is escaped for the place it
+is shown in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynprobe.runs._schema import TABLES
 from dynprobe.runs._secrets import scrub_command
 from dynprobe.runs._tables import column_facts
 
-__all__ = ["as_html", "as_text", "card", "facts_lines"]
+__all__ = ["card", "facts_lines"]
 
 
 def card(folder: Path, manifest: Manifest) -> str:
@@ -60,25 +60,6 @@ def _figures(manifest: Manifest) -> list[str]:
     return []
 
 
-def as_text(name: str, path: Path, manifest: Manifest, status: str) -> str:
-    """Return the few lines that stand for a run in a terminal."""
-    lines = [f"Run {name} ({status})"]
-    shown = {**facts_lines(manifest), "tables": _tables(manifest), "folder": str(path)}
-    lines += [f"  {key:<12} {_one_line(value)}" for key, value in shown.items()]
-    return "\n".join(lines)
-
-
-def as_html(name: str, path: Path, manifest: Manifest, status: str) -> str:
-    """Return the box that stands for a run in a notebook, everything escaped."""
-    shown = {**facts_lines(manifest), "tables": _tables(manifest), "folder": str(path)}
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
-        f"<td style='text-align:left'>{html.escape(_one_line(value))}</td></tr>"
-        for key, value in shown.items()
-    )
-    return f"<table><caption>Run {html.escape(name)} ({html.escape(status)})</caption><tbody>{rows}</tbody></table>"
-
-
 def facts_lines(manifest: Manifest) -> dict[str, str]:
     """Return the facts a person asks for first."""
     lines = {"model": manifest.model_name, "id": manifest.id8, "made": manifest.created}
@@ -101,11 +82,6 @@ def _reading(manifest: Manifest) -> str:
     if table == "trials":
         return 'run.table("fits"), run.table("trials")'
     return "run.samples" + (', run.table("conditions")' if protocol_of(manifest.config) == "sweep" else "")
-
-
-def _tables(manifest: Manifest) -> str:
-    rows = manifest.rows()
-    return " · ".join(f"{name} {rows[name]:,}" for name in TABLES if name in rows) or "none yet"
 
 
 def _command(folder: Path, manifest: Manifest) -> str:

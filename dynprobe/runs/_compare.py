@@ -4,7 +4,8 @@ A comparison refuses before it misleads. Two columns are set beside each other w
 and aggregations are equal (:mod:`._compare_columns`); rows when they are about the same text (:mod:`._compare_sides`).
 Depth is given on two axes, because models differ in how many updates they make (:mod:`._compare_depth`). Differences
 are paired inside prompts, with the prompt as the unit of resampling (:mod:`._compare_pairs`). Where strengths have no
-common unit, metrics are read at equal effect (:mod:`._compare_matched`). What a reader must know stands in ``warnings``
+common unit, metrics are read at equal effect (:mod:`._compare_matched`). Where the variance lies between models, and
+what their skeletons explain, is said in :mod:`._compare_variance`. What a reader must know stands in ``warnings``
 (:mod:`._compare_warnings`).
 
 The tables are read out of core by DuckDB, so their size is not bounded by memory (:mod:`._compare_read`).
@@ -28,6 +29,7 @@ from dynprobe.runs._compare_profiles import DepthTables, depth_columns, depth_ta
 from dynprobe.runs._compare_read import Reader
 from dynprobe.runs._compare_sides import Pairing, Side, open_sides, pair_conditions, shared_prompts
 from dynprobe.runs._compare_thresholds import threshold_ratios
+from dynprobe.runs._compare_variance import variance_tables
 from dynprobe.runs._compare_warnings import find_warnings
 from dynprobe.runs._comparison import Comparison
 from dynprobe.runs._protocol import protocol_of
@@ -90,6 +92,7 @@ def compare(
     values: Any = {}
     deep: list[Quantity] = []
     notes: list[str] = []
+    few: list[str] = []
     with Reader(sides) as reader:
         if len(sampled) > 1:
             facts = [metric_facts(side, "samples") for side in sampled]
@@ -105,6 +108,7 @@ def compare(
             profiles, axes = read_profiles(reader, sampled, pairings, parts, homes, prompts, points, track)
             depth = depth_tables(sampled, profiles, axes, deep, points, how)
             for_deltas = [p.name for p in pairings] if conditions else [pairings[0].name]
+            tables["variance"], tables["skeleton"], few = variance_tables(sampled, values, quantities, prompts, wanted)
             tables["correlations"] = delta_kappa(sampled, profiles, for_deltas, how)
             tables["matched_means"], tables["matched_pairs"], notes = matched_kl(
                 reader, sampled, quantities, prompts, kl, how
@@ -121,14 +125,17 @@ def compare(
         conditions=_conditions_table(sampled, pairings),
         depth_means=depth.areas, depth_pairs=depth.pairs, contrasts=depth.contrasts, profiles=depth.profiles,
         refused=_refused_table(quantities + deep),
-        warnings=[*warned, *notes, *more],
+        warnings=[*warned, *few, *notes, *more],
         facts={
             "prompts": int(prompts["cluster"].nunique()), "confidence": confidence, "n_boot": how.n_boot,
             "seed": how.seed, "grid": int(grid),
         },
         **{
             name: tables.get(name, empty)
-            for name in ("means", "pairs", "matched_means", "matched_pairs", "thresholds", "correlations")
+            for name in (
+                "means", "pairs", "matched_means", "matched_pairs", "thresholds", "correlations", "variance",
+                "skeleton",
+            )
         },
     )  # fmt: skip
 

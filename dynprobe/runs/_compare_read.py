@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError
+from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._compare_sides import Side
 from dynprobe.runs._sql import connect, create_views
 
@@ -158,10 +159,7 @@ class Reader:
         except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException):  # a defect of this code
             raise
         except duckdb.Error as error:
-            raise RunFolderError(
-                f"{side.run.path} cannot be read: {error}. dp.open({str(side.run.path)!r}).verify() lists every "
-                "damaged file."
-            ) from error
+            raise RunFolderError(f"{side.run.path} cannot be read: {error}. {ask_doctor(side.run.path)}") from error
         return found
 
     def _view(self, side: Side, table: str) -> str:

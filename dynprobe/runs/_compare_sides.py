@@ -11,7 +11,6 @@ model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import pandas as pd
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
 from dynprobe.runs._protocol import protocol_of
 from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._text_hash import text_hash
 
 __all__ = ["Pairing", "Side", "open_sides", "pair_conditions", "shared_prompts"]
 
@@ -220,18 +220,7 @@ def _keys(run: Run) -> dict[str, str | None]:
     ids = [str(i) for i in prompts["prompt_id"]]
     texts = list(prompts["text"]) if "text" in prompts else [None] * len(ids)
     tokens = list(prompts["token_ids"]) if "token_ids" in prompts else [None] * len(ids)
-    return {i: _hash(text, row) for i, text, row in zip(ids, texts, tokens, strict=True)}
-
-
-def _hash(text: Any, tokens: Any) -> str | None:
-    """Return a hash of the text, or of the tokens where there is no text."""
-    if isinstance(text, str) and text:
-        content = f"text\0{text}"
-    elif tokens is not None and len(tokens):
-        content = "tokens\0" + " ".join(str(int(t)) for t in tokens)
-    else:
-        return None
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return {i: text_hash(text, row) for i, text, row in zip(ids, texts, tokens, strict=True)}
 
 
 def _nothing_shared(sides: Sequence[Side]) -> str:

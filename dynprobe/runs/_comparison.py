@@ -33,6 +33,8 @@ TABLES_OF = {
     "matched_pairs": "Paired differences at equal KL; ln_alpha is the strength itself.",
     "thresholds": "Ratios of thresholds.",
     "correlations": "Rank correlation of one run's Δ with another's κ.",
+    "variance": "Where the variance lies: models, categories, prompts, seeds and their interactions.",
+    "skeleton": "What the models' skeletons explain of their means.",
     "refused": "Metrics that were not compared, and why.",
 }
 
@@ -54,6 +56,8 @@ class Comparison:
         matched_pairs: Their paired differences.
         thresholds: Ratios of thresholds with intervals.
         correlations: Δ of one run against κ of another.
+        variance: Sums of squares, η² and ω² of every term, where the runs are of two models or more.
+        skeleton: R² of parameters, depth, width, heads, norm and positions, from four models on.
         refused: Metrics that were not compared.
         warnings: What a reader must know.
         facts: Number of common prompts, confidence, replicates, seed.
@@ -71,6 +75,8 @@ class Comparison:
     matched_pairs: pd.DataFrame
     thresholds: pd.DataFrame
     correlations: pd.DataFrame
+    variance: pd.DataFrame
+    skeleton: pd.DataFrame
     refused: pd.DataFrame
     warnings: list[str]
     facts: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynprobe.errors import RunFolderError
-from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap, canvas, save_figure, tidy
+from dynprobe.runs._canvas import BLUE, GREY, RED, canvas, save_figure, tidy
+from dynprobe.runs._curves import curve, perturbed_depth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,17 +22,6 @@ if TYPE_CHECKING:
     from dynprobe.runs._run import Run
 
 __all__ = ["depth_figure", "draw_run", "short"]
-
-
-def _by_prompt(run: Run, column: str, condition: str) -> tuple[np.ndarray, np.ndarray]:
-    """Depths and ``[prompt, depth]`` means over tokens after position 0."""
-    rows = run.table("depths", columns=["sample_id", "pos", "track", "depth", column])
-    labels = run.samples[["sample_id", "prompt_id", "condition_id"]]
-    rows = rows[(rows["pos"] >= 1) & ~rows["track"].isin(["attn_out", "mlp_out"])]
-    rows = rows.merge(labels[labels["condition_id"] == condition], on="sample_id")
-    table = rows.groupby(["prompt_id", "depth"], observed=True)[column].mean().unstack("depth")
-    table = table.dropna(axis=1, how="all")
-    return table.columns.to_numpy(), table.to_numpy(np.float64)
 
 
 def depth_figure(run: Run) -> Figure:
@@ -45,19 +35,18 @@ def depth_figure(run: Run) -> Figure:
     if not {"clean", "perturbed.forced"} <= conditions:
         raise RunFolderError(f"{run.path} has no perturbed arm; the figure compares one with the clean arm")
     figure = canvas(7.2, 7.4)
-    depth, clean = _by_prompt(run, "angle", "clean")
-    _, pushed = _by_prompt(run, "angle", "perturbed.forced")
-    at, angle = _by_prompt(run, "diverge_angle", "perturbed.forced")
+    clean, pushed = (perturbed_depth(run, "angle", c) / np.pi for c in ("clean", "perturbed.forced"))
+    angle = perturbed_depth(run, "diverge_angle", "perturbed.forced")
     n = len(clean)
     panels = figure.subplots(3, 1, sharex=True)
-    _draw(panels[0], depth, clean / np.pi, BLUE, "clean")
-    _draw(panels[0], depth, pushed / np.pi, RED, "perturbed, forced")
+    _draw(panels[0], clean, BLUE, "clean")
+    _draw(panels[0], pushed, RED, "perturbed, forced")
     panels[0].set_ylabel("κ phase per step\n(half-turns)")
     panels[0].legend(frameon=False)
-    _draw(panels[1], depth, (pushed - clean) / np.pi, RED, "paired change")
+    _draw(panels[1], pushed - clean, RED, "paired change")
     panels[1].axhline(0, color=GREY, linewidth=0.8)
     panels[1].set_ylabel("Δκ, paired\n(half-turns)")
-    _draw(panels[2], at, angle, RED, "angle to clean")
+    _draw(panels[2], angle, RED, "angle to clean")
     panels[2].set_ylabel("angle to the clean\nstate (half-turns)")
     panels[2].set_xlabel("depth (state entering block d)")
     for panel in panels:
@@ -84,10 +73,10 @@ def draw_run(run: Run, target: str | Path) -> Path:
     return save_figure(depth_figure(run), target)
 
 
-def _draw(panel: Any, depth: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    mean, (low, high) = np.nanmean(values, axis=0), bootstrap(values, np.nanmean)
-    panel.plot(depth, mean, color=colour, label=label, linewidth=1.6)
-    panel.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
+def _draw(panel: Any, table: Any, colour: str, label: str) -> None:
+    own = curve(table)
+    panel.plot(own["x"], own["mean"], color=colour, label=label, linewidth=1.6)
+    panel.fill_between(own["x"], own["low"], own["high"], color=colour, alpha=0.2, linewidth=0)
 
 
 def short(spec: str) -> str:

@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
+from dynprobe.runs._curves import curve
 from dynprobe.runs._quantity import Quantity, has, per_position, write_name
 
 if TYPE_CHECKING:
     from dynprobe.runs._run import Run
 
-__all__ = ["chosen", "in_order", "on_a_grid", "responses"]
+__all__ = ["chosen", "in_order", "mean_responses", "on_a_grid", "responses"]
 
 
 def on_a_grid(run: Run) -> bool:
@@ -107,6 +108,26 @@ def _of_trials(run: Run, what: Quantity) -> pd.DataFrame:
         found = found.groupby(["write", "series", "layer", "alpha", "prompt_id"])["value"].mean().reset_index()
         return found.assign(curve=found["prompt_id"])
     return found.assign(curve=found["prompt_id"] + ", seed " + found["seed"].astype(str)).drop(columns="seed")
+
+
+def mean_responses(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over prompts at every strength, with its interval where three prompts answered.
+
+    Args:
+        rows: What :func:`responses` returned, of a run in which all prompts saw the same strengths.
+
+    Returns:
+        ``write, series, layer, alpha, mean, low, high, n``.
+    """
+    frames = []
+    for (write, series, layer), own in rows.groupby(["write", "series", "layer"], sort=False):
+        table = own.pivot_table(index="curve", columns="alpha", values="value", dropna=False)
+        found = curve(table).set_index("x").reindex(table.columns).rename_axis("x").reset_index()
+        found["n"] = found["n"].fillna(0).astype(int)  # a strength without any response is a gap, not left out
+        found.loc[found["n"] < 3, ["low", "high"]] = np.nan
+        frames.append(found.assign(write=write, series=series, layer=int(layer)))
+    found = pd.concat(frames, ignore_index=True).rename(columns={"x": "alpha"})
+    return found[["write", "series", "layer", "alpha", "mean", "low", "high", "n"]]
 
 
 def chosen(rows: pd.DataFrame, run: Run, scale: str | None) -> pd.DataFrame:

@@ -4,11 +4,13 @@ The manifest is the only entrance to a run folder. A file that it does not list 
 that it does not call finished is done again. It is replaced as a whole, after the files it lists are safely on the
 device. Keys that this version does not know are kept when it is read and written again, so that an older library does
 not strip what a newer one recorded. A newer major version of the schema is refused, because its files may mean
-something else; so is a manifest that was edited into something it cannot be.
+something else; so is a manifest that was edited: every field is sealed with a hash of its content when it is written.
+The manifest before the last is kept beside it, as what a damaged one can be restored from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -16,13 +18,28 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dynprobe.errors import RunFolderError
+from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._json import dumps, plain
 from dynprobe.runs._schema import SCHEMA_VERSION
 from dynprobe.runs._secrets import scrub, scrub_command
 
-__all__ = ["MANIFEST_NAME", "Manifest", "Part", "encode_manifest", "peek_id", "read_manifest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "PREVIOUS_NAME",
+    "Manifest",
+    "Part",
+    "check_version",
+    "encode_manifest",
+    "parse_manifest",
+    "peek_id",
+    "read_manifest",
+    "unsealed",
+]
 
 MANIFEST_NAME = "manifest.json"
+
+#: The manifest that the present one replaced; nothing reads it but a repair.
+PREVIOUS_NAME = "manifest.previous.json"
 
 Status = Literal["running", "complete", "interrupted"]
 
@@ -78,6 +95,8 @@ class Manifest(BaseModel):
         continuations: Later starts: time, versions, device, whether forced.
         interruptions: Times and reasons.
         parts: The files.
+        repairs: What a repair has done to the folder, and when.
+        seal: Hash of the content of every other field, made when the manifest is written; None in older runs.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -106,6 +125,8 @@ class Manifest(BaseModel):
     continuations: list[dict[str, Any]] = Field(default_factory=list)
     interruptions: list[dict[str, Any]] = Field(default_factory=list)
     parts: list[Part] = Field(default_factory=list)
+    repairs: list[dict[str, Any]] = Field(default_factory=list)
+    seal: dict[str, str] | None = None
 
     @field_validator("finished")
     @classmethod
@@ -145,15 +166,48 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise RunFolderError(f"{folder} is no run folder: it has no {MANIFEST_NAME}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"Cannot read {path}: {error}. Restore it from a copy of the run.") from error
+        raise RunFolderError(f"Cannot read {path}: {error}. {ask_doctor(folder)}") from error
+    manifest = parse_manifest(text, path)
+    changed = unsealed(json.loads(text))
+    if changed:
+        raise RunFolderError(
+            f"{path} is not what was written: {_several('field', changed)} changed afterwards, so the run may not be "
+            f"what it says. {ask_doctor(folder)}"
+        )
+    return manifest
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Return the manifest that a text holds; its seal is not looked at.
+
+    Raises:
+        RunFolderError: The text is damaged (the message names the field), or of a newer major version.
+    """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}. Restore it from a copy of the run.") from error
+        raise RunFolderError(f"{path} is damaged: {error}. {ask_doctor(path.parent)}") from error
     if not isinstance(content, dict):
-        raise RunFolderError(f"{path} is damaged: an object is needed, found {type(content).__name__}.")
-    _check_version(content.get("schema_version"), path)
-    return validated(content, str(path), "Undo the edit, or restore the file from a copy of the run.")
+        raise RunFolderError(
+            f"{path} is damaged: an object is needed, found {type(content).__name__}. {ask_doctor(path.parent)}"
+        )
+    check_version(content.get("schema_version"), path)
+    return validated(content, str(path), f"Undo the edit, or restore the file. {ask_doctor(path.parent)}")
+
+
+def unsealed(content: dict[str, Any]) -> list[str]:
+    """Return the fields whose content is not what the manifest was sealed with; none where it has no seal.
+
+    Args:
+        content: The parsed ``manifest.json``.
+    """
+    seal = content.get("seal")
+    if seal is None:
+        return []
+    if not isinstance(seal, dict):
+        return ["seal"]
+    now = _seal({key: value for key, value in content.items() if key != "seal"})
+    return sorted(name for name in {*seal, *now} if seal.get(name) != now.get(name))
 
 
 def validated(content: dict[str, Any], where: str, advice: str) -> Manifest:
@@ -176,13 +230,15 @@ def validated(content: dict[str, Any], where: str, advice: str) -> Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of ``manifest.json``: secrets scrubbed, strict JSON, one line per part."""
-    content = plain(manifest.model_dump(exclude={"parts", "command"}), "manifest")
+    content = plain(manifest.model_dump(exclude={"parts", "command", "seal"}), "manifest")
     content = {**scrub(content), "command": scrub_command(manifest.command)}
+    parts = [part.model_dump() for part in manifest.parts]
+    content["seal"] = _seal({**content, "parts": parts})
     # The id stands near the top, where a search over many folders finds it without reading the whole file.
     head = ("schema_version", "id8", "status", "created", "updated", "model_name", "command")
     ordered = {key: content.pop(key) for key in head} | content
     text = dumps(ordered, indent=1).removesuffix("\n}")
-    lines = ",\n  ".join(dumps(part.model_dump()) for part in manifest.parts)
+    lines = ",\n  ".join(dumps(part) for part in parts)
     listed = f"[\n  {lines}\n ]" if lines else "[]"
     # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
     return f'{text},\n "parts": {listed}\n}}\n'.encode("utf-8", "backslashreplace")
@@ -202,7 +258,20 @@ def peek_id(folder: Path) -> str | None:
         return None
 
 
-def _check_version(version: Any, path: Path) -> None:
+def _seal(content: dict[str, Any]) -> dict[str, str]:
+    """Sixteen hexadecimal digits of the SHA-256 of every field, in a form that reading and writing leave as it is."""
+    return {
+        name: hashlib.sha256(dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        for name, value in content.items()
+    }
+
+
+def _several(word: str, names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{word} {shown} was" if len(names) == 1 else f"{word}s {shown} were"
+
+
+def check_version(version: Any, path: Path) -> None:
     try:
         major = int(str(version).split(".")[0])
     except ValueError as error:

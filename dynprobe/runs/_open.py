@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.errors import RunFolderError
-from dynprobe.runs._atomic import sync_folder, write_bytes, writing
+from dynprobe.runs._atomic import keep, sync_folder, write_bytes, writing
 from dynprobe.runs._lock import FolderLock
-from dynprobe.runs._manifest import MANIFEST_NAME, Manifest, Part, encode_manifest
+from dynprobe.runs._manifest import MANIFEST_NAME, PREVIOUS_NAME, Manifest, Part, encode_manifest
 from dynprobe.runs._start import Clock
 
 __all__ = ["OpenFolder"]
@@ -56,6 +56,7 @@ class OpenFolder:
         data = encode_manifest(manifest)
         path = self.path / MANIFEST_NAME
         with writing(self.path, MANIFEST_NAME, len(data)):
+            keep(path, self.path / PREVIOUS_NAME)
             try:
                 write_bytes(path, data)
                 sync_folder(self.path)

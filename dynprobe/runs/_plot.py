@@ -22,6 +22,7 @@ from dynprobe.runs._plot_recover import recovery_figure, signal_figure
 from dynprobe.runs._plot_response import bode_figure, impulse_figure
 from dynprobe.runs._plot_sweep import response_figure
 from dynprobe.runs._plot_threshold import fragility_figure, thresholds_figure
+from dynprobe.runs._plot_tokens import heatmap_tokens_figure, pca_figure, regimes_figure
 from dynprobe.runs._protocol import protocol_of
 from dynprobe.runs._quantity import is_sweep, is_threshold, per_position
 
@@ -35,7 +36,7 @@ __all__ = ["PICTURES", "Plots"]
 #: Names of the pictures.
 PICTURES = (
     "depth", "bode", "impulse", "response", "heatmap", "thresholds", "fragility", "iterations", "signal", "recovery",
-    "dissociation", "lengths", "slots",
+    "dissociation", "lengths", "slots", "heatmap_tokens", "pca", "regimes",
 )  # fmt: skip
 #: In this order: a figure that was drawn once is laid out from where it was, and its SVG is another file.
 _FORMATS = (".svg", ".png")
@@ -238,12 +239,64 @@ class Plots:
         """
         return _kept(slots_figure(self._run, prompt), save)
 
+    def heatmap_tokens(
+        self,
+        column: str | None = None,
+        *,
+        prompt: str | None = None,
+        condition: str | None = None,
+        save: str | Path | None = None,
+    ) -> Figure:
+        """Map of a column of ``depths`` over depth and token of one text, the tokens as labels.
+
+        Args:
+            column: ``angle``, ``delta_rel_prev``, ``norm``, ``diverge_angle`` …; None takes the first there is.
+            prompt: Name of the prompt; None takes the first.
+            condition: Its condition; None takes the first.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run stored nothing per token and depth.
+            UsageError: There is no such column, prompt or condition, matplotlib is missing, or the file cannot be
+                written.
+        """
+        return _kept(heatmap_tokens_figure(self._run, column, prompt, condition), save)
+
+    def pca(
+        self, prompt: str | None = None, *, unit: str = "mean over tokens", save: str | Path | None = None
+    ) -> Figure:
+        """The state at every depth in the plane of the first two principal components of the clean states.
+
+        Args:
+            prompt: Name of the prompt; None takes the first.
+            unit: ``mean over tokens`` or ``last prompt token``.
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: The run holds no states (``--states``).
+            UsageError: There is no such prompt or unit, matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(pca_figure(self._run, prompt, unit), save)
+
+    def regimes(self, *, save: str | Path | None = None) -> Figure:
+        """Share of texts in each regime of LIMEN's ratio, one bar per condition.
+
+        Args:
+            save: File to write as well; its ending chooses the format.
+
+        Raises:
+            RunFolderError: No regime was called.
+            UsageError: Matplotlib is missing, or the file cannot be written.
+        """
+        return _kept(regimes_figure(self._run), save)
+
     def draw(self, name: str | None = None, *, save: str | Path | None = None) -> Figure:
         """Draw a picture by its name; None takes the one that fits what the run did.
 
         Args:
             name: One of ``depth``, ``bode``, ``impulse``, ``response``, ``heatmap``, ``thresholds``, ``fragility``,
-                ``iterations``, ``signal``, ``recovery``, ``dissociation``, ``lengths``, ``slots``.
+                ``iterations``, ``signal``, ``recovery``, ``dissociation``, ``lengths``, ``slots``,
+                ``heatmap_tokens``, ``pca``, ``regimes``.
             save: File to write as well; its ending chooses the format.
 
         Raises:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError
-from dynprobe.runs._canvas import BLUE, GREY, bootstrap, canvas, tidy
+from dynprobe.runs._canvas import BLUE, GREY, canvas, tidy
+from dynprobe.runs._curves import curve
 from dynprobe.runs._protocol import protocol_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from dynprobe.runs._run import Run
 
-__all__ = ["lengths_figure", "slots_figure"]
+__all__ = ["MEASURES", "dose_rows", "length_numbers", "lengths_figure", "slot_numbers", "slots_figure"]
 
 #: Okabe–Ito, and a stroke for each arm so that lines are told apart without colour.
 _ARMS: dict[str, tuple[str, Any]] = {
@@ -29,7 +30,7 @@ _ARMS: dict[str, tuple[str, Any]] = {
     "frozen": ("#009E73", "-."), "leaky": ("#CC79A7", "-."), "hopfield": ("#56B4E9", ":"),
     "fast_weights": ("#000000", ":"), "cache": ("#999933", (0, (5, 1, 1, 1))),
 }  # fmt: skip
-_MEASURES = {
+MEASURES = {
     "repetition": "4-gram repetition", "nll_bare": "NLL under the\nbare model (nats)",
     "drift": "drift from the bare\nmodel (half-turns)",
 }  # fmt: skip
@@ -56,16 +57,11 @@ def slots_figure(run: Run, sample: str | None = None) -> Figure:
         RunFolderError: The run has no slots.
         UsageError: Matplotlib is missing.
     """
-    _checked(run, "slots")
-    slots = run.table("slots").astype({"sample_id": str, "site": str})
-    labels = run.samples[["sample_id", "prompt_id", "condition_id", "n_prompt", "replicate"]]
-    labels = labels.astype({"sample_id": str, "prompt_id": str, "condition_id": str})
-    slots = slots.merge(labels, on="sample_id")
+    slots = slot_numbers(run)
     prompt = sample if sample is not None else str(slots["prompt_id"].iloc[0])
     if prompt not in set(slots["prompt_id"]):
         raise RunFolderError(f"{run.path} has no slots of prompt {prompt!r}")
     site = str(slots["site"].iloc[0])
-    slots = slots[(slots["site"] == site) & (slots["replicate"] == 0)]
     order = [c for c in run.conditions["condition_id"].astype(str) if c in set(slots["condition_id"])]
     order = order[:_MOST_ROWS]
     figure = canvas(9.0, 2.1 * len(order) + 2.6)
@@ -84,6 +80,39 @@ def slots_figure(run: Run, sample: str | None = None) -> Figure:
     panels[-1].set_xlabel("token (dashed: the prompt ends)")
     figure.suptitle(f"{run.manifest.model_name}: slots at {site} while {prompt} is written", fontsize=10)
     return figure
+
+
+def slot_numbers(run: Run) -> pd.DataFrame:
+    """Return the slots of the first site and replicate, with prompt, condition and length of the prompt.
+
+    Raises:
+        RunFolderError: The run has no slots.
+    """
+    _checked(run, "slots")
+    slots = run.table("slots").astype({"sample_id": str, "site": str})
+    labels = run.samples[["sample_id", "prompt_id", "condition_id", "n_prompt", "replicate"]]
+    labels = labels.astype({"sample_id": str, "prompt_id": str, "condition_id": str})
+    slots = slots.merge(labels, on="sample_id")
+    return slots[(slots["site"] == slots["site"].iloc[0]) & (slots["replicate"] == 0)]
+
+
+def length_numbers(run: Run) -> pd.DataFrame:
+    """Return how texts go on: ``condition, arm, measure, length, mean, low, high, n``.
+
+    Raises:
+        RunFolderError: The run has no lengths.
+    """
+    _checked(run, "lengths")
+    lengths = run.table("lengths").astype({"condition_id": str, "prompt_id": str})
+    arms = run.conditions.astype({"condition_id": str, "arm": str}).set_index("condition_id")["arm"]
+    frames = []
+    for condition in [c for c in arms.index if (lengths["condition_id"] == c).any()]:
+        own = lengths[lengths["condition_id"] == condition]
+        for measure in MEASURES:
+            table = own.groupby(["prompt_id", "length"])[measure].mean().unstack("length")
+            frames.append(curve(table).assign(condition=condition, arm=arms[condition], measure=measure))
+    found = pd.concat(frames, ignore_index=True).rename(columns={"x": "length"})
+    return found[["condition", "arm", "measure", "length", "mean", "low", "high", "n"]]
 
 
 def _heat(panel: Any, rows: pd.DataFrame, top: float) -> Any:
@@ -116,31 +145,31 @@ def lengths_figure(run: Run) -> Figure:
         RunFolderError: The run has no lengths.
         UsageError: Matplotlib is missing.
     """
-    _checked(run, "lengths")
-    lengths = run.table("lengths").astype({"condition_id": str, "prompt_id": str})
+    numbers = length_numbers(run)
     conditions = run.conditions.astype({"condition_id": str, "arm": str}).set_index("condition_id")
-    rows = _rows(list(conditions.index))
-    figure = canvas(3.1 * len(_MEASURES) + 0.6, 2.3 * len(rows) + 0.9)
-    panels = figure.subplots(len(rows), len(_MEASURES), sharex=True, sharey="col", squeeze=False)
+    rows = dose_rows(list(conditions.index))
+    figure = canvas(3.1 * len(MEASURES) + 0.6, 2.3 * len(rows) + 0.9)
+    panels = figure.subplots(len(rows), len(MEASURES), sharex=True, sharey="col", squeeze=False)
     handles: dict[str, Any] = {}
     for line, (dose, members) in zip(panels, rows.items(), strict=True):
-        for panel, (measure, name) in zip(line, _MEASURES.items(), strict=True):
+        for panel, (measure, name) in zip(line, MEASURES.items(), strict=True):
             for condition in members:
                 arm = str(conditions.loc[condition, "arm"])
-                handles.setdefault(arm, _line(panel, lengths[lengths["condition_id"] == condition], measure, arm))
+                own = numbers[(numbers["condition"] == condition) & (numbers["measure"] == measure)]
+                handles.setdefault(arm, _line(panel, own, arm))
             panel.set_ylabel(name, fontsize=8)
             tidy(panel)
         line[0].set_title(dose, fontsize=9, loc="left")
     for panel in panels[-1]:
         panel.set_xlabel("new tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    n = lengths["prompt_id"].nunique()
+    n = run.table("lengths", columns=["prompt_id"])["prompt_id"].nunique()
     figure.suptitle(f"{run.manifest.model_name}: {n} prompts, mean and 95 % interval over them", fontsize=10)
     return figure
 
 
-def _rows(conditions: list[str]) -> dict[str, list[str]]:
-    """Conditions by dose and settings; those without a dose stand in every row."""
+def dose_rows(conditions: list[str]) -> dict[str, list[str]]:
+    """Return conditions by dose and settings; those without a dose stand in every row."""
     always = [c for c in conditions if "@" not in c and c != "none~sampled"]
     doses = list(dict.fromkeys(c.split("@", 1)[1] for c in conditions if "@" in c))[:_MOST_DOSES]
     found: dict[str, list[str]] = {}
@@ -152,21 +181,14 @@ def _rows(conditions: list[str]) -> dict[str, list[str]]:
     return found or {"no dose": always}
 
 
-def _line(panel: Any, rows: pd.DataFrame, measure: str, arm: str) -> Any:
-    table = rows.groupby(["prompt_id", "length"])[measure].mean().unstack("length")
-    values, at = table.to_numpy(np.float64), table.columns.to_numpy()
-    low, high = bootstrap(values, np.nanmean)
+def _line(panel: Any, rows: pd.DataFrame, arm: str) -> Any:
     colour, stroke = _ARMS.get(arm, (GREY, "-"))
     wide = 2.0 if arm in ("none", "layer") else 1.1
-    handle = panel.plot(at, np.nanmean(values, axis=0), color=colour, linestyle=stroke, linewidth=wide, marker=".")[0]
+    at, mean = rows["length"], rows["mean"]
+    handle = panel.plot(at, mean, color=colour, linestyle=stroke, linewidth=wide, marker=".")[0]
     if arm in ("none", "layer"):  # the others' bands would hide what they are compared with
-        panel.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+        panel.fill_between(at, rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
     else:
-        panel.errorbar(at, np.nanmean(values, axis=0), _ends(values, low, high), fmt="none", ecolor=colour, alpha=0.45,
-                       elinewidth=0.8)  # fmt: skip
+        ends = np.nan_to_num(np.maximum(np.stack([mean - rows["low"], rows["high"] - mean]), 0.0))
+        panel.errorbar(at, mean, ends, fmt="none", ecolor=colour, alpha=0.45, elinewidth=0.8)
     return handle
-
-
-def _ends(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    mean = np.nanmean(values, axis=0)
-    return np.nan_to_num(np.maximum(np.stack([mean - low, high - mean]), 0.0))

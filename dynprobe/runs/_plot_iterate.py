@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynprobe.errors import RunFolderError
-from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap, canvas, tidy
+from dynprobe.runs._canvas import BLUE, GREY, RED, canvas, tidy
+from dynprobe.runs._curves import ITERATED, iteration_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["iterations_figure"]
 
-_PANELS = (
-    ("nll", "loss\n(nats per token)", False),
-    ("delta_last", "Δ of the last update\n(‖h′−h‖/‖h‖)", True),
-    ("kappa_phase", "κ phase over all updates\n(half-turns)", False),
-    ("energy_last", "energy of the last state", False),
-    ("right", "share of right answers", False),
-)
-_ARMS = (("clean", "", BLUE), ("perturbed", "|perturbed", RED))
+_ARMS = (("clean", BLUE), ("perturbed", RED))
 
 
 def iterations_figure(run: Run) -> Figure:
@@ -33,17 +26,17 @@ def iterations_figure(run: Run) -> Figure:
         RunFolderError: The run is of another protocol.
         UsageError: Matplotlib is missing.
     """
-    if run.summary.get("protocol") != "iterate" and "iterations" not in run.samples:
-        raise RunFolderError(f"{run.path} was not read at several numbers of iterations; see dynprobe iterate")
+    numbers = iteration_numbers(run)
     samples = run.samples
-    shown = [panel for panel in _PANELS if panel[0] in samples and samples[panel[0]].notna().any()]
+    shown = list(dict.fromkeys(numbers["measure"]))
     rows = (len(shown) + 1) // 2
     figure = canvas(7.6, 2.7 * rows)
     panels = np.atleast_1d(figure.subplots(rows, 2, sharex=True)).ravel()
-    for panel, (column, label, log) in zip(panels, shown, strict=False):
-        for arm, ending, colour in _ARMS:
-            _draw(panel, samples, column, ending, colour, arm)
-        panel.set_ylabel(label)
+    for panel, measure in zip(panels, shown, strict=False):
+        words, unit, log = ITERATED[measure]
+        for arm, colour in _ARMS:
+            _draw(panel, numbers[(numbers["measure"] == measure) & (numbers["arm"] == arm)], colour, arm)
+        panel.set_ylabel(f"{words}\n({unit})" if unit else words)
         panel.set_xlabel("iterations T")
         if log:
             panel.set_yscale("log")
@@ -59,13 +52,8 @@ def iterations_figure(run: Run) -> Figure:
     return figure
 
 
-def _draw(panel: Any, samples: Any, column: str, ending: str, colour: str, label: str) -> None:
-    ids = samples["condition_id"].astype(str)
-    mine = samples[ids == "T" + samples["iterations"].astype(str) + ending]
-    table = mine.pivot_table(index="prompt_id", columns="iterations", values=column, observed=True)
-    if table.empty:
+def _draw(panel: Any, rows: Any, colour: str, label: str) -> None:
+    if rows.empty:
         return
-    values, at = table.to_numpy(np.float64), table.columns.to_numpy()
-    panel.plot(at, np.nanmean(values, axis=0), color=colour, marker="o", markersize=3, label=label)
-    low, high = bootstrap(values, np.nanmean)
-    panel.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+    panel.plot(rows["iterations"], rows["mean"], color=colour, marker="o", markersize=3, label=label)
+    panel.fill_between(rows["iterations"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)

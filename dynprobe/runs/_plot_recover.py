@@ -8,7 +8,6 @@ A metric that the controller acts on is hollow there: it recovers by constructio
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +15,26 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError
-from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap, canvas, tidy
+from dynprobe.runs._canvas import BLUE, GREY, RED, canvas, tidy
+from dynprobe.runs._curves import curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dynprobe.runs._run import Run
 
-__all__ = ["recovery_figure", "signal_figure"]
+__all__ = ["METRICS", "ROADS", "SIGNALS", "fraction_numbers", "recovery_figure", "signal_figure", "signal_numbers"]
 
 GREEN = "#009E73"
-_ROADS = {"forced": "given text", "free": "own text"}
+ROADS = {"forced": "given text", "free": "own text"}
 _MOST_MODES = 6
-_SIGNALS = {
+SIGNALS = {
     "kappa_phase_zmax": "worst κ step\n(calibration SDs)", "kappa_phase": "κ phase\n(half-turns)",
     "kappa_phase_z": "κ excess\n(calibration SDs)", "norm_step_zmax": "worst norm step\n(calibration SDs)",
     "entropy": "entropy\n(nats)", "limen_ct": "LIMEN ct\n(half-turns)",
 }  # fmt: skip
 #: Metric → its name in a picture; those that stand for what the text says first.
-_METRICS = {
+METRICS = {
     "nll": "NLL of the\ngiven text", "nll_bare": "NLL of the own text,\nbare model", "kl_clean_pert": "KL to clean",
     "repetition": "repetition", "entropy": "entropy", "kappa_geom": "κ geom", "kappa_phase": "κ phase",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def signal_figure(run: Run) -> Figure:
         UsageError: Matplotlib is missing.
     """
     actions, conditions = _actions(run), _conditions(run)
-    roads = [road for road in _ROADS if f"clean.{road}" in set(conditions["condition_id"])]
+    roads = [road for road in ROADS if f"clean.{road}" in set(conditions["condition_id"])]
     modes: list[str | None] = [*_modes(run, conditions, roads)] or [None]
     band = (run.manifest.model_extra or {}).get("detector_band") or {}
     figure = canvas(3.9 * len(roads) + 0.6, 2.5 * len(modes) + 0.9)
@@ -60,9 +60,9 @@ def signal_figure(run: Run) -> Figure:
         for panel, road in zip(line, roads, strict=True):
             _draw_signals(panel, actions, mode, road)
             _draw_band(panel, band)
-            panel.set_title(f"{'no mode' if mode is None else mode} · {_ROADS[road]}", fontsize=9, loc="left")
+            panel.set_title(f"{'no mode' if mode is None else mode} · {ROADS[road]}", fontsize=9, loc="left")
             tidy(panel)
-        line[0].set_ylabel(_SIGNALS.get(str(band.get("signal")), str(band.get("signal"))))
+        line[0].set_ylabel(SIGNALS.get(str(band.get("signal")), str(band.get("signal"))))
     for panel in panels[-1]:
         panel.set_xlabel("new token")
     handles: dict[str, Any] = {}
@@ -111,14 +111,9 @@ def _draw_signals(panel: Any, actions: pd.DataFrame, mode: str | None, road: str
         mine = actions[actions["condition_id"] == f"{name}.{road}"]
         if mine.empty:
             continue
-        table = mine.pivot(index="prompt_id", columns="token", values="signal")
-        table = table.dropna(axis=1, how="all")
-        values, at = table.to_numpy(np.float64), table.columns.to_numpy()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a resample in which no text is so long
-            low, high = bootstrap(values, np.nanmean)
-        panel.plot(at, np.nanmean(values, axis=0), color=colour, linestyle=stroke, linewidth=1.4, label=label)
-        panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        own = _signal_curve(mine)
+        panel.plot(own["x"], own["mean"], color=colour, linestyle=stroke, linewidth=1.4, label=label)
+        panel.fill_between(own["x"], own["low"], own["high"], color=colour, alpha=0.15, linewidth=0)
     if mode is not None and with_mode is not None:
         mine = actions[actions["condition_id"] == f"{with_mode}.{road}"]
         share = mine.groupby("token")["acting"].mean()
@@ -133,6 +128,71 @@ def _draw_signals(panel: Any, actions: pd.DataFrame, mode: str | None, road: str
         panel.fill_between([], [], [], color=GREEN, alpha=0.25, linewidth=0, label="share acting (right)")
         low, high = panel.get_ylim()
         panel.set_ylim(low - 0.35 * (high - low), high)  # room for it below the lines
+
+
+def _signal_curve(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean signal over prompts at every new token of one condition, with its interval."""
+    return curve(rows.pivot(index="prompt_id", columns="token", values="signal"))
+
+
+def signal_numbers(run: Run) -> pd.DataFrame:
+    """Return what the detector saw in every condition: ``road, condition, token, mean, low, high, n, acting``.
+
+    Raises:
+        RunFolderError: The run is of another protocol, or no arm watched a signal.
+    """
+    actions = _actions(run)
+    frames = []
+    for condition in run.conditions["condition_id"].astype(str):
+        own = actions[actions["condition_id"] == condition]
+        if own.empty:
+            continue
+        share = own.groupby("token")["acting"].mean()
+        found = _signal_curve(own).rename(columns={"x": "token"})
+        road = condition.rpartition(".")[2]
+        frames.append(found.assign(road=road, condition=condition, acting=share.reindex(found["token"]).to_numpy()))
+    if not frames:
+        raise RunFolderError(f"{run.path} watched no signal")
+    found = pd.concat(frames, ignore_index=True)
+    return found[["road", "condition", "token", "mean", "low", "high", "n", "acting"]]
+
+
+def fraction_numbers(run: Run) -> pd.DataFrame:
+    """Return the recovery fractions with what is drawn of them.
+
+    Returns:
+        ``road, metric, line, kind`` (``mode`` or ``same energy, random directions``), ``rf, low, high, shown`` (inside
+        the axis), ``left, right`` (interval inside the axis), ``open``, ``beyond``, ``acted_on``, ``reason``, ``n``.
+
+    Raises:
+        RunFolderError: The run holds no recovery fractions.
+    """
+    fits = _fits(run)
+    frames = []
+    for road in ROADS:
+        mine = fits[fits["decode_mode"] == road]
+        for label, condition, control in _lines(mine):
+            for kind, name in (("mode", condition), ("same energy, random directions", control)):
+                own = mine[(mine["condition_id"] == name) & mine["metric"].isin(list(METRICS))]
+                frames.append(own.assign(road=road, line=label, kind=kind))
+    found = pd.concat(frames, ignore_index=True)
+    rf, low, high = (found[name].to_numpy(np.float64) for name in ("rf", "low", "high"))
+    none = np.isnan(low) | np.isnan(rf)
+    found = found.assign(
+        shown=np.clip(rf, _LEFT, _RIGHT), left=np.where(none, np.nan, np.clip(low, _LEFT, _RIGHT)),
+        right=np.where(none, np.nan, np.clip(high, _LEFT, _RIGHT)), open=np.isinf(low) | np.isinf(high),
+        beyond=(rf < _LEFT) | (rf > _RIGHT),
+    )  # fmt: skip
+    columns = ["road", "metric", "line", "kind", "rf", "low", "high", "shown", "left", "right", "open", "beyond",
+               "acted_on", "reason", "n", "estimator", "condition_id"]  # fmt: skip
+    return found[[c for c in columns if c in found]]
+
+
+def _fits(run: Run) -> pd.DataFrame:
+    fits = run.table("fits") if run.manifest.rows().get("fits") else pd.DataFrame()
+    if "rf" not in fits:
+        raise RunFolderError(f"{run.path} holds no recovery fractions; they need a perturbation and a mode")
+    return fits.astype(dict.fromkeys(("condition_id", "metric", "mode", "decode_mode", "timing"), str))
 
 
 def _has(actions: pd.DataFrame, condition: str) -> bool:
@@ -153,14 +213,11 @@ def recovery_figure(run: Run) -> Figure:
         RunFolderError: The run holds no recovery fractions.
         UsageError: Matplotlib is missing.
     """
-    fits = run.table("fits") if run.manifest.rows().get("fits") else pd.DataFrame()
-    if "rf" not in fits:
-        raise RunFolderError(f"{run.path} holds no recovery fractions; they need a perturbation and a mode")
-    fits = fits.astype(dict.fromkeys(("condition_id", "metric", "mode", "decode_mode", "timing"), str))
-    roads = [road for road in _ROADS if (fits["decode_mode"] == road).any()]
+    fits = _fits(run)
+    roads = [road for road in ROADS if (fits["decode_mode"] == road).any()]
     lines = {road: _lines(fits[fits["decode_mode"] == road]) for road in roads}
     shown = {
-        road: [m for m in _METRICS if ((fits["decode_mode"] == road) & (fits["metric"] == m)).any()] for road in roads
+        road: [m for m in METRICS if ((fits["decode_mode"] == road) & (fits["metric"] == m)).any()] for road in roads
     }
     columns = max(len(names) for names in shown.values())
     heights = [len(lines[road]) + 1.6 for road in roads]
@@ -172,11 +229,11 @@ def recovery_figure(run: Run) -> Figure:
             _draw_fractions(panel, mine[mine["metric"] == metric], lines[road])
             acts = mine.loc[mine["metric"] == metric, "acted_on"].astype(bool)
             said = "\n(acted on)" if acts.all() else "\n(hollow: acted on)" if acts.any() else ""
-            panel.set_title(_METRICS[metric] + said, fontsize=8)
+            panel.set_title(METRICS[metric] + said, fontsize=8)
             labels = [label for label, _, _ in lines[road]] if not number else []
             panel.set_yticks(range(len(lines[road])), labels or [""] * len(lines[road]), fontsize=8)
             if not number:
-                panel.set_ylabel(_ROADS[road])
+                panel.set_ylabel(ROADS[road])
         for panel in row[len(shown[road]) :]:
             panel.set_visible(False)
     panels[-1][columns // 2].set_xlabel("recovery fraction: 0 as perturbed, 1 as clean, below 0 harm", fontsize=9)

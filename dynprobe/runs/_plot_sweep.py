@@ -9,7 +9,6 @@ out of the tested range.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError
 from dynprobe.metrics.statistics import first_crossing
-from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap
-from dynprobe.runs._grid_data import chosen, in_order, on_a_grid, responses
+from dynprobe.runs._canvas import BLUE, GREY, RED
+from dynprobe.runs._grid_data import chosen, in_order, mean_responses, on_a_grid, responses
 from dynprobe.runs._plot_axes import (
     DECADES,
     SMALL,
@@ -49,16 +48,18 @@ if TYPE_CHECKING:
 
     from dynprobe.runs._run import Run
 
-__all__ = ["response_figure"]
+__all__ = ["CONTROLS", "response_blocks", "response_figure"]
 
 _MOST_LAYERS = 6
 #: Okabe–Ito colours, and strokes that differ as well.
-_CONTROLS = {
+_STROKES = {
     "sign-flip": ("#CC79A7", "--", "sign flipped"),
     "energy-matched": ("#009E73", "-.", "same energy, other depth"),
     "twin": ("#E69F00", (0, (5, 1, 1, 1, 1, 1)), "random weights"),
     "scrambled": ("#000000", (0, (1, 1)), "scrambled tokens"),
 }
+#: Controls and how they are called.
+CONTROLS = {name: label for name, (_, _, label) in _STROKES.items()}
 
 
 def response_figure(
@@ -76,7 +77,7 @@ def response_figure(
         RunFolderError: The run has no response to draw.
         UsageError: There is no such column, layer or scale, or matplotlib is missing.
     """
-    blocks, lacking = _blocks(run, column, scale)
+    blocks, lacking = response_blocks(run, column, scale)
     several = len(blocks) > 1
     layers = sorted(set(blocks[0][1]["layer"]))
     wanted = _layers(run, layers, layer, _MOST_LAYERS // 2 if several else _MOST_LAYERS)
@@ -107,15 +108,17 @@ def response_figure(
     legend(figure, everything, 2 if len(wanted) == 1 else 3)
     n = rows["prompt_id"].nunique()
     some = f"{len(wanted)} of {len(layers)} layers" if layer is None and len(wanted) < len(layers) else ""
-    controls = "controls: means" if set(rows["series"]) & set(_CONTROLS) else ""
+    controls = "controls: means" if set(rows["series"]) & set(_STROKES) else ""
     facts = ["scale " + ", ".join(writes), prompts_text(n), some, controls, *lacking]
     words = "responses of each criterion" if several else blocks[0][0].words
     title(figure, caption(run, f"{words} against α", facts, 56 if len(wanted) == 1 else 110))
     return figure
 
 
-def _blocks(run: Run, column: str | None, scale: str | None) -> tuple[list[tuple[Quantity, pd.DataFrame]], list[str]]:
-    """What is drawn, each with its rows, and a remark on each criterion that nothing is known of."""
+def response_blocks(
+    run: Run, column: str | None = None, scale: str | None = None
+) -> tuple[list[tuple[Quantity, pd.DataFrame]], list[str]]:
+    """Return what is drawn, each with its rows, and a remark on each criterion that nothing is known of."""
     searched = [str(name) for name in run.manifest.config.get("criterion") or ()] if is_threshold(run) else []
     if column is not None or len(searched) < 2:
         what = quantity(run, column)
@@ -164,7 +167,7 @@ def _panel(
         _curves(panel, own)
     else:
         _trials(panel, own)
-    for name, (colour, stroke, label) in _CONTROLS.items():
+    for name, (colour, stroke, label) in _STROKES.items():
         control = rows[rows["series"] == name].groupby("alpha")["value"].mean()
         if control.notna().any():
             panel.plot(control.index, control, color=colour, linestyle=stroke, linewidth=1.2, label=label)
@@ -181,6 +184,7 @@ def _curves(panel: Any, rows: pd.DataFrame) -> None:
     """Every prompt, their mean and its interval."""
     table = rows.pivot_table(index="curve", columns="alpha", values="value", dropna=False)
     alpha, values = table.columns.to_numpy(np.float64), table.to_numpy(np.float64)
+    mean = mean_responses(rows)
     for number, curve in enumerate(values):
         panel.plot(
             alpha,
@@ -191,16 +195,15 @@ def _curves(panel: Any, rows: pd.DataFrame) -> None:
             gid="prompt",
             label="each prompt" if not number else None,
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a strength without any response has no mean
-        mean, (low, high) = np.nanmean(values, axis=0), bootstrap(values, np.nanmean)
-    few = np.isfinite(values).sum(axis=0) < 3
-    if not few.all():
+    if mean["low"].notna().any():
         panel.fill_between(
-            alpha, np.where(few, np.nan, low), np.where(few, np.nan, high), color=BLUE, alpha=0.25, linewidth=0,
+            mean["alpha"], mean["low"], mean["high"], color=BLUE, alpha=0.25, linewidth=0,
             label="95 % interval of the mean",
         )  # fmt: skip
-    panel.plot(alpha, mean, color=BLUE, linewidth=1.6, marker="o", markersize=3, gid="mean", label="mean over prompts")
+    panel.plot(
+        mean["alpha"], mean["mean"], color=BLUE, linewidth=1.6, marker="o", markersize=3, gid="mean",
+        label="mean over prompts",
+    )  # fmt: skip
 
 
 def _trials(panel: Any, rows: pd.DataFrame) -> None:

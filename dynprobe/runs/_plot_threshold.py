@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from dynprobe.runs._run import Run
 
-__all__ = ["fragility_figure", "thresholds_figure"]
+__all__ = ["fragility_figure", "headline", "open_ends", "thresholds_figure"]
 
 _LINES = ((BLUE, "o"), (RED, "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 _HATCHES = {
@@ -75,7 +75,7 @@ def thresholds_figure(run: Run, scale: str | None = None) -> Figure:
             f"{run.path} has one threshold per position; draw run.plot.fragility(), or run dynprobe threshold without "
             "--each-position"
         )
-    fits = chosen(_headline(run), run, scale)
+    fits = chosen(open_ends(headline(run)), run, scale)
     criteria = list(dict.fromkeys(fits["criterion"].astype(str)))
     writes = in_order(run, fits["write"])
     figure, rows = wrapped_panels([len(criteria)], 2, 2.8)
@@ -101,8 +101,8 @@ def thresholds_figure(run: Run, scale: str | None = None) -> Figure:
     return figure
 
 
-def _headline(run: Run) -> pd.DataFrame:
-    """The headline fits, with the name of their write and the range that was tested."""
+def headline(run: Run) -> pd.DataFrame:
+    """Return the headline fits, with the name of their write and the range that was tested."""
     if not is_threshold(run) or "fits" not in run.manifest.rows():
         why = "is not finished" if is_threshold(run) else "is no threshold run"
         raise RunFolderError(f"{run.path} {why}, so it has no α50. Type dynprobe threshold --model … --layers all")
@@ -144,20 +144,36 @@ def _forest(panel: Any, fits: pd.DataFrame, writes: list[str]) -> None:
     log_axis(panel, "y", *ends(known, log=True, air=0.12))
 
 
+def open_ends(fits: pd.DataFrame) -> pd.DataFrame:
+    """Return fits with what is drawn of their intervals.
+
+    An interval that is open runs to the end of the tested range; a threshold beyond that range, or an open end, gets an
+    arrow there.
+
+    Returns:
+        The fits with ``shown_low, shown_high`` (NaN without an interval) and ``arrow_low, arrow_high`` (NaN without).
+    """
+    low, high, bottom, top = (fits[k].to_numpy(np.float64) for k in ("low", "high", "tested_low", "tested_high"))
+    status = fits["status"].astype(str).to_numpy()
+    from_, to = np.where(np.isinf(low), bottom, low), np.where(np.isinf(high), top, high)
+    none = np.isnan(from_) | np.isnan(to)
+    above = (np.isinf(high) | (status == "right-censored")) & np.isfinite(top)
+    below = (np.isinf(low) | (status == "left-censored")) & np.isfinite(bottom)
+    return fits.assign(
+        shown_low=np.where(none, np.nan, from_), shown_high=np.where(none, np.nan, to),
+        arrow_low=np.where(below, bottom, np.nan), arrow_high=np.where(above, top, np.nan),
+    )  # fmt: skip
+
+
 def _interval(panel: Any, x: float, fit: Any, colour: str) -> list[float]:
     """Draw an interval or an arrow out of the tested range; return what the axis must show."""
-    low, high, bottom, top = (float(fit[k]) for k in ("low", "high", "tested_low", "tested_high"))
-    status = str(fit["status"])
-    from_, to = (bottom if math.isinf(low) else low), (top if math.isinf(high) else high)
+    from_, to, status = float(fit["shown_low"]), float(fit["shown_high"]), str(fit["status"])
     found = []
-    if not (math.isnan(from_) or math.isnan(to)):
+    if not math.isnan(from_):
         panel.vlines(x, from_, to, color=colour, linewidth=1.2, gid="interval")
         found += [from_, to]
-    for open_end, at, mark in (
-        (math.isinf(high) or status == "right-censored", top, "^"),
-        (math.isinf(low) or status == "left-censored", bottom, "v"),
-    ):
-        if open_end and math.isfinite(at):
+    for at, mark in ((float(fit["arrow_high"]), "^"), (float(fit["arrow_low"]), "v")):
+        if math.isfinite(at):
             face = "white" if status.endswith("-censored") and not math.isfinite(fit["alpha50"]) else colour
             panel.scatter(
                 [x], [at], marker=mark, s=30, facecolor=face, edgecolor=colour, linewidth=1.0, zorder=4,
@@ -184,7 +200,7 @@ def fragility_figure(run: Run, prompt: str | None = None, scale: str | None = No
             f"{run.path} has no thresholds per position. Type dynprobe threshold --model … --each-position "
             "--layers all --limit 1"
         )
-    fits = chosen(_headline(run), run, scale)
+    fits = chosen(headline(run), run, scale)
     order = [str(p) for p in run.prompts["prompt_id"] if str(p) in set(fits["prompt_id"].astype(str))]
     if prompt is None:
         prompt = order[0]

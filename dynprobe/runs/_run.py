@@ -7,27 +7,30 @@ for, and only files that the manifest lists are read at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from dynprobe.errors import RunFolderError, did_you_mean
-from dynprobe.runs._card import as_html, as_text
+from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._lock import is_held
-from dynprobe.runs._manifest import MANIFEST_NAME, Manifest, read_manifest
+from dynprobe.runs._manifest import MANIFEST_NAME, PREVIOUS_NAME, Manifest, read_manifest
 from dynprobe.runs._pivot import pivot_table
 from dynprobe.runs._plot import Plots
+from dynprobe.runs._repr import as_html, as_text
 from dynprobe.runs._sql import query
 from dynprobe.runs._states import decode_bfloat16, read_states
-from dynprobe.runs._tables import column_facts, part_path, read_frame
+from dynprobe.runs._tables import column_facts, hash_file, part_path, read_frame
 
-__all__ = ["Run", "open_run"]
+if TYPE_CHECKING:
+    from dynprobe.runs._export import Export
+
+__all__ = ["Run", "looks_like_run", "open_run"]
 
 
 def open_run(path: str | Path) -> Run:
@@ -110,7 +113,9 @@ class Run:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.path / 'summary.json'} is damaged: {error}.") from error
+            raise RunFolderError(
+                f"{self.path / 'summary.json'} is damaged: {error}. {ask_doctor(self.path)}"
+            ) from error
         return content
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -241,18 +246,59 @@ class Run:
         bad = []
         for part in self.manifest.parts:
             try:
-                with part_path(self.path, part).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
-                        bad.append(f"{part.path} (changed)")
+                if hash_file(part_path(self.path, part)) != part.sha256:
+                    bad.append(f"{part.path} (changed)")
             except RunFolderError:
                 bad.append(f"{part.path} (missing or cut short)")
         if bad:
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             raise RunFolderError(
                 f"{len(bad)} of {len(self.manifest.parts)} files of {self.path} are not what was written: "
-                f"{', '.join(bad[:5])}{more}. Restore them from a copy of the run."
+                f"{', '.join(bad[:5])}{more}. {ask_doctor(self.path)}"
             )
         return len(self.manifest.parts)
+
+    def export(self, to: str, folder: str | Path, **options: Any) -> Export:
+        """Write the run for others: a dataset folder (``hf``), ``arrow``, ``csv``, ``npz``, ``safetensors``, ``zarr``.
+
+        Args:
+            to: The format.
+            folder: Where it goes; must not be there.
+            **options: ``tables``, ``conditions``, ``redact_text``, ``licence``, ``force``, ``push``, ``private``; see
+                :func:`dynprobe.runs.export_run`.
+        """
+        from dynprobe.runs._export import export_run
+
+        return export_run(self, to, folder, **options)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write one self-contained HTML page about the run and return its path.
+
+        Args:
+            out: File to write; default ``report.html`` in the run's folder.
+
+        Raises:
+            RunFolderError: The file cannot be written.
+            UsageError: Plotly or jinja2 is missing.
+        """
+        from dynprobe.runs._report import report
+
+        return report(self, out=out)
+
+    def to_xarray(self, value: str | Sequence[str] = "state", **labels: Any) -> Any:
+        """Return hidden states, or columns of the depths table, on axes with names (needs xarray).
+
+        Args:
+            value: ``state``, or a column of the depths table, or several.
+            **labels: What is wanted: ``depth``, ``sample_id``, ``track``, ``pos`` …
+
+        Returns:
+            ``xarray.DataArray`` with the axes ``sample_id, pos, depth`` (and ``slot, dim`` of states), or a
+            ``Dataset`` of several columns; see :mod:`dynprobe.runs._xarray`.
+        """
+        from dynprobe.runs._xarray import on_axes
+
+        return on_axes(self, value, labels)
 
     def refresh(self) -> Run:
         """Read the manifest again, as a running run grows, and forget the tables in memory."""
@@ -261,10 +307,10 @@ class Run:
         return self
 
     def __repr__(self) -> str:
-        return as_text(self.path.resolve().name, self.path, self.manifest, self.status)
+        return as_text(self)
 
     def _repr_html_(self) -> str:
-        return as_html(self.path.resolve().name, self.path, self.manifest, self.status)
+        return as_html(self)
 
     def _no_states(self, wanted: dict[str, Any]) -> str:
         parts = self.manifest.parts_of("states")
@@ -274,6 +320,12 @@ class Run:
         keys = pd.concat([_plain(k) for p in parts for k, _, _ in read_states(part_path(self.path, p), {})])
         have = "; ".join(f"{c}: {_span(keys[c])}" for c in keys if c in {"layer", "depth", "track"})
         return f"No hidden states with {asked}. Stored are {have}."
+
+
+def looks_like_run(folder: Path) -> bool:
+    """Return whether a folder has what only a run folder has, whatever became of its manifest."""
+    marks = (MANIFEST_NAME, PREVIOUS_NAME, "prompts.parquet", "conditions.parquet", "samples")
+    return folder.is_dir() and any((folder / name).exists() for name in marks)
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
@@ -291,8 +343,14 @@ def _not_a_run(folder: Path) -> str:
     if not folder.exists():
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         return f"There is no run folder {folder}.{did_you_mean(folder.name, near)} Type dynprobe ls to see your runs."
+    if (folder / "panel.json").is_file():
+        return f"{folder} is a panel of many runs; open it with dynprobe.runs.open_panel, its runs lie in {folder / 'runs'}"
     inside = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST_NAME}")) if folder.is_dir() else []
     if inside:
         example = folder / inside[-1]
         return f"{folder} holds {len(inside)} runs and is none itself. Open one of them, for example {example}."
+    if (folder / "dynprobe.json").is_file():
+        return f"{folder} is an exported run; make a run folder of it first. Type: dynprobe import {folder}"
+    if looks_like_run(folder):
+        return f"{folder} is damaged: its {MANIFEST_NAME} is missing. {ask_doctor(folder)}"
     return f"{folder} is no run folder: it has no {MANIFEST_NAME}. Type dynprobe ls to see your runs."

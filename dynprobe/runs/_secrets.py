@@ -152,7 +152,7 @@ def scrub_command(command: Any) -> Any:
             words.append(f"{name}={REDACTED}")
         else:
             words.append(scrub(word))
-            hide_next = str(word).startswith("-") and is_secret_key(str(word))
+            hide_next = str(word).startswith("-") and not equals and is_secret_key(str(word))
     return words
 
 

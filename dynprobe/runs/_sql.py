@@ -10,7 +10,7 @@ import pandas as pd
 from dynprobe.errors import RunFolderError, UsageError
 from dynprobe.runs._manifest import Manifest
 from dynprobe.runs._schema import TABLES
-from dynprobe.runs._tables import part_path
+from dynprobe.runs._tables import part_path, whole_path
 
 __all__ = ["connect", "create_views", "query"]
 
@@ -68,7 +68,8 @@ def create_views(connection: Any, folder: Path, manifest: Manifest, prefix: str 
         RunFolderError: A part is missing or cut short.
     """
     for name in TABLES:
-        paths = [_quoted(part_path(folder, part)) for part in manifest.parts_of(name)]
+        whole = part_path if name == "states" else whole_path
+        paths = [_quoted(whole(folder, part)) for part in manifest.parts_of(name)]
         if paths:
             connection.execute(
                 f'create view "{prefix}{name}" as select * from read_parquet([{", ".join(paths)}], union_by_name=true)'

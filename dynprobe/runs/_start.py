@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.errors import RunFolderError
+from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._atomic import TEMPORARY, remove, writing
 from dynprobe.runs._find import create_folder, find_run, folder_name, parent_lock
 from dynprobe.runs._lock import FolderLock
@@ -40,6 +41,8 @@ RESERVED = frozenset(
         "continuations",
         "interruptions",
         "parts",
+        "repairs",
+        "seal",
     )
 )
 
@@ -72,8 +75,8 @@ def start(
         raise RunFolderError(f"--out {out} is a file. Name a folder: a run folder, or one in which runs lie.")
     elif out.is_dir() and ((out / "events.jsonl").exists() or (out / "prompts.parquet").exists()):
         raise RunFolderError(
-            f"{out} looks like a run folder, but its {MANIFEST_NAME} is missing. "
-            "Restore it from a copy of the run, or choose another folder with --out FOLDER."
+            f"{out} looks like a run folder, but its {MANIFEST_NAME} is missing. {ask_doctor(out)}, "
+            "or choose another folder with --out FOLDER."
         )
     else:
         with writing(out, "the folder"):

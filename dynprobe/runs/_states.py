@@ -22,9 +22,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dynprobe.errors import RunFolderError, did_you_mean
+from dynprobe.runs._advice import damaged
 from dynprobe.runs._encode import conform
 
-__all__ = ["DTYPES", "decode_bfloat16", "read_states", "states_table", "write_states_file"]
+__all__ = [
+    "DTYPES",
+    "decode_bfloat16",
+    "read_group",
+    "read_states",
+    "state_groups",
+    "states_table",
+    "write_states_file",
+]
 
 #: Dtypes a state may have, with the little-endian NumPy type that holds its bits.
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
@@ -108,27 +117,66 @@ def read_states(path: Path, wanted: Mapping[str, Any]) -> Iterator[tuple[pd.Data
         path: A states file.
         wanted: Key column → value, or a list of values.
     """
-    # memory_map off: a view over a mapped file would break when the file is replaced.
-    with pq.ParquetFile(path, memory_map=False) as file:
-        field = file.schema_arrow.field("state")
-        meta = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
-        dtype, shape = meta["dynprobe.dtype"], json.loads(meta["dynprobe.shape"])
-        names = [name for name in file.schema_arrow.names if name != "state"]
+    path = Path(path)
+    with _opened(path) as file:
+        dtype, shape, names = _layout(file, path)
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise RunFolderError(
                 f"States have no key {unknown[0]!r}.{did_you_mean(unknown[0], names)} Keys: {', '.join(names)}."
             )
         for group in range(file.num_row_groups):
-            keys = file.read_row_group(group, columns=names).to_pandas()
+            keys = _group(file, group, names, path).to_pandas()
             rows = np.flatnonzero(_matches(keys, wanted))
             if not rows.size:
                 continue
-            column = file.read_row_group(group, columns=["state"]).column(0)
+            column = _group(file, group, ["state"], path).column(0)
             values = _view(column, DTYPES[dtype]).reshape(-1, *shape)
             together = rows[-1] - rows[0] + 1 == rows.size
             chosen = values[rows[0] : rows[-1] + 1] if together else values[rows]
             yield keys.iloc[rows].reset_index(drop=True), chosen, dtype
+
+
+def state_groups(path: Path) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Yield number and keys of every row group of a states file; the states themselves are not read."""
+    with _opened(path) as file:
+        _, _, names = _layout(file, path)
+        for group in range(file.num_row_groups):
+            yield group, _group(file, group, names, path).to_pandas()
+
+
+def read_group(path: Path, group: int) -> tuple[NDArray[Any], str]:
+    """Return the states of one row group as a view over the decoded buffer (bfloat16 as its bits), and their dtype."""
+    with _opened(path) as file:
+        dtype, shape, _ = _layout(file, path)
+        return _view(_group(file, group, ["state"], path).column(0), DTYPES[dtype]).reshape(-1, *shape), dtype
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        # memory_map off: a view over a mapped file would break when the file is replaced.
+        return pq.ParquetFile(path, memory_map=False)
+    except (pa.ArrowException, OSError) as error:
+        raise RunFolderError(damaged(path, error)) from error
+
+
+def _layout(file: pq.ParquetFile, path: Path) -> tuple[str, list[int], list[str]]:
+    try:
+        field = file.schema_arrow.field("state")
+        meta = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+        dtype, shape = meta["dynprobe.dtype"], json.loads(meta["dynprobe.shape"])
+        if dtype not in DTYPES:
+            raise KeyError(dtype)
+    except (KeyError, ValueError) as error:
+        raise RunFolderError(damaged(path, f"it does not say dtype and shape of its states ({error})")) from error
+    return dtype, shape, [name for name in file.schema_arrow.names if name != "state"]
+
+
+def _group(file: pq.ParquetFile, group: int, columns: list[str], path: Path) -> pa.Table:
+    try:
+        return file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise RunFolderError(damaged(path, error)) from error
 
 
 def _bits(states: Any, dtype: str) -> NDArray[Any]:

@@ -1,13 +1,17 @@
 """Reading the listed parts of a table as one.
 
-Only what the manifest lists is read, and before it is read its size is compared, so that a file that was cut short is
-named instead of half understood. Parts may differ: one has a column that another lacks, or holds it in double
-precision, or has other categories. They are joined by name, at the wider type, with one set of categories.
+Only what the manifest lists is read, and before it is read its size and its hash are compared, so that a file that was
+cut short or changed is named instead of half understood: compressed pages that lost a bit may still decode, into other
+numbers. (States are too large to hash on every look; ``run.verify()`` and ``dynprobe doctor`` do.) Parts may differ:
+one has a column that another lacks, or holds it in double precision, or has other categories. They are joined by name,
+at the wider type, with one set of categories.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynprobe.errors import RunFolderError, did_you_mean
+from dynprobe.runs._advice import ask_doctor, damaged
 from dynprobe.runs._encode import METADATA_KEY, empty
 from dynprobe.runs._manifest import Manifest, Part
-from dynprobe.runs._schema import FACTS, TABLES, table_schema
+from dynprobe.runs._schema import COLUMNS, FACTS, SCHEMA_VERSION, TABLES, table_schema
 
-__all__ = ["column_facts", "part_path", "read_arrow", "read_frame", "to_frame"]
+__all__ = [
+    "check_footer",
+    "column_facts",
+    "hash_file",
+    "part_path",
+    "read_arrow",
+    "read_frame",
+    "to_frame",
+    "whole_path",
+]
+
+#: Files whose hash was compared, by path: size and time of change at that moment.
+_SEEN: dict[str, tuple[int, int, str]] = {}
 
 
 def part_path(folder: Path, part: Part) -> Path:
@@ -34,10 +51,70 @@ def part_path(folder: Path, part: Part) -> Path:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise RunFolderError(f"{path} is listed in the manifest but missing. {_REPAIR}") from error
+        raise RunFolderError(f"{path} is listed in the manifest but missing. {ask_doctor(folder)}") from error
     if size != part.bytes:
-        raise RunFolderError(f"{path} is damaged: it has {size} bytes, and the manifest lists {part.bytes}. {_REPAIR}")
+        raise RunFolderError(
+            f"{path} is damaged: it has {size} bytes, and the manifest lists {part.bytes}. {ask_doctor(folder)}"
+        )
     return path
+
+
+def whole_path(folder: Path, part: Part) -> Path:
+    """Return the path of a listed part whose bytes are what was written.
+
+    Raises:
+        RunFolderError: It is missing, cut short, or changed.
+    """
+    path = part_path(folder, part)
+    stat = path.stat()
+    state = (stat.st_size, stat.st_mtime_ns, part.sha256)
+    if _SEEN.get(str(path.absolute())) != state:
+        try:
+            digest = hash_file(path)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read: {error}. {ask_doctor(folder)}") from error
+        if digest != part.sha256:
+            raise RunFolderError(
+                f"{path} is damaged: its content is not what was written (SHA-256 {digest[:12]}…, the manifest lists "
+                f"{part.sha256[:12]}…). {ask_doctor(folder)}"
+            )
+        _SEEN[str(path.absolute())] = state
+    return path
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return hashlib.sha256(b"").hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return hashlib.sha256(view).hexdigest()
+
+
+def check_footer(schema: pa.Schema, name: str, path: Path) -> None:
+    """Refuse a file that is not of this table, of a newer layout, or whose labels have another type.
+
+    Raises:
+        RunFolderError: The message names the file and the column.
+    """
+    facts = schema.metadata or {}
+    table, version = (facts.get(key, b"").decode("utf-8", "replace") for key in (b"dynprobe.table", b"dynprobe.schema"))
+    if table and table != name:
+        raise RunFolderError(damaged(path, f"it is a part of table {table!r} and lies in {name!r}"))
+    major, known = version.split(".")[0], SCHEMA_VERSION.split(".", maxsplit=1)[0]
+    if version and (not major.isdigit() or int(major) > int(known)):
+        raise RunFolderError(
+            damaged(path, f"it was written with schema {version}, and this dynprobe reads {SCHEMA_VERSION}")
+        )
+    for key in table_schema(name).keys:
+        if key not in schema.names:
+            raise RunFolderError(damaged(path, f"its key column {key!r} is missing"))
+        found = schema.field(key).type
+        kind = COLUMNS[key].kind
+        text = pa.types.is_dictionary(found) or pa.types.is_string(found) or pa.types.is_large_string(found)
+        number = pa.types.is_integer(found) or (kind.startswith("float") and pa.types.is_floating(found))
+        if not (text if kind in ("label", "text") else number):
+            raise RunFolderError(damaged(path, f"its key column {key!r} holds {found} where {kind} is needed"))
 
 
 def read_arrow(folder: Path, manifest: Manifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -53,10 +130,11 @@ def read_arrow(folder: Path, manifest: Manifest, name: str, columns: Sequence[st
         RunFolderError: The table or a column is unknown, or a part is damaged.
     """
     table_schema(name)
-    parts = [(part, part_path(folder, part)) for part in manifest.parts_of(name)]
+    whole = part_path if name == "states" else whole_path
+    parts = [(part, whole(folder, part)) for part in manifest.parts_of(name)]
     tables, seen = [], dict.fromkeys(empty(name).column_names if not parts else ())
     for _, path in parts:
-        with _open(path) as file:
+        with _open(path, name) as file:
             present = file.schema_arrow.names
             seen |= dict.fromkeys(present)
             wanted = present if columns is None else [c for c in columns if c in present]
@@ -68,7 +146,7 @@ def read_arrow(folder: Path, manifest: Manifest, name: str, columns: Sequence[st
                 raise RunFolderError(
                     f"Table {name} has no column {column!r}.{did_you_mean(column, known)} Columns: {', '.join(known)}."
                 )
-    table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries() if tables else empty(name)
+    table = _joined(tables, [path for _, path in parts]) if tables else empty(name)
     return table if columns is None else table.select(list(columns))
 
 
@@ -88,7 +166,7 @@ def column_facts(folder: Path, manifest: Manifest) -> pd.DataFrame:
     for name in TABLES:
         found: dict[str, dict[str, Any]] = {}
         for part in manifest.parts_of(name):
-            with _open(part_path(folder, part)) as file:
+            with _open(part_path(folder, part), name) as file:
                 for field in file.schema_arrow:
                     row = found.setdefault(field.name, {"table": name, "column": field.name, **_facts(field)})
                     # Parts may differ in precision; a reader gets the widest.
@@ -98,18 +176,36 @@ def column_facts(folder: Path, manifest: Manifest) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["table", "column", "dtype", *FACTS])
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open(path: Path, name: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}. {_REPAIR}") from error
+        raise RunFolderError(damaged(path, error)) from error
+    try:
+        check_footer(file.schema_arrow, name, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _read(file: pq.ParquetFile, columns: list[str], path: Path) -> pa.Table:
     try:
         return file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}. {_REPAIR}") from error
+        raise RunFolderError(damaged(path, error)) from error
+
+
+def _joined(tables: list[pa.Table], paths: list[Path]) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    except pa.ArrowException as error:
+        for number in range(1, len(tables)):  # the first file that does not go with those before it
+            try:
+                pa.unify_schemas([t.schema for t in tables[: number + 1]], promote_options="permissive")
+            except pa.ArrowException as why:
+                raise RunFolderError(damaged(paths[number], f"its columns do not fit the other parts: {why}")) from why
+        raise RunFolderError(damaged(paths[0].parent / "*.parquet", error)) from error
 
 
 def _facts(field: pa.Field) -> dict[str, str]:
@@ -124,9 +220,3 @@ def _dtype(field: pa.Field) -> str:
     if pa.types.is_dictionary(field.type):
         return "category"
     return {"double": "float64", "float": "float32"}.get(str(field.type), str(field.type))
-
-
-_REPAIR = (
-    "Restore it from a copy of the run, or type the command that made the run again with another --out; "
-    "run.verify() lists every damaged file."
-)

@@ -333,7 +333,7 @@ def test_a_grid_that_stopped_says_so_and_is_no_result(cli, model, here):
     manifest = json.loads((run.path / "manifest.json").read_text())
     done = cli("show", run.path).out
     assert "continues it" not in done
-    (run.path / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    (run.path / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted", "seal": None}))
     half = cli("show", run.path).out
     assert "status interrupted: 2 of 2 batches finished; the same command continues it" in half
     assert "sweep   α 0.1, 0.5 × layers 0, 1" in half

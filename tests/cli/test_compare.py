@@ -123,8 +123,8 @@ def test_asking_wrongly(cli, finished, trio, here):
 def test_an_unfinished_run_is_refused(cli, finished, trio, tmp_path):
     copy = tmp_path / "half"
     shutil.copytree(trio[0], copy)
-    manifest = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(manifest.replace('"status": "complete"', '"status": "interrupted"', 1))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted", "seal": None}))
     done = cli("compare", copy, trio[1])
     assert done.code == 1
     assert "is interrupted" in done.err

@@ -11,8 +11,9 @@ from dynprobe.runs import SCHEMA_VERSION, Manifest, open_run
 
 
 def edit(folder, **fields):
+    """Change fields, as a manifest that was never sealed."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields | {"seal": None}))
 
 
 def test_manifest_is_strict_json_with_one_line_per_part(run_folder):

@@ -74,3 +74,8 @@ def test_nothing_secret_reaches_the_disk(tmp_path, make, monkeypatch):
     assert "opensesame" not in text
     assert TOKEN not in text
     assert text.count("[redacted]") >= 6
+
+
+def test_a_value_that_speaks_of_passwords_hides_no_other_word() -> None:
+    words = ["dynprobe", "run", "--prompt=my password is", "--limit", "3", "--token", "abc"]
+    assert scrub_command(words) == [*words[:-1], "[redacted]"]

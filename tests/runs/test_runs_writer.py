@@ -24,6 +24,7 @@ def test_layout(run_folder):
     names = {p.name for p in run_folder.iterdir()}
     assert names == {
         "manifest.json",
+        "manifest.previous.json",
         "prompts.parquet",
         "conditions.parquet",
         "samples",

@@ -1,0 +1,43 @@
+"""``report``: a page about a run, or about several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynprobe.cli import _options as option
+from dynprobe.cli._app import app
+
+__all__: list[str] = []
+
+_EXAMPLES = """
+Examples:
+
+  dynprobe report runs/2026-11-22T19-05-24_smollm2-135m_3020cbbc
+
+  dynprobe report runs/*tiny-cem* runs/*tiny-csm* runs/*tiny-llama* --out trio.html
+"""
+
+
+@app.command("report", epilog=_EXAMPLES)
+def _report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; two or more are compared as well.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write. Default report.html in the run, of several runs in the folder they share."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the largest table or map on the page.")] = 24000,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Write one HTML page with pictures, tables and provenance; it needs no network to be read."""
+    from dynprobe.cli._commands import print_json
+    from dynprobe.runs import report
+
+    page = report(runs, out=out, rows=rows)
+    if json:
+        print_json({"report": str(page), "bytes": page.stat().st_size})
+    elif not quiet:
+        typer.echo(f"written: {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,298 @@
+"""Pictures of studies: iterations, recovery, dissociation, the attractor layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dynprobe.errors import RunFolderError
+from dynprobe.runs._curves import INTERVAL, ITERATED, iteration_numbers
+from dynprobe.runs._plot_attract import MEASURES, length_numbers, slot_numbers
+from dynprobe.runs._plot_recover import METRICS, SIGNALS, fraction_numbers, signal_numbers
+from dynprobe.runs._protocol import protocol_of
+from dynprobe.runs._quantity import prompts_text
+from dynprobe.runs._report._looks import COLOURS, INK, MUTED, curves, facts_for, ids, in_order, style_of
+from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, band, diamonds, grid, line, points
+
+if TYPE_CHECKING:
+    from dynprobe.runs._run import Run
+
+__all__ = [
+    "dissociation_figure", "iteration_figure", "length_figure", "recovery_figure", "signal_figure", "slot_figure",
+]  # fmt: skip
+
+_ROAD = {"forced": "given text", "free": "own text"}
+
+
+def iteration_figure(run: Run, key: str) -> Figure:
+    """Return loss, Δ, κ, energy and accuracy against the number of iterations."""
+    numbers = iteration_numbers(run)
+    measures = in_order(numbers["measure"])
+    said = facts_for(run, "samples", measures)
+    trained = run.samples["trained_iterations"].dropna() if "trained_iterations" in run.samples else []
+    charts = []
+    for measure in measures:
+        words, unit, log = ITERATED[measure]
+        own = numbers[numbers["measure"] == measure]
+        traces = curves("iterations", {arm: {"measure": measure, "arm": arm} for arm in in_order(own["arm"])})
+        shapes = [
+            {"type": "line", "x0": float(t), "x1": float(t), "yref": "paper", "y0": 0, "y1": 1,
+             "line": {"color": MUTED, "dash": "dot", "width": 1}}
+            for t in list(trained)[:1]
+        ]  # fmt: skip
+        log = log and bool((own["mean"] > 0).all())
+        layout = {
+            "xaxis": axis("iterations T"),
+            "yaxis": axis(unit or words, type="log" if log else "linear"),
+            "shapes": shapes,
+        }
+        charts.append(Chart(traces, layout, words))
+    first = numbers[(numbers["measure"] == measures[0]) & (numbers["arm"] == "clean")]
+    best = first.loc[first["mean"].idxmin()]
+    alt = f"{ITERATED[measures[0]][0]} against iterations; it is least, {best['mean']:.4g}, at T = {best['iterations']:g}."  # noqa: E501
+    dotted = " Dotted: the depth the model was trained at." if len(trained) else ""
+    caption = (
+        f"Mean over {prompts_text(int(numbers['n'].max()))}; bands: {INTERVAL}. Metrics: {ids(said, measures)}.{dotted}"
+    )
+    return Figure(
+        f"{key}-iterations", "What more iterations buy", caption, alt, [Frame(f"{key}-iterations", numbers)], charts
+    )
+
+
+def signal_figure(run: Run, key: str) -> Figure:
+    """Return the detector's signal over new tokens, and the share of texts in which a mode acts."""
+    numbers = signal_numbers(run)
+    band_of = (run.manifest.model_extra or {}).get("detector_band") or {}
+    unit = SIGNALS.get(str(band_of.get("signal")), str(band_of.get("signal", "signal"))).replace("\n", " ")
+    modes = [c for c in in_order(numbers["condition"]) if "+random:" not in c]
+    base = [c for c in modes if c.partition(".")[0] in ("clean", "perturbed")]
+    wanted = [c for c in modes if c not in base and c.count(".") == 1 and "sham" not in c and "passive" not in c][:8]
+    kept = [*base, *wanted]
+    total = numbers["condition"].nunique()
+    numbers = numbers[numbers["condition"].isin(kept)].reset_index(drop=True)
+    roads = [r for r in _ROAD if (numbers["road"] == r).any()]
+    charts = []
+    for road in roads:
+        names = {diamonds(c.rpartition(".")[0]): {"condition": c} for c in kept if c.endswith(f".{road}")}
+        traces = curves("token", names, marker=0)
+        last = int(numbers["token"].max())
+        for end, said, dash in (("q_hi", "upper", "dash"), ("q_lo", "lower", "dot")):
+            if end in band_of:
+                traces.append(
+                    {"type": "scatter", "mode": "lines", "name": f"q{100 * band_of[said]:g} of clean text", "x": [0, last],  # noqa: E501
+                     "y": [float(band_of[end])] * 2, "line": {"color": INK, "dash": dash, "width": 1}, "hoverinfo": "skip"}  # noqa: E501
+                )  # fmt: skip
+        charts.append(Chart(traces, {"xaxis": axis("new token"), "yaxis": axis(unit)}, f"signal, {_ROAD[road]}"))
+        acting = [
+            line("token", "acting", name, style_of(i)[0], dash=style_of(i)[1], marker=0, where=where, showlegend=False)
+            for i, (name, where) in enumerate(names.items()) if "+" in name
+        ]  # fmt: skip
+        if acting:
+            layout = {"xaxis": axis("new token"), "yaxis": axis("share of texts", range=[-0.02, 1.02])}
+            charts.append(Chart(acting, layout, f"mode acting, {_ROAD[road]}", 260))
+    n = int(numbers["n"].max())
+    some = f" {len(kept)} of {total} conditions are shown." if len(kept) < total else ""
+    caption = f"Mean over {prompts_text(n)}; bands: {INTERVAL}. Lines across: the band that switches the detector on and off.{some}"  # noqa: E501
+    alt = f"The signal {unit} over {int(numbers['token'].max()) + 1} new tokens for {len(kept)} conditions."
+    return Figure(f"{key}-signal", "Detector and action", caption, alt, [Frame(f"{key}-signal", numbers)], charts)
+
+
+def recovery_figure(run: Run, key: str) -> Figure:
+    """Return recovery fractions by metric, mode and timing, beside the same energy at random."""
+    numbers = fraction_numbers(run)
+    metrics = [m for m in METRICS if (numbers["metric"] == m).any()]
+    lines = in_order(numbers["line"])
+    shift = np.where(numbers["kind"] == "mode", -0.14, 0.2)
+    numbers = numbers.assign(at=[lines.index(name) for name in numbers["line"]] + shift)
+    charts = []
+    for metric in metrics:
+        traces = []
+        for kind, colour, size in (("mode", COLOURS[0], 9), ("same energy, random directions", MUTED, 6)):
+            for acted, symbol in (("no", "circle"), ("yes", "circle-open")):
+                own = numbers[
+                    (numbers["metric"] == metric)
+                    & (numbers["kind"] == kind)
+                    & (numbers["acted_on"].astype(bool) == (acted == "yes"))
+                ]
+                if own.empty:
+                    continue
+                name = kind if acted == "no" else f"{kind}, acted on"
+                traces.append(
+                    points("shown", "at", name, colour, where={"metric": metric, "kind": kind, "acted_on": acted},
+                           left="left", right="right", marker={"symbol": symbol, "size": size}, customdata={"$": "rf"},
+                           text={"$": "line"}, hovertemplate="%{text}: %{customdata:.3g}")
+                )  # fmt: skip
+        shapes = [
+            {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": MUTED, "width": 1, "dash": dash}}  # noqa: E501
+            for x, dash in ((0, "solid"), (1, "dot"))
+        ]  # fmt: skip
+        layout = {
+            "xaxis": axis("recovery fraction", range=[-1.08, 2.08], tickvals=[-1, 0, 1, 2]), "shapes": shapes,
+            "yaxis": {"automargin": True, "range": [len(lines) - 0.4, -0.6], "tickvals": list(range(len(lines))), "ticktext": lines},  # noqa: E501
+        }  # fmt: skip
+        charts.append(Chart(traces, layout, METRICS[metric].replace("\n", " "), max(240, 130 + 22 * len(lines))))
+    known = numbers[(numbers["kind"] == "mode") & numbers["rf"].notna() & ~numbers["acted_on"].astype(bool)]
+    alt = "No recovery fraction is known."
+    if len(known):
+        top = known.loc[known["rf"].idxmax()]
+        alt = (
+            f"Recovery fractions of {len(lines)} modes and timings over {len(metrics)} metrics; the largest that is not acted "  # noqa: E501
+            f"on is {top['rf']:.3g} [{top['low']:.3g}, {top['high']:.3g}], {top['line']} on {top['metric']}."
+        )
+    caption = (
+        "0 is as perturbed, 1 as clean, below 0 harm; bars: 95 % interval over prompts, cut at the ends of the axis. Hollow: "  # noqa: E501
+        "the controller acts on that metric, so it recovers by construction. Points outside −1 … 2 stand at the end. "
+        f"Estimator: {numbers['estimator'].iloc[0]}."
+    )
+    return Figure(
+        f"{key}-recovery",
+        "Recovery",
+        caption,
+        alt,
+        [Frame(f"{key}-recovery", numbers)],
+        charts,
+        [{"label": "reading", "column": "road"}],
+    )
+
+
+def dissociation_figure(run: Run, key: str) -> Figure:
+    """Return accuracy and the dynamic metric against α, and RF_dyn against RF_sem."""
+    config = run.manifest.config
+    if protocol_of(config) != "dissociate" or not run.manifest.rows().get("fits"):
+        raise RunFolderError("it is no finished study of dissociation (dynprobe dissociate)")
+    fits = run.table("fits")
+    dynamic, semantic = str(config["dynamic"]), str(config["semantic"])
+    means = fits[(fits["estimator"] == "mean") & fits["metric"].isin(["right", dynamic])].sort_values(
+        ["metric", "alpha"]
+    )
+    means = means[["metric", "alpha", "value", "low", "high", "n"]].astype({"metric": str}).reset_index(drop=True)
+    charts = []
+    for number, metric in enumerate(("right", dynamic)):
+        traces = [
+            band("alpha", "low", "high", COLOURS[number], where={"metric": metric}, group=metric),
+            line(
+                "alpha",
+                "value",
+                "accuracy" if metric == "right" else metric,
+                COLOURS[number],
+                where={"metric": metric},
+                legendgroup=metric,
+            ),
+        ]
+        label = "share of right answers" if metric == "right" else metric
+        charts.append(Chart(traces, {"xaxis": axis("α"), "yaxis": axis(label)}, f"{label} against α"))
+    frames = [Frame(f"{key}-dissociation", means)]
+    verdicts = fits[fits["verdict"].notna() & (fits["metric"] == semantic)] if "verdict" in fits else fits.iloc[:0]
+    verdicts = verdicts.astype({"condition_id": str, "verdict": str})
+    if len(verdicts):
+        columns = [
+            "condition_id",
+            "verdict",
+            "rf_dyn",
+            "rf_dyn_low",
+            "rf_dyn_high",
+            "rf_sem",
+            "rf_sem_low",
+            "rf_sem_high",
+            "reason",
+        ]
+        cut = {f"{c}_shown": np.clip(verdicts[c], -1.6, 1.9) for c in columns[2:8]}
+        verdicts = verdicts[columns].assign(**cut).reset_index(drop=True)
+        frames.append(Frame(f"{key}-verdicts", verdicts, facts_for(run, "fits", ["condition_id"])))
+        traces = []
+        for i, condition in enumerate(in_order(verdicts["condition_id"])):
+            colour = MUTED if "random:" in condition else COLOURS[i % len(COLOURS)]
+            trace = points(
+                "rf_dyn_shown",
+                "rf_sem_shown",
+                diamonds(condition.removeprefix("perturbed+")),
+                colour,
+                where={"condition_id": condition},
+                left="rf_dyn_low_shown",
+                right="rf_dyn_high_shown",
+                marker={"symbol": i % 8, "size": 10},
+            )
+            trace["error_y"] = {**trace["error_x"], "array": {"$minus": ["rf_sem_high_shown", "rf_sem_shown"]},
+                                "arrayminus": {"$minus": ["rf_sem_shown", "rf_sem_low_shown"]}}  # fmt: skip
+            traces.append({**trace, "$frame": f"{key}-verdicts"})
+        shapes = [
+            {
+                "type": "rect",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": -0.1,
+                "y1": 0.1,
+                "fillcolor": MUTED,
+                "opacity": 0.15,
+                "line": {"width": 0},
+            }
+        ]
+        layout = {"xaxis": axis(f"RF_dyn ({dynamic})"), "yaxis": axis(f"RF_sem ({semantic})"), "shapes": shapes}
+        charts.append(Chart(traces, layout, "what came back", 400))
+    told = means[means["metric"] == "right"]
+    ends = (
+        f"Accuracy is {told['value'].iloc[0]:.0%} at α {told['alpha'].iloc[0]:g} and {told['value'].iloc[-1]:.0%} at α {told['alpha'].iloc[-1]:g}."  # noqa: E501
+        if len(told)
+        else ""
+    )
+    said = "; ".join(
+        f"{c}: {v}" for c, v in zip(verdicts.get("condition_id", []), verdicts.get("verdict", []), strict=True)
+    )
+    caption = (
+        "Left, means over items with 95 % intervals. Right, recovery fractions of dynamics and meaning with their 95 % intervals "  # noqa: E501
+        f"(cut at −1.6 and 1.9); the grey band is where RF_sem is next to nothing. {said}"
+    )
+    return Figure(
+        f"{key}-dissociation",
+        "Dissociation of dynamics and meaning",
+        caption,
+        ends or "Dose and fractions.",
+        frames,
+        charts,
+    )
+
+
+def length_figure(run: Run, key: str) -> Figure:
+    """Return how texts go on at each dose."""
+    numbers = length_numbers(run)
+    charts = []
+    for measure, words in MEASURES.items():
+        own = numbers[numbers["measure"] == measure]
+        names = {diamonds(c): {"measure": measure, "condition": c} for c in in_order(own["condition"])}
+        words = words.replace("\n", " ")
+        charts.append(Chart(curves("length", names), {"xaxis": axis("new tokens"), "yaxis": axis(words)}, words, 380))
+    n = int(numbers["n"].max())
+    own = numbers[numbers["measure"] == "repetition"]
+    last = own[own["length"] == own["length"].max()]
+    alt = (
+        "Repetition at the longest length: "
+        + ", ".join(f"{c} {m:.2g}" for c, m in zip(last["condition"], last["mean"], strict=True))
+        + "."
+    )
+    caption = f"Mean over {prompts_text(n)} by length of the text; bands: {INTERVAL}{' — missing below three prompts' if n < 3 else ''}."  # noqa: E501
+    return Figure(f"{key}-lengths", "How texts go on", caption, alt, [Frame(f"{key}-lengths", numbers)], charts)
+
+
+def slot_figure(run: Run, key: str, most_rows: int) -> Figure:
+    """Return slot strength over the tokens of each text."""
+    slots = slot_numbers(run)
+    site = str(slots["site"].iloc[0])
+    sizes = slots.groupby(["prompt_id"], sort=False).size()
+    fits = [p for p, n in sizes.cumsum().items() if n <= most_rows] or [sizes.index[0]]
+    columns = [c for c in ("prompt_id", "condition_id", "pos", "slot", "strength", "hits", "cos") if c in slots]
+    rows = slots[slots["prompt_id"].isin(fits)][columns]
+    rows = rows.sort_values(["prompt_id", "condition_id", "pos", "slot"], kind="stable", ignore_index=True)
+    some = f" {len(fits)} of {len(sizes)} prompts are shown." if len(fits) < len(sizes) else ""
+    top = rows.loc[rows["strength"].idxmax()]
+    alt = f"Heat map of {rows['slot'].nunique()} slots over tokens; the strongest is slot {top['slot']} at position {top['pos']}: {top['strength']:.3g}."  # noqa: E501
+    caption = f"Strength of every slot at {site} while a text is written; a slot that is not alive is empty.{some}"
+    layout = {"xaxis": axis("position of the token", showgrid=False), "yaxis": axis("slot", showgrid=False)}
+    measures = [{"column": c, "log": False} for c in ("strength", "hits", "cos") if c in rows]
+    return Figure(
+        f"{key}-slots", "Slots of the attractor layer", caption, alt,
+        [Frame(f"{key}-slots", rows, facts_for(run, "slots", columns), len(slots))],
+        [Chart([grid("pos", "slot", "@measure", log="@measure")], layout, height=380)],
+        [{"label": "prompt", "column": "prompt_id"}, {"label": "condition", "column": "condition_id"}, {"label": "value", "measures": measures}],  # noqa: E501
+    )  # fmt: skip

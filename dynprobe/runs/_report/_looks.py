@@ -1,0 +1,64 @@
+"""Colours, strokes and words that all pictures of a page share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dynprobe.runs._canvas import BLUE, RED
+
+if TYPE_CHECKING:
+    from dynprobe.runs._run import Run
+
+__all__ = ["COLOURS", "DASHES", "INK", "MUTED", "SHAPES", "curves", "facts_for", "ids", "in_order", "style_of"]
+
+#: Okabe–Ito without black and yellow, which are lost on one of the two backgrounds.
+COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot")
+SHAPES = ("", "/", "x", "-", ".", "|", "+", "\\")
+#: Replaced by the page with a colour of its theme.
+INK, MUTED = "var:ink", "var:muted"
+
+#: Words of columns that are made for pictures or stand in most tables.
+_WORDS = {
+    "mean": "mean", "low": "lower end", "high": "upper end", "n": "prompts", "prompt_id": "prompt",
+    "condition_id": "condition", "pos": "position", "sample_id": "sample", "decode_mode": "decode mode",
+}  # fmt: skip
+
+
+def style_of(number: int) -> tuple[str, str]:
+    """Return colour and stroke of the n-th line; neighbours differ in both, so that lines on top of each other show."""
+    return COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+
+
+def curves(x: str, names: Mapping[str, Mapping[str, Any]], **more: Any) -> list[dict[str, Any]]:
+    """Return a line with its band for each name → which rows are its own."""
+    from dynprobe.runs._report._parts import band, line
+
+    found = []
+    for number, (name, where) in enumerate(names.items()):
+        colour, dash = style_of(number)
+        found.append(band(x, "low", "high", colour, where=where, group=name))
+        found.append(line(x, "mean", name, colour, dash=dash, where=where, legendgroup=name, **more))
+    return found
+
+
+def facts_for(run: Run, table: str, columns: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """Return words, unit and metric id of columns of a table, as the run's own files say."""
+    facts = run.columns()
+    own = facts[facts["table"] == table].set_index("column")
+    found = {}
+    for name in columns:
+        unit, metric = ("", "") if name not in own.index else (str(own["unit"][name]), str(own["id"][name]))
+        found[name] = (_WORDS.get(name, name), "" if unit == "1" else unit, metric)
+    return found
+
+
+def ids(facts: Mapping[str, tuple[str, str, str]], columns: Sequence[str]) -> str:
+    """Return the metric ids of columns, each once."""
+    return ", ".join(dict.fromkeys(facts[c][2] for c in columns if c in facts and facts[c][2]))
+
+
+def in_order(values: Any) -> list[str]:
+    """Return the distinct values as texts, in the order in which they come."""
+    return [str(v) for v in dict.fromkeys(values)]

@@ -1,0 +1,264 @@
+"""What a page is made of: frames of numbers, pictures that point into them, tables, and text.
+
+A picture holds no numbers of its own. Its traces name columns of a frame, and the script of the page fills them in; so
+what is seen, what the table under it says and what its button downloads are the same numbers. Python says *which* rows
+and columns make a line, never their values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = [
+    "Chart", "Figure", "Frame", "Report", "Section", "Table", "axis", "band", "bars", "column", "diamonds", "encoded",
+    "grid", "line", "points",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Numbers that are embedded.
+
+    Attributes:
+        key: Name, unique in the page; downloads are called so.
+        rows: The numbers.
+        facts: Column → ``(words, unit, metric id)``; columns that are not named are called by their own name.
+        total: Rows there are, where not all are embedded.
+    """
+
+    key: str
+    rows: pd.DataFrame
+    facts: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One set of axes.
+
+    Attributes:
+        traces: What is drawn, see :func:`line`, :func:`band`, :func:`points`, :func:`bars`, :func:`grid`.
+        layout: Plotly's layout.
+        title: Words above it; empty where the picture has one chart.
+        height: Pixels.
+    """
+
+    traces: Sequence[Mapping[str, Any]]
+    layout: Mapping[str, Any]
+    title: str = ""
+    height: int = 340
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: charts, what can be chosen, words, and the frames it is drawn from.
+
+    Attributes:
+        key: Name, unique in the page.
+        title: Heading.
+        caption: What is seen, which metric ids, and what an interval is.
+        alt: What a person who cannot see it should know.
+        frames: The first is the one that traces read from unless they say otherwise.
+        charts: Charts.
+        choose: ``{"label": …, "column": …}`` shows the rows of one value; ``{"label": …, "measures": [columns]}`` says
+            which column traces that ask for the measure show.
+    """
+
+    key: str
+    title: str
+    caption: str
+    alt: str
+    frames: Sequence[Frame]
+    charts: Sequence[Chart]
+    choose: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be sorted and filtered.
+
+    Attributes:
+        title: Heading.
+        frame: Its rows.
+        caption: What they are.
+        filters: Columns with a menu of their values.
+    """
+
+    title: str
+    frame: Frame
+    caption: str = ""
+    filters: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading of its own: a run, or a comparison.
+
+    Attributes:
+        key: Anchor.
+        title: Heading.
+        facts: ``(name, text)`` under it.
+        figures: Pictures.
+        tables: Tables.
+        missing: ``(picture, why it is not drawn)``.
+        warnings: What a reader must know before believing any of it.
+        provenance: ``(name, text)`` at the end.
+        blocks: ``(heading, text)`` shown as they are, at the end.
+        closing: Tables at the end: self-tests, columns.
+    """
+
+    key: str
+    title: str
+    facts: Sequence[tuple[str, str]] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    missing: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[str] = ()
+    provenance: Sequence[tuple[str, str]] = ()
+    blocks: Sequence[tuple[str, str]] = ()
+    closing: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+
+
+def column(name: str) -> dict[str, str]:
+    """Return a pointer to a column, for any value of a trace."""
+    return {"$": name}
+
+
+def line(x: str, y: str, name: str, colour: str, *, dash: str = "solid", **more: Any) -> dict[str, Any]:
+    """Return a line through the rows, in their order."""
+    where, width, marker = more.pop("where", {}), more.pop("width", 2), more.pop("marker", 5)
+    return {
+        "type": "scatter", "mode": "lines+markers" if marker else "lines", "name": name, "x": column(x),
+        "y": column(y), "line": {"color": colour, "width": width, "dash": dash},
+        "marker": {"color": colour, "size": marker or 1}, "$where": where, **more,
+    }  # fmt: skip
+
+
+def band(x: str, low: str, high: str, colour: str, *, where: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Return the area between two columns; rows without both ends are left out."""
+    return {
+        "type": "scatter", "$band": {"x": x, "low": low, "high": high}, "fill": "toself", "fillcolor": colour,
+        "opacity": 0.2, "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip", "showlegend": False,
+        "legendgroup": group, "$where": where,
+    }  # fmt: skip
+
+
+def points(x: str, y: str, name: str, colour: str, **more: Any) -> dict[str, Any]:
+    """Return markers; ``low``/``high`` name columns of a vertical interval, ``left``/``right`` of a horizontal one."""
+    where, marker = more.pop("where", {}), more.pop("marker", {})
+    ends = {}
+    for key, (low, high) in {"error_y": ("low", "high"), "error_x": ("left", "right")}.items():
+        if low in more:
+            ends[key] = {
+                "type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 3,
+                "array": {"$minus": [more.pop(high), y if key == "error_y" else x]},
+                "arrayminus": {"$minus": [y if key == "error_y" else x, more.pop(low)]},
+            }  # fmt: skip
+    return {
+        "type": "scatter", "mode": "markers", "name": name, "x": column(x), "y": column(y),
+        "marker": {"color": colour, "size": 8, **marker}, "$where": where, **ends, **more,
+    }  # fmt: skip
+
+
+def bars(x: str, y: str, name: str, colour: str, shape: str = "", **more: Any) -> dict[str, Any]:
+    """Return horizontal bars; a shape tells them apart without colour."""
+    where = more.pop("where", {})
+    return {
+        "type": "bar", "orientation": "h", "name": name, "x": column(x), "y": column(y), "$where": where,
+        "marker": {"color": colour, "pattern": {"shape": shape, "fgcolor": "var:paper", "size": 6, "fillmode": "overlay"}}, **more,  # noqa: E501
+    }  # fmt: skip
+
+
+def grid(x: str, y: str, z: str, *, log: bool | str = False, title: str = "", **more: Any) -> dict[str, Any]:
+    """Return a map with one cell per value of x and y.
+
+    Args:
+        x: Column.
+        y: Column.
+        z: Column of the colour; ``@measure`` is the chosen one.
+        log: Whether colours are logarithmic; ``@measure`` asks the chosen measure.
+        title: Of the colour bar; empty takes that of the measure.
+        **more: Further settings; ``colorscale`` replaces Viridis.
+    """
+    return {
+        "type": "heatmap", "$grid": {"x": x, "y": y, "z": z, "log": log, "title": title},
+        "colorscale": more.pop("colorscale", "Viridis"), "hoverongaps": False, "$where": more.pop("where", {}), **more,
+    }  # fmt: skip
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """Return an axis with a title."""
+    return {"title": {"text": title}, "automargin": True, **more}
+
+
+def diamonds(name: str) -> str:
+    """Return a name that stays one word in a legend: a long condition is cut in its middle."""
+    return name if len(name) <= 40 else f"{name[:24]}…{name[-14:]}"
+
+
+def encoded(frame: Frame) -> dict[str, Any]:
+    """Return a frame as plain lists, column by column.
+
+    Labels are numbered, float32 are given with the digits that are theirs and no more, a missing value is None, and an
+    infinity is the text JSON has for it.
+    """
+    columns = []
+    for name in frame.rows.columns:
+        words, unit, metric = frame.facts.get(str(name), (str(name), "", ""))
+        columns.append(
+            {"name": str(name), "words": words, "unit": unit, "id": metric, **_values(frame.rows[name])}
+        )  # fmt: skip
+    total = len(frame.rows) if frame.total is None else frame.total
+    return {"columns": columns, "rows": len(frame.rows), "total": total}
+
+
+def _values(values: pd.Series) -> dict[str, Any]:
+    kind = values.dtype
+    if pd.api.types.is_bool_dtype(kind):
+        return {"kind": "text", "values": [("yes" if v else "no") if pd.notna(v) else None for v in values]}
+    if isinstance(kind, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(kind):
+        return _texts(values)
+    array = values.to_numpy()
+    if array.dtype.kind in "iu":
+        return {"kind": "number", "values": array.tolist()}
+    if array.dtype.kind != "f":
+        array = values.to_numpy(np.float64, na_value=np.nan)
+    # The shortest text that reads back as the same float32; widening it first would invent digits.
+    numbers = [float(text) for text in array.astype(str)] if array.dtype.itemsize < 8 else array.tolist()
+    return {"kind": "number", "values": [_number(v) for v in numbers]}
+
+
+def _number(value: float) -> float | int | str | None:
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return int(value) if value == int(value) and abs(value) < 1e15 else value
+
+
+def _texts(values: pd.Series) -> dict[str, Any]:
+    texts = [None if _is_missing(v) else str(v) for v in values.astype(object)]
+    levels = list(dict.fromkeys(t for t in texts if t is not None))
+    if len(levels) * 2 > len(texts):
+        return {"kind": "text", "values": texts}
+    place = {level: i for i, level in enumerate(levels)}
+    return {"kind": "text", "levels": levels, "codes": [-1 if t is None else place[t] for t in texts]}
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,496 @@
+"""The numbers behind the pictures, against slow ones; the static pictures; and the page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dynprobe.errors import RunFolderError, UsageError
+from dynprobe.runs import RunWriter, open_run, report
+from dynprobe.runs._curves import curve, profile_numbers, regime_numbers, shown_conditions
+from dynprobe.runs._pca import pca_numbers
+from dynprobe.runs._token_map import token_map
+
+PROMPTS = ("p0", "p1", "p2", "p3")
+ARMS = {"clean": "clean", "perturbed.forced": "perturbed", "perturbed.free": "perturbed"}
+N_PROMPT, N_NEW, DEPTHS, DIM = 3, 2, 4, 6
+TOKENS = {"p0": ["<b>", " x", "</script>"], "p1": ["a", "b", "c"], "p2": ["a", "$b$", "c"], "p3": ["a", "b", "d"]}
+
+
+def number(*key):
+    return float(np.random.default_rng([ord(c) for c in "|".join(map(str, key))]).normal())
+
+
+def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True, poison="plain", **config):
+    writer = RunWriter.begin(
+        out, ident="0123abcd", model_name=name, config={"perturb": ["alpha=0.1"], **config},
+        columns={"nll": {"id": "output.nll/1", "unit": "nat", "digest": "aa", "span": "all", "aggregation": "mean"},
+                 "kappa_phase": {"id": "kappa.phase/1", "unit": "half-turns", "digest": "bb", "span": "all"},
+                 "norm": {"id": "resid.norm/1", "unit": "state", "digest": "cc", "span": "all"}},
+        manifest_fields={
+            "batch_plan": [0], "versions": {"dynprobe": "0.1.0"}, "command": ["dynprobe", "run", "--token", "hf_secretsecretsecret"],  # noqa: E501
+            "self_tests": {"null": {"name": "null", "passed": False, "value": 0.5, "limit": 0.0, "unit": "max", "detail": {}}},  # noqa: E501
+            "noise_floor": {"noise_floor": 1e-6},
+        },
+    )  # fmt: skip
+    rows = [(f"{p}|{c}|0", p, c) for c in ARMS for p in PROMPTS]
+    samples = pd.DataFrame(rows, columns=["sample_id", "prompt_id", "condition_id"])
+    samples = samples.assign(
+        replicate=0, n_prompt=N_PROMPT, n_new=N_NEW, text=poison, status="ok",
+        nll=np.array([number(s) for s in samples["sample_id"]], dtype=np.float32),
+        limen_regime=["HIGH" if p in ("p0", "p1") else "LOW" for p in samples["prompt_id"]],
+        reasons=['{"limen_ratio":"steps"}' if p == "p3" else None for p in samples["prompt_id"]],
+    )  # fmt: skip
+    ids = {t: i for i, t in enumerate(dict.fromkeys(t for ts in texts.values() for t in ts))}
+    tokens = pd.DataFrame(
+        [{"sample_id": s, "pos": i, "phase": "prefill", "token_id": ids[texts[p][i]] if i < N_PROMPT else (1 if i == N_PROMPT else 999),  # noqa: E501
+          "target_id": 0, "nll": 1.0} for s, p, _ in rows for i in range(N_PROMPT + N_NEW)]
+    )  # fmt: skip
+    depths = pd.DataFrame(
+        [{"sample_id": s, "pos": i, "track": "resid", "depth": d, "layer": d - 1, "angle": np.nan if d == 0 else abs(number(s, i, d)),  # noqa: E501
+          "norm": 1.0 + d} for s, _, _ in rows for i in range(N_PROMPT + N_NEW) for d in range(DEPTHS)]
+    )  # fmt: skip
+    profiles = pd.DataFrame(
+        [{"sample_id": s, "track": "resid", "depth": d, "kappa_phase": np.nan if d == 0 else number("k", s, d), "norm": 1.0 + d}  # noqa: E501
+         for s, _, _ in rows for d in range(DEPTHS)]
+    )  # fmt: skip
+    with writer:
+        writer.write_table(
+            "prompts",
+            pd.DataFrame({"prompt_id": PROMPTS, "text": ["".join(texts[p]) for p in PROMPTS], "category": ["x", "x", "y", "y"],  # noqa: E501
+                          "token_ids": [[ids[t] for t in texts[p]] for p in PROMPTS],
+                          "token_texts": [pd.Series(texts[p]).to_json(orient="values") for p in PROMPTS]}),
+        )  # fmt: skip
+        writer.write_table("conditions", pd.DataFrame({"condition_id": list(ARMS), "arm": list(ARMS.values())}))
+        if states:
+            keys = depths[["sample_id", "pos", "track", "depth", "layer"]]
+            writer.write_states(0, keys, state_of(keys), "float32")
+        writer.write_batch(0, {"samples": samples, "tokens": tokens, "depths": depths, "profiles": profiles})
+        writer.finish({"conditions": {"clean": {"nll": {"mean": 0.5, "low": None, "high": 1.0, "n": 4}}}})
+    return open_run(writer.folder)
+
+
+def state_of(keys):
+    """A long axis along depth, a short one along position, and position 0 far away from everything."""
+    out = np.zeros((len(keys), DIM), dtype=np.float32)
+    out[:, 1] = 10.0 * keys["depth"]
+    out[:, 3] = keys["pos"]
+    out[:, 5] = np.where(keys["pos"] == 0, 1e4, 0.0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("made"))
+
+
+def test_a_profile_is_the_mean_over_prompts_with_its_interval(run):
+    found = profile_numbers(run, ["kappa_phase"], ["clean", "perturbed.forced", "perturbed.free"])
+    for condition in ARMS:
+        own = found[(found["measure"] == "kappa_phase") & (found["condition"] == condition)]
+        assert list(own["depth"]) == [1, 2, 3]  # depth 0 has no step
+        for _, row in own.iterrows():
+            values = np.array(
+                [np.float32(number("k", f"{p}|{condition}|0", int(row["depth"]))) for p in PROMPTS], dtype=float
+            )
+            assert row["mean"] == pytest.approx(values.mean(), rel=1e-12)
+            draws = values[np.random.default_rng(0).integers(0, 4, size=(2000, 4))].mean(axis=1)
+            assert [row["low"], row["high"]] == pytest.approx(list(np.quantile(draws, [0.025, 0.975])), rel=1e-12)
+            assert row["n"] == 4
+
+
+def test_only_a_given_text_is_paired(run):
+    found = profile_numbers(run, ["kappa_phase"], list(ARMS))
+    paired = found[found["measure"] == "kappa_phase_d"]
+    assert set(paired["condition"]) == {"perturbed.forced"}
+    values = [
+        np.float32(number("k", f"{p}|perturbed.forced|0", 2)) - float(np.float32(number("k", f"{p}|clean|0", 2)))
+        for p in PROMPTS
+    ]
+    assert paired.loc[paired["depth"] == 2, "mean"].item() == pytest.approx(np.mean(values), abs=1e-7)
+
+
+def test_two_prompts_have_no_interval():
+    found = curve(pd.DataFrame({3: [1.0, 2.0], 5: [np.nan, 4.0], 7: [np.nan, np.nan]}))
+    assert list(found["x"]) == [3, 5]
+    assert list(found["mean"]) == [1.5, 4.0]
+    assert list(found["n"]) == [2, 1]
+    assert found[["low", "high"]].isna().all(axis=None)
+
+
+def test_the_map_holds_what_is_stored_and_labels_tokens(run):
+    rows = token_map(run, ["p0"], ["clean"], ["angle"])
+    assert len(rows) == (N_PROMPT + N_NEW) * DEPTHS
+    cell = rows[(rows["pos"] == 2) & (rows["depth"] == 3)].iloc[0]
+    assert cell["angle"] == np.float32(abs(number("p0|clean|0", 2, 3)))
+    labels = rows.drop_duplicates("pos").set_index("pos")["token"]
+    assert list(labels) == ["<b>", " x", "</script>", " x", "#999"]  # id 1 stands in a prompt, 999 in none
+    assert list(rows.drop_duplicates("pos")["new"]) == [False, False, False, True, True]
+    with pytest.raises(UsageError, match="no prompt 'p9'"):
+        token_map(run, ["p9"], ["clean"], ["angle"])
+
+
+def test_principal_components_leave_position_0_out_and_have_a_fixed_sign(run):
+    rows, facts = pca_numbers(run)
+    own = rows[(rows["prompt_id"] == "p0") & (rows["condition_id"] == "clean") & (rows["unit"] == "mean over tokens")]
+    assert np.diff(own.sort_values("depth")["pc1"]) == pytest.approx([10.0] * 3, rel=1e-5)  # grows with the long axis
+    assert own["n"].tolist() == [N_PROMPT + N_NEW - 1] * DEPTHS
+    last = rows[(rows["prompt_id"] == "p0") & (rows["condition_id"] == "clean") & (rows["unit"] == "last prompt token")]
+    assert abs(last["pc2"].iloc[0]) == pytest.approx(0.5, abs=1e-5)  # position 2 of 1 … 4, from their mean 2.5
+    along, across = 125.0, 1.25  # variances of 10·depth and of positions 1 … 4
+    assert facts["share1"] == pytest.approx(along / (along + across), abs=1e-4)
+
+
+def test_without_states_there_is_no_plane(tmp_path):
+    with pytest.raises(RunFolderError, match="--states"):
+        pca_numbers(made(tmp_path, states=False))
+
+
+def test_regimes_leave_out_remarked_ratios(run):
+    found = regime_numbers(run)
+    own = found[found["condition"] == "clean"].set_index("regime")
+    assert own.loc["HIGH", "share"] == pytest.approx(2 / 3)
+    assert own.loc["LOW", "count"] == 1
+    assert set(own["n"]) == {3}
+
+
+def test_clean_and_perturbed_conditions_come_before_controls(run):
+    assert shown_conditions(run, "profiles", most=2) == (["clean", "perturbed.forced"], 3)
+
+
+def test_the_static_map_draws_the_stored_cells(run, tmp_path):
+    figure = run.plot.heatmap_tokens("angle", prompt="p2", condition="perturbed.forced", save=tmp_path / "map.svg")
+    mesh = figure.axes[0].collections[0]
+    cells = mesh.get_array().reshape(DEPTHS, N_PROMPT + N_NEW)
+    assert cells.mask[0].all()
+    assert float(cells[2, 1]) == pytest.approx(abs(number("p2|perturbed.forced|0", 1, 2)), rel=1e-6)
+    labels = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    assert labels == ["a", "$b$", "c", "·x", "#999"]
+    assert (tmp_path / "map.svg").stat().st_size > 1000
+    with pytest.raises(UsageError, match="angle"):
+        run.plot.heatmap_tokens("angel")
+
+
+def test_the_static_plane_and_regimes_draw_their_numbers(run):
+    rows, _ = pca_numbers(run)
+    lines = {line.get_gid(): line for line in run.plot.pca("p1").axes[0].lines}
+    assert set(lines) == set(ARMS)
+    own = rows[(rows["prompt_id"] == "p1") & (rows["condition_id"] == "clean") & (rows["unit"] == "mean over tokens")]
+    np.testing.assert_array_equal(lines["clean"].get_xdata(), own["pc1"])
+    bars = run.plot.regimes().axes[0].containers
+    assert [bar.get_width() for bar in bars[0]] == pytest.approx([2 / 3] * 3)
+    with pytest.raises(UsageError, match="no states of prompt"):
+        run.plot.pca("p7")
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+POISON = "</script><script>window.hurt=1</script><img src=x onerror='window.hurt=1'>{{7*7}}\u2028"
+
+
+def data_of(page):
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("poisoned"), poison=POISON)
+
+
+@pytest.fixture(scope="module")
+def page(poisoned):
+    return poisoned.report()
+
+
+def test_the_page_lies_in_the_run_and_is_the_same_every_time(poisoned, page, tmp_path):
+    assert page == poisoned.path.resolve() / "report.html"
+    again = report(poisoned.path, out=tmp_path / "again.html")
+    assert again.read_bytes() == page.read_bytes()
+    assert not list(poisoned.path.glob(".tmp-*"))
+    poisoned.verify()
+
+
+def test_no_text_becomes_markup_and_no_secret_is_told(page):
+    text = page.read_text(encoding="utf-8")
+    before = text[: text.index('<script type="application/json"')]
+    assert "<script" not in before
+    assert "org/&lt;script&gt;alert(1)&lt;/script&gt;" in before
+    assert "hf_secretsecretsecret" not in text
+    assert "<script>window.hurt" not in text
+    assert "[redacted]" in before
+    assert "default-src &#39;none&#39;" in before
+    assert not re.search(r"<(link|img|iframe|object)[^>]+(src|href)=.(http|//)", text)
+
+
+def test_every_trace_is_one_that_plotly_knows(page):
+    from plotly.graph_objects import Figure
+
+    def plain(value):
+        if isinstance(value, dict):
+            return (
+                [1.0]
+                if set(value) & {"$", "$minus"}
+                else {k: plain(v) for k, v in value.items() if not k.startswith("$")}
+            )
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return "#123456" if isinstance(value, str) and value.startswith("var:") else value
+
+    figures = data_of(page)["figures"]
+    assert {f["key"] for f in figures} == {"run1-profiles", "run1-tokens", "run1-pca", "run1-regimes"}
+    for figure in figures:
+        for chart in figure["charts"]:
+            Figure(data=plain(chart["traces"]), layout=plain(chart["layout"]))
+
+
+def test_what_is_embedded_is_what_is_stored_and_what_is_cut_is_said(poisoned, page, tmp_path):
+    frame = data_of(page)["frames"]["run1-samples"]
+    columns = {c["name"]: c for c in frame["columns"]}
+    stored = poisoned.samples["nll"].to_numpy()
+    np.testing.assert_array_equal(np.array(columns["nll"]["values"], dtype=np.float32), stored)
+    small = report(poisoned, out=tmp_path / "small.html", rows=100)
+    frame = data_of(small)["frames"]["run1-tokens"]
+    assert frame["rows"] < frame["total"] == len(ARMS) * len(PROMPTS) * (N_PROMPT + N_NEW) * DEPTHS
+    assert "1 of 4 prompts are shown" in small.read_text()
+
+
+def test_what_is_asked_wrongly_is_said(run, tmp_path):
+    with pytest.raises(UsageError, match=r"ends in \.html"):
+        report(run, out=tmp_path / "page.pdf")
+    with pytest.raises(UsageError, match="no folder"):
+        report(run, out=tmp_path / "nowhere" / "page.html")
+    with pytest.raises(UsageError, match="no run"):
+        report([])
+    with pytest.raises(RunFolderError):
+        report(tmp_path)
+
+
+def test_two_runs_are_compared_on_one_page(tmp_path, run):
+    pytest.importorskip("duckdb")
+    other = made(tmp_path, name="org/other")
+    target = report([run, other], out=tmp_path / "both.html")
+    content = data_of(target)
+    assert "compare-profiles" in content["frames"]
+    assert {"run1-profiles", "run2-profiles"} <= set(content["frames"])
+    means = {c["name"]: c for c in content["frames"]["compare-means"]["columns"]}
+    assert len(set(means["run"]["levels"])) == 2
+    assert str(tmp_path) not in target.read_text()
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        why = "chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)"
+        if os.environ.get("DYNPROBE_REQUIRE_BROWSER") == "1":
+            pytest.fail(why)
+        pytest.skip(why)
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options, downloads = Options(), tmp_path_factory.mktemp("downloads")
+    options.binary_location = binary
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,900",
+    ):
+        options.add_argument(flag)
+    options.add_experimental_option(
+        "prefs",
+        {
+            "download.default_directory": str(downloads),
+            "profile.default_content_setting_values.automatic_downloads": 1,
+        },
+    )
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = Chrome(options=options, service=Service(driver))
+    found.downloads = downloads
+    found.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+    found.execute_cdp_cmd("Network.enable", {})
+    found.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*"]})
+    yield found
+    found.quit()
+
+
+def wait(browser, condition, seconds=60):
+    until = time.time() + seconds
+    while time.time() < until:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.fixture
+def loaded(browser, page):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get(page.as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    return browser
+
+
+def test_the_page_loads_without_errors_network_or_foreign_scripts(loaded):
+    assert [entry for entry in loaded.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    events = [json.loads(entry["message"])["message"] for entry in loaded.get_log("performance")]
+    urls = {e["params"]["request"]["url"].split(":")[0] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert urls <= {"file", "data", "blob"}
+    assert loaded.execute_script("return window.hurt") is None
+    charts = loaded.execute_script(
+        "return [...document.querySelectorAll('figure')].map(f => f.querySelectorAll('.main-svg').length)"
+    )
+    assert len(charts) == 4
+    assert min(charts) >= 1
+    assert loaded.execute_script("return document.querySelectorAll('.empty').length") == 0
+    assert loaded.title.startswith("org/<script>alert(1)</script>")
+    labels = loaded.execute_script(
+        "return [...document.querySelectorAll('[data-figure=run1-tokens] .xtick text')].map(t => t.textContent)"
+    )
+    assert labels == ["<b>", "·x", "</script>", "·x", "#999"]
+
+
+def test_three_numbers_on_the_page_are_those_of_the_parquet(loaded, poisoned):
+    stored = poisoned.samples.astype({"sample_id": str, "prompt_id": str, "condition_id": str})
+    rows = loaded.execute_script(
+        """const t = document.querySelector('[data-table=run1-samples]');
+        const at = [...t.querySelectorAll('th button')].map(b => b.firstChild.textContent);
+        return [...t.querySelectorAll('tbody tr')].map(r => Object.fromEntries([...r.cells].map(
+            (c, i) => [at[i], c.dataset.value ?? c.textContent])));"""
+    )
+    assert len(rows) == len(stored)
+    for row in rows[:3]:
+        own = stored[(stored["prompt_id"] == row["prompt"]) & (stored["condition_id"] == row["condition"])].iloc[0]
+        assert np.float32(row["nll"]) == own["nll"]
+    assert "</script>" in rows[0]["text"]
+    drawn = loaded.execute_script(
+        """const g = [...document.querySelectorAll('[data-figure=run1-profiles] .js-plotly-plot')];
+        return g[0].data.filter(t => t.name === 'clean').map(t => [t.x, t.y])[0];"""
+    )
+    numbers = profile_numbers(poisoned, ["kappa_phase"], ["clean"])
+    assert drawn[0] == [1, 2, 3]
+    assert drawn[1] == pytest.approx(list(numbers["mean"]), rel=1e-15)
+    cells = loaded.execute_script(
+        "return document.querySelector('[data-figure=run1-tokens] .js-plotly-plot').data[0].z"
+    )
+    assert np.float32(cells[3][2]) == np.float32(abs(number("p0|clean|0", 2, 3)))
+    assert cells[0] == [None] * (N_PROMPT + N_NEW)
+
+
+def test_sorting_and_filtering_work_by_keyboard(loaded):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    loaded.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    first = loaded.switch_to.active_element
+    assert first.get_attribute("class") == "skip"
+    assert loaded.execute_script("return getComputedStyle(arguments[0]).outlineStyle", first) == "solid"
+    table = loaded.find_element(By.CSS_SELECTOR, "[data-table=run1-samples]")
+    head = next(h for h in table.find_elements(By.TAG_NAME, "th") if h.text.startswith("nll"))
+    column = table.find_elements(By.TAG_NAME, "th").index(head)
+
+    def values():
+        return [
+            float(v)
+            for v in loaded.execute_script(
+                "return [...arguments[0].querySelectorAll('tbody tr')].map(r => r.cells[arguments[1]].dataset.value)",
+                table,
+                column,
+            )
+        ]
+
+    button = head.find_element(By.TAG_NAME, "button")
+    button.send_keys(Keys.ENTER)
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert values() == sorted(values())
+    button.send_keys(Keys.SPACE)
+    assert head.get_attribute("aria-sort") == "descending"
+    assert values() == sorted(values(), reverse=True)
+    table.find_element(By.CSS_SELECTOR, "select[data-column=condition_id]").send_keys("clean")
+    assert len(values()) == len(PROMPTS)
+    search = table.find_element(By.CSS_SELECTOR, "input[type=search]")
+    search.send_keys("p2")
+    assert len(values()) == 1
+    assert "1–1 of 1 rows" in table.find_element(By.CSS_SELECTOR, "[data-count]").text
+    search.send_keys(Keys.END, Keys.BACKSPACE, "9")
+    assert values() == []
+
+
+def test_a_choice_draws_other_rows(loaded):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    figure = loaded.find_element(By.CSS_SELECTOR, "[data-figure=run1-tokens]")
+    Select(figure.find_element(By.CSS_SELECTOR, "select[data-column=prompt_id]")).select_by_visible_text("p3")
+    Select(figure.find_element(By.CSS_SELECTOR, "select[data-column=condition_id]")).select_by_visible_text(
+        "perturbed.free"
+    )
+    cells = loaded.execute_script("return arguments[0].querySelector('.js-plotly-plot').data[0].z", figure)
+    assert np.float32(cells[2][4]) == np.float32(abs(number("p3|perturbed.free|0", 4, 2)))
+    Select(figure.find_element(By.CSS_SELECTOR, "select[data-column='@measure']")).select_by_index(1)
+    cells = loaded.execute_script("return arguments[0].querySelector('.js-plotly-plot').data[0].z", figure)
+    assert cells[3][0] == pytest.approx(np.log10(4.0))  # the norm is drawn on a logarithmic scale
+
+
+def test_downloads_hold_the_numbers(loaded, poisoned):
+    from selenium.webdriver.common.by import By
+
+    for kind in ("csv", "json"):
+        loaded.execute_script(
+            "arguments[0].click()", loaded.find_element(By.CSS_SELECTOR, f"[data-{kind}=run1-profiles]")
+        )
+    file = loaded.downloads / "run1-profiles.csv"
+    wait(loaded, lambda: file.exists() and (loaded.downloads / "run1-profiles.json").exists(), 20)
+    found = pd.read_csv(file, float_precision="round_trip")
+    expected = profile_numbers(poisoned, ["kappa_phase", "norm"], list(ARMS))
+    np.testing.assert_array_equal(found["mean"], expected["mean"])
+    np.testing.assert_array_equal(found["high"], expected["high"])
+    content = json.loads((loaded.downloads / "run1-profiles.json").read_text())
+    assert [r["mean"] for r in content["rows"]] == list(expected["mean"])
+
+
+def test_themes_and_a_phone(loaded, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    def paper():
+        return loaded.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    light = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+    loaded.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    wait(loaded, lambda: paper() == "rgb(20, 23, 28)", 5)
+    theme = Select(loaded.find_element(By.ID, "theme"))
+    theme.select_by_value("light")
+    assert paper() == "rgb(255, 255, 255)"
+    loaded.execute_cdp_cmd("Emulation.setEmulatedMedia", light)
+    theme.select_by_value("dark")
+    assert paper() == "rgb(20, 23, 28)"
+    ink = loaded.execute_script("return document.querySelector('.js-plotly-plot').layout.font.color")
+    assert ink == "#e7eaee"
+    theme.select_by_value("auto")
+    loaded.save_screenshot(str(tmp_path / "desktop.png"))
+    loaded.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+    wait(
+        loaded, lambda: loaded.execute_script("return document.querySelector('.js-plotly-plot').clientWidth") < 390, 10
+    )
+    wait(loaded, lambda: loaded.execute_script("return document.documentElement.scrollWidth") <= 390, 10)
+    loaded.save_screenshot(str(tmp_path / "phone.png"))
+    assert (tmp_path / "phone.png").stat().st_size > 5000
