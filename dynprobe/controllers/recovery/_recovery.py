@@ -112,11 +112,11 @@ class Recovery(Controller):
 
     def idle(self, seen: Seen, memory: Memory) -> bool:
         """Whether no row is active, or the prompt is fed."""
-        return self.actuator is None or not memory["active"].any() or not seen.decoding
+        return not (self.actuator is not None and seen.decoding and memory["active"].any())
 
     def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
         """Change the active rows whose depth this is."""
-        if self.idle(seen, memory):
+        if self.actuator is None or self.idle(seen, memory):
             return state
         number = site[1]
         rows = memory["active"] & (memory["gain"] > 0)
