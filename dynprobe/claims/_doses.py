@@ -41,10 +41,12 @@ def _crossings(side: Side, criterion: str, scale: str) -> tuple[list[Any], list[
     return found, names
 
 
-def ratio(part: Ratio, sides: Sides) -> list[Estimate]:
+def ratio(part: Ratio, sides: Sides, k: int = 1) -> list[Estimate]:
     a, b = one(sides, part.of), one(sides, part.to)
     (left, names_a), (right, names_b) = (_crossings(s, part.criterion, part.scale) for s in (a, b))
-    by = 1.0 if part.relative_to is None else a.facts.get(part.relative_to, math.nan) / b.facts.get(part.relative_to, 1)
+    by = 1.0
+    if part.relative_to is not None:
+        by = a.facts.get(part.relative_to, math.nan) / b.facts.get(part.relative_to, math.nan)
 
     def ends(confidence: float) -> tuple[float, float, float, int, str | None]:
         r = ratio_threshold(
@@ -54,20 +56,20 @@ def ratio(part: Ratio, sides: Sides) -> list[Estimate]:
         value = r.value if math.isfinite(r.value) else math.sqrt(max(r.low, 0.0) * r.high)
         return value / by, r.low / by, r.high / by, min(r.n_a, r.n_b), r.reason
 
-    return [estimate_of(ends, part.label or f"α50 {part.of}/{part.to}, {part.scale}")]
+    return [estimate_of(ends, part.label or f"α50 {part.of}/{part.to}, {part.scale}", k)]
 
 
-def threshold(part: Threshold, sides: Sides) -> list[Estimate]:
+def threshold(part: Threshold, sides: Sides, k: int = 1) -> list[Estimate]:
     found, names = _crossings(one(sides, part.role), part.criterion, part.scale)
 
     def ends(confidence: float) -> tuple[float, float, float, int, str | None]:
         t = prompt_threshold(found, prompts=names, confidence=confidence)
         return t.value, t.low, t.high, len(set(names)), t.reason
 
-    return [estimate_of(ends, part.label or f"α50, {part.scale}")]
+    return [estimate_of(ends, part.label or f"α50, {part.scale}", k)]
 
 
-def nonlinearity(part: Nonlinear, sides: Sides) -> list[Estimate]:
+def nonlinearity(part: Nonlinear, sides: Sides, k: int = 1) -> list[Estimate]:
     frame = one(sides, part.role).rows("samples", part.where, (part.value, "alpha", "prompt_id"))
     frame = frame[pd.to_numeric(frame["alpha"], errors="coerce") > 0]
     numbers = pd.to_numeric(frame[part.value], errors="coerce").astype(float)

@@ -79,6 +79,7 @@ def examine(
     book = log if isinstance(log, ClaimLog) or log is None else ClaimLog(log)
     opened = [r if isinstance(r, Run) else open_run(r) for r in runs]
     names = [r.manifest.model_name for r in opened] if runs else [_name(m) for m in named]
+    _no_model_twice(chosen, names)
     plan = plan_of(chosen, dict(zip(_numbered(roles), names, strict=True)), settings, post_hoc=bool(runs))
     panel = {"models": names, "small": _small(chosen, names)}
     deviations = _deviations(chosen, names, settings)
@@ -136,7 +137,7 @@ def plan_of(
     made = claim.model_dump(mode="json", exclude_defaults=True)
     return {
         "claim": claim.id, "version": __version__, "models": dict(models), "protocol": claim.protocol,
-        "settings": plain({**claim.settings, **settings}), "parts": made["parts"],
+        "settings": plain({**claim.settings, **settings}), "roles": made["panel"]["roles"], "parts": made["parts"],
         "prediction": [
             {"metric": part.metric, **part.prediction.model_dump(mode="json")} for part in claim.parts
         ],
@@ -159,9 +160,8 @@ def _register(
     book.check()
     earlier = book.records()
     same = [r for r in earlier if r["kind"] == "outcome" and r["claim"] == claim.id]
-    number = sum(r["kind"] == "registered" for r in earlier) + 1
     return book.append(
-        "registered", claim=claim.id, test=f"T{number:04d}", statement=claim.quote, metric_ids=list(claim.metrics),
+        "registered", claim=claim.id, statement=claim.quote, metric_ids=list(claim.metrics),
         panel=dict(panel), prediction=plan["prediction"], plan=plain(plan), plan_hash=plan_hash(plain(plan)),
         deviations=list(deviations), supersedes=same[-1]["id"] if same else None,
     )  # fmt: skip
@@ -195,6 +195,14 @@ def _roles(claim: Claim, n: int) -> list[str]:
     if n != len(names):
         raise UsageError(f"{claim.id} needs {len(names)} models, found {n}: {_wanted(claim)}")
     return names
+
+
+def _no_model_twice(claim: Claim, names: Sequence[str]) -> None:
+    """In a claim about populations a model is an observation, and one that comes twice is no second one."""
+    assert claim.panel is not None
+    twice = next((n for n in names if list(names).count(n) > 1), None)
+    if claim.panel.at_least is not None and twice is not None:
+        raise UsageError(f"{claim.id} counts models, and {twice} is named twice; name every model once")
 
 
 def _wanted(claim: Claim) -> str:

@@ -101,7 +101,8 @@ class ClaimLog:
 
         Args:
             kind: ``registered``, ``outcome`` or ``pilot``.
-            **fields: Fields of the record; those left out are null.
+            **fields: Fields of the record; those left out are null, but a registration without ``test`` gets the next
+                number.
 
         Raises:
             LogError: The chain is broken, an unknown field, or another process holds the log.
@@ -138,6 +139,8 @@ class ClaimLog:
         lines = self._lines()
         record: dict[str, Any] = dict.fromkeys(_FIELDS)
         record |= {"id": f"{kind[:1]}{len(lines) + 1:04d}", "date": self._clock().isoformat(), **fields, "kind": kind}
+        if kind == "registered" and record["test"] is None:  # numbered here, under the lock
+            record["test"] = f"T{sum((_parsed(line) or {}).get('kind') == 'registered' for line in lines) + 1:04d}"
         record["prev"] = _parsed(lines[-1])["hash"] if lines else GENESIS  # type: ignore[index]
         record["hash"] = _hash(record)
         fault = _meaning(record, [_parsed(line) or {} for line in lines])
@@ -153,9 +156,10 @@ class ClaimLog:
         return record
 
     def _lines(self) -> list[str]:
-        if not self.path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:
             return []
-        return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # Not splitlines: a text may hold separators such as U+2028 that end no record.
+        return self.path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
 
     def _torn(self) -> bool:
         return self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
@@ -211,10 +215,15 @@ def _problems(lines: Sequence[str], head: Mapping[str, Any] | None, torn: bool) 
 
 def _meaning(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str | None:
     """What a record says that cannot be: an outcome without a plan made before it, a plan that is not its hash."""
+    same = [r for r in earlier if r.get("kind") == record.get("kind") and r.get("test") == record.get("test")]
     if record.get("kind") == "registered" and plan_hash(record.get("plan") or {}) != record.get("plan_hash"):
         return "registers a plan that does not have its hash"
+    if record.get("kind") == "registered" and same:
+        return f"registers the test {record.get('test')} a second time"
     if record.get("kind") == "outcome":
         mine = [r for r in earlier if r.get("kind") == "registered" and r.get("test") == record.get("test")]
+        if same:
+            return f"is a second outcome of the test {record.get('test')}; another try is another registration"
         if not mine:
             return "is an outcome whose prediction was not registered before it"
         if mine[-1].get("plan_hash") != record.get("plan_hash"):

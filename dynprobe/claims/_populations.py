@@ -1,10 +1,12 @@
 """Numbers about a population of models: shares of variance, and R² on the skeleton.
 
-The interval of a share η² resamples prompts inside their categories, all models of a prompt together; the models are
-those of the panel and stay, so it says nothing about other models. The interval of R² inverts the non-central F
-distribution (fixed covariates, normal errors: Steiger and Fouladi 1992): the population's ρ² = λ/(λ + n), λ such that
-the observed F is its 2.5 % or 97.5 % quantile. With few models and some covariates that interval is wide and starts at
-0, as it should: the null expectation of R² is p/(n − 1).
+The share η² is that of a panel of this design. Its interval resamples prompts inside their categories, all models of
+a prompt together; the models are those of the panel and stay, so it says nothing about other models. Resampled prompts
+repeat, which by itself raises the share of the categories, so the draws are moved as a whole to the observed share.
+
+The interval of R² inverts the non-central F distribution (fixed covariates, normal errors: Steiger and Fouladi 1992):
+the population's ρ² = λ/(λ + n), λ such that the observed F is its 2.5 % or 97.5 % quantile. With few models and some
+covariates that interval is wide and starts at 0, as it should: the null expectation of R² is p/(n − 1).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _FEWEST = 3
 _PERMUTATIONS = 99
 
 
-def variance(part: VarianceShare, sides: Sides) -> list[Estimate]:
+def variance(part: VarianceShare, sides: Sides, k: int = 1) -> list[Estimate]:
     """Return η² of a factor over models × categories × prompts."""
     label = part.label or f"η² {part.factor}"
     frames = []
@@ -50,13 +52,14 @@ def variance(part: VarianceShare, sides: Sides) -> list[Estimate]:
 
     def ends(confidence: float) -> tuple[float, float, float, int, str | None]:
         known = draws[np.isfinite(draws)]
+        known = known - (known.mean() - value) if len(known) else known
         if not len(known) or not math.isfinite(value):
             return value, math.nan, math.nan, len(set(names)), "zero-denominator"
         tail = (1 - confidence) / 2
         low, high = np.quantile(known, [tail, 1 - tail])
-        return value, float(low), float(high), whole["prompt_id"].nunique(), None
+        return value, max(float(low), 0.0), min(float(high), 1.0), whole["prompt_id"].nunique(), None
 
-    return [estimate_of(ends, label)]
+    return [estimate_of(ends, label, k)]
 
 
 def _share(rows: pd.DataFrame, factor: str) -> float:
@@ -96,16 +99,19 @@ def _balanced(y: np.ndarray, sizes: Sequence[int], factor: str) -> float:
     return {"model": model, "category": float(category), "rest": float(1 - model - category)}[factor]
 
 
-def skeleton(part: Skeleton, sides: Sides) -> list[Estimate]:
+def skeleton(part: Skeleton, sides: Sides, k: int = 1) -> list[Estimate]:
     """Return R² of model means on the skeleton's covariates."""
     label = part.label or "R² on the skeleton"
     chosen = [s for found in sides.values() for s in found]
     values = [clusters(s, Term(where=part.where), part.table, part.value, "prompt_id", {}) for s in chosen]
-    names = [f"{i}" for i, v in enumerate(values) for _ in range(len(v))]
+    shared = pd.concat(values, axis=1, join="inner").dropna()  # else a missing prompt would move a model
+    if not len(shared):
+        return [nothing("no prompt that every side has", label)]
+    names = [f"{i}" for i in range(len(values)) for _ in range(len(shared))]
     covariates: dict[str, Mapping[Any, Any]] = {
         str(c): {f"{i}": _covariate(s, c) for i, s in enumerate(chosen)} for c in part.covariates
     }
-    found = skeleton_r2(pd.concat(values).to_numpy(), names, covariates, n_permutations=_PERMUTATIONS, seed=_SEED)
+    found = skeleton_r2(shared.to_numpy().T.ravel(), names, covariates, n_permutations=_PERMUTATIONS, seed=_SEED)
     if not math.isfinite(found.r2):
         return [nothing(found.reason or "missing", label)]
     r2, n, p = found.r2, found.n, found.p
@@ -113,7 +119,7 @@ def skeleton(part: Skeleton, sides: Sides) -> list[Estimate]:
     def ends(confidence: float) -> tuple[float, float, float, int, str | None]:
         return (r2, *r2_interval(r2, n, p, confidence), n, None)
 
-    return [estimate_of(ends, label)]
+    return [estimate_of(ends, label, k)]
 
 
 def r2_interval(r2: float, n: int, p: int, confidence: float = 0.95) -> tuple[float, float]:

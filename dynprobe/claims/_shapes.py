@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
+from scipy.special import ndtri
 
 from dynprobe.claims._doses import nonlinearity, ratio, threshold
 from dynprobe.claims._intervals import N_BOOT, SEED, Sides, estimate_of, mean_of, nothing, one
@@ -28,7 +29,7 @@ from dynprobe.claims._parts import (
 )
 from dynprobe.claims._populations import skeleton, variance
 from dynprobe.claims._sides import Side, clusters
-from dynprobe.claims._verdict import Estimate, Finding, Verdict, judge, verdict_of
+from dynprobe.claims._verdict import Estimate, Finding, Verdict, confidence_of, judge, verdict_of
 from dynprobe.metrics.statistics import (
     dissociation,
     proportion_interval,
@@ -53,7 +54,7 @@ def analyse(claim: Any, sides: Sequence[Side]) -> Verdict:
         by_role.setdefault(side.role, []).append(side)
     findings = []
     for part in claim.parts:
-        for estimate in _SHAPES[part.shape](part, by_role):
+        for estimate in _SHAPES[part.shape](part, by_role, len(claim.parts)):
             outcome, reason = judge(estimate, part.prediction)
             p = part.prediction
             findings.append(Finding(part.metric, estimate, p.expect, p.margin, p.unit, outcome, reason))
@@ -69,7 +70,7 @@ def tables_of(part: Any) -> tuple[str, ...]:
     return (getattr(part, "table", "samples"),)
 
 
-def _contrast(part: Contrast, sides: Sides) -> list[Estimate]:
+def _contrast(part: Contrast, sides: Sides, k: int = 1) -> list[Estimate]:
     judges = {role: found[0] for role, found in sides.items()}
     columns, kept = [], None
     for term in part.terms:
@@ -78,7 +79,8 @@ def _contrast(part: Contrast, sides: Sides) -> list[Estimate]:
         if part.acted is not None and term.weight > 0 and part.acted in side.rows(part.table, {}):
             acted = clusters(side, term, part.table, part.acted, part.cluster, judges)
             kept = set(acted.index[acted > 0]) if kept is None else kept & set(acted.index[acted > 0])
-    if part.metric == "output.nll/1" and not _same_tokens([one(sides, t.role) for t in part.terms]):
+    roles = [role for t in part.terms for role in (t.role, *(t.keep or ())[:1])]  # a judge's positions count too
+    if part.metric == "output.nll/1" and not _same_tokens([one(sides, role) for role in roles]):
         return [nothing("the models read the prompts as different tokens, so their losses do not compare", part.label)]
     together = pd.concat(columns, axis=1, join="inner")
     values = together.sum(axis=1, skipna=False)
@@ -86,7 +88,7 @@ def _contrast(part: Contrast, sides: Sides) -> list[Estimate]:
         values = values[values.index.isin(kept)]
         if not len(values):
             return [nothing(f"{part.acted} is 0 everywhere: nothing acted", part.label)]
-    return [mean_of(values, part.label)]
+    return [mean_of(values, part.label, k)]
 
 
 def _same_tokens(sides: Sequence[Side]) -> bool:
@@ -97,7 +99,7 @@ def _same_tokens(sides: Sequence[Side]) -> bool:
     return all(bool((p.iloc[:, 0] == p.iloc[:, 1]).all()) for p in pairs)
 
 
-def _steps(part: Steps, sides: Sides) -> list[Estimate]:
+def _steps(part: Steps, sides: Sides, k: int = 1) -> list[Estimate]:
     side = one(sides, part.role)
     frame = side.rows(part.table, part.where, (part.value, part.over, part.cluster))
     levels = pd.to_numeric(frame[part.over], errors="coerce")
@@ -107,12 +109,12 @@ def _steps(part: Steps, sides: Sides) -> list[Estimate]:
     if len(names) < 2:
         return [nothing(f"{part.over} has fewer than two values", part.label)]
     return [
-        mean_of((table[b] - table[a]).dropna(), f"{part.over} {a:g} → {b:g}", len(names) - 1)
+        mean_of((table[b] - table[a]).dropna(), f"{part.over} {a:g} → {b:g}", k * (len(names) - 1))
         for a, b in itertools.pairwise(names)
     ]
 
 
-def _share(part: Share, sides: Sides) -> list[Estimate]:
+def _share(part: Share, sides: Sides, k: int = 1) -> list[Estimate]:
     side = one(sides, part.role)
     column = part.holds[0]
     frame = side.rows(part.table, part.where, (column, part.cluster))
@@ -131,8 +133,8 @@ def _share(part: Share, sides: Sides) -> list[Estimate]:
             p = proportion_interval(int(per.sum()), len(per), confidence=confidence, method="exact")
             return p.value, p.low, p.high, p.n, p.reason
 
-        return [estimate_of(ends, part.label)] if len(per) else [nothing("empty", part.label)]
-    return [mean_of(per, part.label)]
+        return [estimate_of(ends, part.label, k)] if len(per) else [nothing("empty", part.label)]
+    return [mean_of(per, part.label, k)]
 
 
 def _holds(column: pd.Series, condition: tuple[str, str, Any]) -> pd.Series:
@@ -146,7 +148,7 @@ def _holds(column: pd.Series, condition: tuple[str, str, Any]) -> pd.Series:
     return same if how == "==" else ~same
 
 
-def _correlation(part: Correlation, sides: Sides) -> list[Estimate]:
+def _correlation(part: Correlation, sides: Sides, k: int = 1) -> list[Estimate]:
     chosen = [s for found in sides.values() for s in found] if part.by_model else [one(sides, part.role)]
     xs: list[float] = []
     ys: list[float] = []
@@ -165,7 +167,7 @@ def _correlation(part: Correlation, sides: Sides) -> list[Estimate]:
         r = spearman_interval(xs, ys, [str(i) for i in range(len(xs))], confidence=confidence, n_boot=N_BOOT, seed=SEED)
         return r.value, r.low, r.high, r.n, r.reason or r.reason_interval
 
-    return [estimate_of(ends, part.label or f"ρ({part.x}, {part.y})")]
+    return [estimate_of(ends, part.label or f"ρ({part.x}, {part.y})", k)]
 
 
 def _against(side: Side, part: Correlation, column: str) -> pd.Series:
@@ -175,7 +177,7 @@ def _against(side: Side, part: Correlation, column: str) -> pd.Series:
     return here - clusters(side, Term(where=part.minus), part.table, column, part.cluster, {})
 
 
-def _dissociation(part: Dissociation, sides: Sides) -> list[Estimate]:
+def _dissociation(part: Dissociation, sides: Sides, k: int = 1) -> list[Estimate]:
     side = one(sides, part.role)
     words = side.rows("samples", {"arm": "recovered"}, ("controller", "alpha"))
     detector = words[words["controller"].astype(str).str.contains("(detector)", regex=False)]
@@ -199,7 +201,10 @@ def _dissociation(part: Dissociation, sides: Sides) -> list[Estimate]:
     f = d.dynamic if part.of == "dynamic" else d.semantic
     inner = d.tost if part.of == "semantic" else (f.low, f.high)
     reason = f.reason or f.reason_interval or d.reason
-    return [Estimate(f.value, f.low, f.high, inner, (f.low, f.high), d.n, part.label or f"RF_{part.of}", reason)]
+    # The joint bootstrap gives 95 %; for more numbers its ends move out as those of a normal number would.
+    wider = float(ndtri(1 - (1 - confidence_of(k)) / 2) / ndtri(0.975))
+    outer = (f.value - wider * (f.value - f.low), f.value + wider * (f.high - f.value))
+    return [Estimate(f.value, f.low, f.high, inner, outer, d.n, part.label or f"RF_{part.of}", reason)]
 
 
 def _chance(side: Side) -> float | None:
@@ -208,7 +213,7 @@ def _chance(side: Side) -> float | None:
     return float((1 / side.tables["items"]["n_choices"].astype(float)).mean())
 
 
-_SHAPES: dict[str, Callable[[Any, Sides], list[Estimate]]] = {
+_SHAPES: dict[str, Callable[[Any, Sides, int], list[Estimate]]] = {
     "contrast": _contrast,
     "steps": _steps,
     "ratio": ratio,

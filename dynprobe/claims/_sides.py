@@ -23,6 +23,7 @@ from dynprobe.runs import Run
 __all__ = ["Side", "clusters", "side_of"]
 
 _OF_SAMPLES = ("prompt_id", "condition_id", "category")
+_NOT_AS_ASKED = ("not-written", "isokl-unreached")
 
 
 @dataclass(eq=False)
@@ -85,16 +86,30 @@ def side_of(role: str, run: Run, tables: Sequence[str]) -> Side:
     """
     if run.status != "complete":
         raise RunFolderError(f"{run.path} is {run.status}; a claim is tested on whole runs. The same command ends it.")
+    from dynprobe.protocols._summary import without_remarks
+
     frames = {}
     for table in dict.fromkeys((*tables, "samples", "conditions", "prompts")):
-        frame = run.table(table)
+        frame = without_remarks(run.table(table))
         if len(frame) or table in tables:
             frames[table] = frame.astype({c: object for c in frame if isinstance(frame[c].dtype, pd.CategoricalDtype)})
+    if "samples" in frames:
+        frames["samples"] = _as_asked(frames["samples"])
     known = run.manifest.model
     model: Mapping[str, Any] = known if isinstance(known, dict) else {}
     layers = (model.get("structure") or {}).get("n_layers")
     facts = {"n_layers": _number(layers), "n_parameters": _number(model.get("n_parameters"))}
     return Side(role, str(model.get("display_name") or model.get("model_id") or run.manifest.model_name), frames, facts)
+
+
+def _as_asked(samples: pd.DataFrame) -> pd.DataFrame:
+    """Leave out samples whose push could not be written, and the label of a regime that has no ratio."""
+    if "status" in samples:
+        samples = samples[~samples["status"].isin(_NOT_AS_ASKED)]
+    if "limen_regime" in samples:
+        labels = samples["limen_regime"].astype(object)
+        samples = samples.assign(limen_regime=labels.where(labels != "UNDEFINED"))
+    return samples
 
 
 def clusters(side: Side, term: Term, table: str, value: str, cluster: str, others: Mapping[str, Side]) -> pd.Series:

@@ -9,9 +9,9 @@ those claims are strict.
 ``within`` is equivalence: it survives where the 90 % interval lies inside (two one-sided tests at 5 %) and is falsified
 where the 95 % interval lies outside altogether. ``outside`` is its negation.
 
-A claim of several numbers (a monotone course is one number per step) survives where all do, which needs no correction
-(intersection–union), and is falsified where one is, with the confidence raised to 1 − 0.05/k (Bonferroni): among many
-steps one misses by chance.
+A claim of several numbers (a monotone course is one number per step, and a claim may have several parts) survives where
+all do, which needs no correction (intersection–union), and is falsified where one is, with the confidence raised to
+1 − 0.05/k (Bonferroni): among many steps one misses by chance. A part of m steps among n parts has k = m·n.
 """
 
 from __future__ import annotations

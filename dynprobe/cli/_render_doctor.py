@@ -58,6 +58,8 @@ def left(found: Examination) -> str:
         return f"{many} are left, which no repair can mend; make the run again with another --out"
     if found.busy:
         return f"{many}; a process writes it: look again when that has ended"
+    if not found.repairable and found.manifest is not None and found.manifest.imported:
+        return f"{many}, a run that was imported: remove that folder and import it again with dynprobe import"
     if not found.repairable:
         what = "; what can be mended is, with: " if any(d.remedy for d in found.damages) else ""
         return f"{many}, not all of which can be repaired{what}" + (

@@ -65,7 +65,7 @@ def _within(norm: torch.Tensor) -> bool:
     if not norm.numel():
         return True
     low, high = torch.aminmax(norm)  # NaN where there is one, which is not within
-    return _LOW < float(low) and float(high) < _HIGH
+    return float(low) > _LOW and float(high) < _HIGH
 
 
 def stacked(states: Any, name: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:

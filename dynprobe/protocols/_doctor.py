@@ -140,8 +140,8 @@ def _examine(path: Path) -> Examination:
 def _calibration(found: Examination) -> Iterator[Damage]:
     """The calibration that a run used lies beside its tables, under its hash."""
     name = None if found.manifest is None else found.manifest.calibration_hash
-    if not isinstance(name, str):
-        return
+    if not isinstance(name, str) or (found.manifest is not None and found.manifest.imported):
+        return  # an export carries the hash of the calibration, not the calibration
     place, again = f"calibration/{name}", "take it out; the same command puts it there again"
     if not (found.path / place).is_dir():
         yield Damage("calibration", place, "it is missing", again)

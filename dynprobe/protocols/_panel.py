@@ -10,40 +10,19 @@ rest goes on; its cells are tried again by the next call.
 
 from __future__ import annotations
 
-import datetime as dt
-import errno
-import gc
-import hashlib
-import json
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dynprobe import __version__
-from dynprobe.errors import DynprobeError, InterruptedRunError, RunFolderError, UsageError
-from dynprobe.probes import load as load_subject
-from dynprobe.prompts import content_hash
+from dynprobe.errors import DynprobeError, UsageError
 from dynprobe.protocols._execute import Listener, Progress
-from dynprobe.protocols._iterate import iterate
-from dynprobe.protocols._model_skeleton import skeleton_of
-from dynprobe.protocols._panel_cells import Cell, cells_of, prompts_of
-from dynprobe.protocols._panel_config import PanelConfig, PanelModelEntry, check_settings, read_panel
-from dynprobe.protocols._panel_tables import write_tables
+from dynprobe.protocols._panel_config import PanelConfig, PanelModelEntry, read_panel
+from dynprobe.protocols._panel_work import PanelWork, as_model, cells_by_key, release
 from dynprobe.protocols._prepare import Held
-from dynprobe.protocols._run import plan, run
-from dynprobe.runs import identity
-from dynprobe.runs._atomic import sync_folder, write_bytes, writing
-from dynprobe.runs._json import dumps
-from dynprobe.runs._lock import FolderLock
-from dynprobe.runs._panel_folder import PANEL_NAME, PANEL_SCHEMA, Panel, open_panel
+from dynprobe.protocols._run import plan
+from dynprobe.runs._panel_folder import PANEL_NAME, Panel, open_panel
 
 __all__ = ["panel", "plan_panel"]
-
-_SAVED = "panel.yaml"
 
 
 def panel(
@@ -72,7 +51,7 @@ def panel(
         ('complete', 4, 6)
     """
     config, folder = _design(design, settings)
-    work = _Work(config, folder, listener if listener is not None else _nobody)
+    work = PanelWork(config, folder, listener if listener is not None else _nobody)
     return work.done() or work.carry_out()
 
 
@@ -90,9 +69,9 @@ def plan_panel(
         Totals, one row per model, and the models that could not be looked at.
     """
     config, folder = _design(design, settings)
-    work = _Work(config, folder, _nobody)
-    finished = {k for k, c in _cells(work.found()).items() if c["state"] == "done"}
-    rows = [work.cost(entry, finished, measure) for entry in config.models]
+    work = PanelWork(config, folder, _nobody)
+    finished = {k for k, c in cells_by_key(work.found()).items() if c["state"] == "done"}
+    rows = [_cost(work, entry, finished, measure) for entry in config.models]
     known = [row for row in rows if row["reason"] is None]
     totals = {k: sum(row[k] for row in known) for k in ("samples", "forward_tokens", "metric_bytes")}
     seconds = [row["seconds"] for row in known]
@@ -123,295 +102,38 @@ def _design(design: str | Path | PanelConfig | None, settings: Mapping[str, Any]
     return (PanelConfig.build({**config.model_dump(), **settings}) if settings else config), folder
 
 
-class _Work:
-    """A panel at work: its design, its folder and the record of its cells."""
-
-    def __init__(self, config: PanelConfig, folder: Path | None, tell: Listener) -> None:
-        check_settings(config)
-        self.config, self.tell = config, tell
-        self.prompts = prompts_of(config)
-        self.cells, self.copies = cells_of(config)
-        self.ident = identity(
-            {**config.identity(), "protocol": f"panel-{config.protocol}"}, [content_hash(self.prompts)], "panel"
-        )
-        out = Path(config.out)
-        self.folder = folder or (out if (out / PANEL_NAME).is_file() else _find(out, self.ident))
-        if self.folder is not None and open_panel(self.folder).manifest["id8"] != self.ident:
-            raise RunFolderError(
-                f"{self.folder} holds another panel (id {open_panel(self.folder).manifest['id8']}; what was asked has "
-                f"the id {self.ident}). Choose another folder with --out FOLDER."
-            )
-        self.record: dict[str, Any] = {}
-
-    def found(self) -> dict[str, Any]:
-        """What lies there already."""
-        return {} if self.folder is None else open_panel(self.folder).manifest
-
-    def done(self) -> Panel | None:
-        """The panel where it is finished, with every run and table in place."""
-        if self.folder is None:
-            return None
-        there = open_panel(self.folder)
-        whole = there.status == "complete" and there.summary and "variance" in there.tables
-        if not whole or not all(self._stands(cell) for cell in there.manifest["cells"]):
-            return None
-        self.tell(Progress("done", notes=(f"already done: {there.path}",)))
-        return there
-
-    def carry_out(self) -> Panel:
-        """Run the cells that are left, then the tables."""
-        folder = self._begin()
-        lock = FolderLock(folder)
-        with writing(folder, "the lock file"):
-            lock.acquire()
-        try:
-            self._load_record(folder)
-            for entry in self.config.models:
-                self._model(folder, entry)
-            self._finish(folder)
-        except (KeyboardInterrupt, InterruptedRunError) as stop:
-            self._save(folder, status="interrupted")
-            raise InterruptedRunError(f"interrupted; the same command continues {folder}") from stop
-        finally:
-            lock.release()
-        return open_panel(folder)
-
-    def cost(self, entry: PanelModelEntry, finished: set[str], measure: bool) -> dict[str, Any]:
-        """What the cells of one model that are left would cost."""
-        own = [cell for cell in self.cells if cell.model == entry.name and cell.key not in finished]
-        row: dict[str, Any] = {
-            "model": entry.name, "cells": len(own), "samples": 0, "forward_tokens": 0, "metric_bytes": 0,
-            "memory_bytes": 0, "seconds": 0.0, "reason": None,
-        }  # fmt: skip
-        if not own:
-            return row
-        estimates: dict[tuple[int, bool], Any] = {}
-        held: Held | None = None
-        try:
-            held = self._load(entry)
-            for cell in own:
-                kind = (cell.max_new_tokens, cell.alpha > 0)
-                if kind not in estimates:
-                    asked = {k: v for k, v in cell.settings(self.config).items() if k != "iterations"}
-                    texts = {"max_new_tokens": 0} if self.config.protocol == "iterate" else {}
-                    estimates[kind] = plan(_any(held), self.prompts, measure=measure, **{**asked, **texts})
-                cost = estimates[kind]
-                times = max(len(self.config.iterations), 1)
-                for key in ("samples", "forward_tokens", "metric_bytes"):
-                    row[key] += getattr(cost, key) * times
-                row["memory_bytes"] = max(row["memory_bytes"], cost.memory_bytes)
-                row["seconds"] = None if cost.seconds is None else row["seconds"] + cost.seconds * times
-        except DynprobeError as error:
-            row["reason"] = str(error)
-        finally:
-            del held
-            _release()
+def _cost(work: PanelWork, entry: PanelModelEntry, finished: set[str], measure: bool) -> dict[str, Any]:
+    """What the cells of one model that are left would cost."""
+    own = [cell for cell in work.cells if cell.model == entry.name and cell.key not in finished]
+    row: dict[str, Any] = {
+        "model": entry.name, "cells": len(own), "samples": 0, "forward_tokens": 0, "metric_bytes": 0,
+        "memory_bytes": 0, "seconds": 0.0, "reason": None,
+    }  # fmt: skip
+    if not own:
         return row
-
-    def _begin(self) -> Path:
-        """The folder, made where it is not there yet."""
-        if self.folder is None:
-            out = Path(self.config.out)
-            if out.is_file():
-                raise RunFolderError(f"--out {out} is a file; name a folder")
-            self.folder = out / f"{_now():%Y-%m-%dT%H-%M-%S}_panel_{self.ident}"
-            with writing(out, "the folder of the panel"):
-                (self.folder / "runs").mkdir(parents=True)
-            entries = [entry.model_dump(mode="json") for entry in self.config.models]
-            self.record = {
-                "schema_version": PANEL_SCHEMA, "id8": self.ident, "status": "running", "created": _stamp(),
-                "versions": {"dynprobe": __version__, "torch": torch.__version__},
-                "command": ["dynprobe", *sys.argv[1:]] if Path(sys.argv[0]).name == "dynprobe" else None,
-                "config": self.config.model_dump(mode="json"), "copies_left_out": self.copies,
-                "prompts": {
-                    "n": len(self.prompts), "hash": content_hash(self.prompts),
-                    "categories": sorted({str(p.category) for p in self.prompts}),
-                },
-                "models": [{**entry, "name": m.name} for entry, m in zip(entries, self.config.models, strict=True)],
-                "cells": [
-                    {"key": c.key, **vars(c), "state": "planned", "run": None, "id8": None, "manifest_sha256": None,
-                     "seconds": None, "error": None}
-                    for c in self.cells
-                ],
-            }  # fmt: skip
-            self._save(self.folder)
-        return self.folder
-
-    def _load_record(self, folder: Path) -> None:
-        self.record = open_panel(folder).manifest
-        began = self.record["versions"].get("dynprobe")
-        if began != __version__ and not self.config.force:
-            raise RunFolderError(
-                f"{folder} was begun by dynprobe {began}, and this is {__version__}: its numbers may differ. Add "
-                "--force to continue all the same, or choose another folder with --out FOLDER."
-            )
-        for cell in self.record["cells"]:
-            if cell["state"] != "done" or not self._stands(cell):
-                cell |= {"state": "planned", "error": None}
-        self._save(folder, status="running")
-
-    def _stands(self, cell: Mapping[str, Any]) -> bool:
-        """Whether the run of a cell is there as it was when the cell was done."""
-        if cell["state"] != "done" or self.folder is None:
-            return False
-        file = self.folder / str(cell["run"]) / "manifest.json"
-        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == cell["manifest_sha256"]
-
-    def _load(self, entry: PanelModelEntry) -> Held:
-        keys = ("dtype", "device", "device_map", "trust_remote_code", "allow_bin")
-        asked = {key: self.config.settings[key] for key in keys if key in self.config.settings}
-        return Held(entry.model, load_subject(entry.model, revision=entry.revision, **{"dtype": "float32", **asked}))
-
-    def _model(self, folder: Path, entry: PanelModelEntry) -> None:
-        """Run the cells of one model that are left; it is in memory no longer than this call."""
-        records = _cells(self.record)
-        own = [cell for cell in self.cells if cell.model == entry.name and records[cell.key]["state"] != "done"]
-        if not own:
-            return
-        self.tell(Progress(f"loading {entry.name}", len(self.cells) - len(own), len(self.cells)))
-        held: Held | None = None
-        try:
-            held = self._load(entry)
-            self._describe(entry, held)
-        except Exception as error:
-            _refuse_to_go_on(error)
-            for cell in own:
-                records[cell.key] |= {"state": "failed", "error": _said(error)}
-            self._save(folder)
-        else:
-            for cell in own:
-                self._cell(folder, cell, held, entry, records[cell.key])
-        finally:
-            del held
-            _release()
-
-    def _describe(self, entry: PanelModelEntry, held: Held) -> None:
-        """Record what the model is; other weights than before are refused."""
-        facts = held.subject.facts
-        row = next(row for row in self.record["models"] if row["name"] == entry.name)
-        weights = facts.get("weights_hash")
-        if row.get("weights") not in (None, weights) and any(
-            c["model"] == entry.name and c["state"] == "done" for c in self.record["cells"]
-        ):
-            raise UsageError(
-                f"{entry.name} has other weights than when its first cells were run ({weights} against "
-                f"{row['weights']}); take another folder with --out FOLDER, or the weights of then"
-            )
-        skeleton = {**skeleton_of(held.subject), **entry.covariates}
-        family = entry.family or facts.get("model_type") or type(held.subject.model).__name__
-        row |= {
-            "weights": weights,
-            "family": str(family),
-            "skeleton": skeleton,
-            "parameters": facts.get("n_parameters"),
-        }
-
-    def _cell(self, folder: Path, cell: Cell, held: Held, entry: PanelModelEntry, record: dict[str, Any]) -> None:
-        done = sum(c["state"] != "planned" for c in self.record["cells"])
-        self.tell(Progress(f"{done + 1} of {len(self.cells)} · {_in_words(cell)}", done, len(self.cells)))
-        asked = {**cell.settings(self.config), "out": str(folder / "runs"), "force": self.config.force}
-        begun = time.perf_counter()
-        protocol: Callable[..., Any] = iterate if self.config.protocol == "iterate" else run
-        try:
-            found = protocol(_any(held), self.prompts, revision=entry.revision, **asked)
-        except Exception as error:
-            if isinstance(error, InterruptedRunError):
-                raise
-            _refuse_to_go_on(error)
-            record |= {"state": "failed", "error": _said(error)}
-        else:
-            manifest = found.path / "manifest.json"
-            record |= {
-                "state": "done", "run": f"runs/{found.path.name}", "id8": found.manifest.id8, "error": None,
-                "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
-                "seconds": round(time.perf_counter() - begun, 3),
-            }  # fmt: skip
-        self._save(folder)
-
-    def _finish(self, folder: Path) -> None:
-        self.tell(Progress("tables", len(self.cells), len(self.cells)))
-        failed = sum(cell["state"] == "failed" for cell in self.record["cells"])
-        there = Panel(folder, self.record)
-        summary = write_tables(there, self.config)
-        write_bytes(folder / "summary.json", (dumps(summary, indent=1) + "\n").encode())
-        write_bytes(folder / "README.md", _card(there, summary).encode())
-        self._save(folder, status="partial" if failed else "complete")
-        notes = (f"{failed} of {len(self.cells)} cells failed",) if failed else ()
-        self.tell(Progress("done", len(self.cells), len(self.cells), notes=notes))
-
-    def _save(self, folder: Path, **fields: Any) -> None:
-        self.record |= {**fields, "updated": _stamp()}
-        with writing(folder, PANEL_NAME):
-            write_bytes(folder / PANEL_NAME, (dumps(self.record, indent=1) + "\n").encode())
-            sync_folder(folder)
-
-
-def _cells(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {str(cell["key"]): cell for cell in record.get("cells", ())}
-
-
-def _find(out: Path, ident: str) -> Path | None:
-    """The panel of this identity under a folder: a complete one first, else the newest."""
-    found = []
-    for file in sorted(out.glob(f"*/{PANEL_NAME}")) if out.is_dir() else ():
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # damaged: no panel that could be continued
-            continue
-        if isinstance(content, dict) and content.get("id8") == ident:
-            found.append((content.get("status") == "complete", str(content.get("created")), file.parent))
-    return max(found)[2] if found else None
-
-
-def _release() -> None:
-    """Give the memory of a model back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _refuse_to_go_on(error: Exception) -> None:
-    """A full disk fails every cell that follows: stop there."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise error
-        cause = cause.__cause__
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, DynprobeError) else f"{type(error).__name__}: {error}"
-
-
-def _in_words(cell: Cell) -> str:
-    return f"{cell.model} · seed {cell.seed} · T {cell.temperature:g} · {cell.max_new_tokens} tokens · α {cell.alpha:g}"
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now().astimezone()
-
-
-def _stamp() -> str:
-    return _now().isoformat(timespec="seconds")
-
-
-def _any(held: Held) -> Any:
-    """What the protocols take beside their public types."""
-    return held
+    estimates: dict[tuple[int, bool], Any] = {}
+    held: Held | None = None
+    try:
+        held = work.load(entry)
+        for cell in own:
+            kind = (cell.max_new_tokens, cell.alpha > 0)
+            if kind not in estimates:
+                asked = {k: v for k, v in cell.settings(work.config).items() if k != "iterations"}
+                texts = {"max_new_tokens": 0} if work.config.protocol == "iterate" else {}
+                estimates[kind] = plan(as_model(held), work.prompts, measure=measure, **{**asked, **texts})
+            cost = estimates[kind]
+            times = max(len(work.config.iterations), 1)
+            for key in ("samples", "forward_tokens", "metric_bytes"):
+                row[key] += getattr(cost, key) * times
+            row["memory_bytes"] = max(row["memory_bytes"], cost.memory_bytes)
+            row["seconds"] = None if cost.seconds is None else row["seconds"] + cost.seconds * times
+    except DynprobeError as error:
+        row["reason"] = str(error)
+    finally:
+        del held
+        release()
+    return row
 
 
 def _nobody(_: Progress) -> None:
     """Listen to nothing."""
-
-
-def _card(found: Panel, summary: Mapping[str, Any]) -> str:
-    cells = found.cells["state"].value_counts()
-    lines = [
-        f"# Panel {found.manifest['id8']}", "",
-        f"{len(found.manifest['models'])} models, {found.manifest['prompts']['n']} prompts, "
-        + ", ".join(f"{n} cells {state}" for state, n in cells.items()) + ".", "",
-        "```python", "from dynprobe.runs import open_panel", f"panel = open_panel({found.path.name!r})",
-        'panel.table("variance")', "```", "", "Continue it with: `dynprobe panel FOLDER`.", "",
-    ]  # fmt: skip
-    lines += [f"- {text}" for text in summary.get("warnings", ())]
-    return "\n".join(lines) + "\n"

@@ -179,7 +179,7 @@ class PanelConfig(BaseModel):
                 raise UsageError(f"{_at(file, lines, place)}{key}: {said}") from error
             if first["type"] == "missing":
                 raise UsageError(
-                    f"{_at(file, lines, place[:-1])}{key} is missing; type {_EXAMPLE[place[-1]]}"
+                    f"{_at(file, lines, place[:-1])}{key} is missing; type {_EXAMPLE[str(place[-1])]}"
                 ) from error
             found = first["input"]
             raise UsageError(f"{_at(file, lines, place)}{key}: {said}; found {found!r}") from error

@@ -188,10 +188,10 @@ def _warnings(
         )
     if len(variance):
         some = frames["observations"].groupby("model", observed=True)[_decomposed(config, frames)].count()
-        lacking = {m: [str(name) for name in some.index[some[m] == 0]] for m in some if (some[m] == 0).any()}
-        for names in dict.fromkeys(tuple(v) for v in lacking.values()):
-            without = [m for m, v in lacking.items() if tuple(v) == names]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lacking = {str(m): tuple(str(v) for v in some.index[some[m] == 0]) for m in some if (some[m] == 0).any()}
+        for models in dict.fromkeys(lacking.values()):
+            without = [m for m, held in lacking.items() if held == models]
+            shown = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
             out.append(f"{shown} have no {', '.join(without)}; tables of these are over the other models")
         copies = variance[(variance["copies"] > 0) & (variance["term"] == "model")]
         if len(copies):
@@ -224,7 +224,7 @@ def _warnings(
             )
         twins = skeleton[skeleton["n_skeletons"] < skeleton["n_models"]]
         if len(twins):
-            most = twins.loc[twins["n_models"].idxmax()]
+            most = twins.sort_values("n_models", ascending=False, kind="stable").iloc[0]
             out.append(
                 f"{int(most['n_models'])} models have {int(most['n_skeletons'])} different "
                 "skeletons; models of one skeleton are no independent evidence about it"

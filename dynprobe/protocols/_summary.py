@@ -73,7 +73,7 @@ def without_remarks(rows: pd.DataFrame) -> pd.DataFrame:
     texts = rows["reasons"].dropna() if "reasons" in rows else pd.Series(dtype=object)
     remarked: dict[str, list[Any]] = {}
     for index, text in texts.items():
-        for name in json.loads(text):
+        for name in json.loads(text) if isinstance(text, str) else text:
             if name in rows and pd.api.types.is_numeric_dtype(rows[name]):
                 remarked.setdefault(name, []).append(index)
     if not remarked:

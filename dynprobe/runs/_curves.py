@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dynprobe.runs._run import Run
 
 __all__ = [
-    "INTERVAL", "ITERATED", "accuracy_numbers", "curve", "iteration_numbers", "main_track", "perturbed_depth", "profile_numbers",  # noqa: E501
-    "regime_numbers", "shown_conditions",
+    "INTERVAL", "ITERATED", "accuracy_numbers", "curve", "iteration_numbers", "main_track", "perturbed_depth",
+    "profile_numbers", "regime_numbers", "shown_conditions",
 ]  # fmt: skip
 
 #: How the intervals of all curves are said.
@@ -122,8 +122,8 @@ def profile_numbers(run: Run, columns: Sequence[str], conditions: Sequence[str])
     rows = _labelled(run, "profiles", ["depth", *columns], conditions)
     frames = []
     for column in columns:
-        tables = {
-            c: own.pivot_table(index="prompt_id", columns="depth", values=column, aggfunc="mean")
+        tables: dict[str, pd.DataFrame] = {
+            str(c): own.pivot_table(index="prompt_id", columns="depth", values=column, aggfunc="mean")
             for c, own in rows.groupby("condition_id")
         }
         clean = next((c for c in conditions if c == "clean" or c.startswith("clean.")), None)
@@ -131,7 +131,8 @@ def profile_numbers(run: Run, columns: Sequence[str], conditions: Sequence[str])
             if c not in tables or tables[c].empty:
                 continue
             frames.append(curve(tables[c]).assign(measure=column, condition=c))
-            if clean in tables and c != clean and c.endswith(".forced"):  # only a given text pairs token by token
+            # Only a given text pairs token by token.
+            if clean is not None and clean in tables and c != clean and c.endswith(".forced"):
                 paired = tables[c] - tables[clean]
                 frames.append(curve(paired).assign(measure=f"{column}_d", condition=c))
     if not frames:
@@ -188,11 +189,9 @@ def regime_numbers(run: Run, column: str = "limen_regime") -> pd.DataFrame:
         samples = samples[~remarked]
     rows = []
     order = run.conditions["condition_id"].astype(str)
-    counts = samples.groupby([samples["condition_id"].astype(str), samples[column].astype(str)]).size()
+    called = samples[samples[column].notna()].astype({"condition_id": str, column: str})
     for condition in order:
-        if condition not in counts.index.get_level_values(0):
-            continue
-        own = counts[condition].drop("nan", errors="ignore")
+        own = called.loc[called["condition_id"] == condition, column].value_counts(sort=False).sort_index()
         rows += [
             {"condition": condition, "regime": regime, "count": int(k), "share": k / own.sum(), "n": int(own.sum())}
             for regime, k in own.items()
@@ -215,8 +214,9 @@ def accuracy_numbers(run: Run) -> pd.DataFrame:
         raise RunFolderError(f"the items of {run.path} have no right and wrong")
     order = {str(c): i for i, c in enumerate(run.conditions["condition_id"])}
     rows: list[Mapping[str, Any]] = []
-    groups = items.astype({"task": str, "condition_id": str}).groupby(["task", "condition_id"], sort=False)
-    for (task, condition), own in sorted(groups, key=lambda g: (g[0][0], order.get(g[0][1], len(order)))):
+    items = items.astype({"task": str, "condition_id": str})
+    groups = {(str(t), str(c)): own for (t, c), own in items.groupby(["task", "condition_id"], sort=False)}
+    for (task, condition), own in sorted(groups.items(), key=lambda g: (g[0][0], order.get(g[0][1], len(order)))):
         answers = own["correct"].dropna().astype(bool)
         found = proportion_interval(int(answers.sum()), len(answers))
         rows.append(

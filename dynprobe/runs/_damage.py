@@ -8,6 +8,7 @@ can be done it says so. Looking changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from dynprobe.runs._damage_manifest import Found, find_manifest
 from dynprobe.runs._damage_report import Damage
 from dynprobe.runs._identity import identity
 from dynprobe.runs._lock import LOCK_NAME, is_held
-from dynprobe.runs._manifest import Manifest
+from dynprobe.runs._manifest import MANIFEST_NAME, Manifest
 from dynprobe.runs._run import looks_like_run
 from dynprobe.runs._tables import read_frame
 
-__all__ = ["Examination", "examine"]
+__all__ = ["Examination", "examine", "manifest_digest"]
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Examination:
         notes: What is worth knowing and no damage.
         done: What a repair did; empty before one.
         busy: Whether a living writer holds the folder.
+        digest: SHA-256 of ``manifest.json`` as it was looked at; None where it was not there. A repair compares it.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Examination:
     notes: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     busy: bool = False
+    digest: str | None = None
 
     @property
     def healthy(self) -> bool:
@@ -87,9 +90,10 @@ def examine(folder: str | Path) -> Examination:
     path = path.parent if path.name == "manifest.json" else path
     if not looks_like_run(path):
         raise RunFolderError(f"{path} is no run folder: it has no manifest.json and no table of a run.")
+    digest = manifest_digest(path)  # first: what a writer changes after this, a repair sees
     found = find_manifest(path)
     busy = is_held(path)
-    out = Examination(path, found.manifest, found.source, list(found.damages), list(found.notes), busy=busy)
+    out = Examination(path, found.manifest, found.source, list(found.damages), list(found.notes), [], busy, digest)
     if busy:
         out.notes.append("a living process writes this run: what is unfinished now may be whole in a moment")
     elif (path / LOCK_NAME).exists():
@@ -101,12 +105,24 @@ def examine(folder: str | Path) -> Examination:
     out.damages += _batches(found.manifest)
     out.damages += _texts(path, found)
     out.damages += _identity(path, found.manifest, {d.path for d in out.damages})
-    if found.manifest.status != "complete" and not busy:
+    if found.manifest.imported and found.manifest.status != "complete":
+        out.notes.append("the run was not complete when it was exported; continue it where it was made")
+    elif found.manifest.status != "complete" and not busy:
         out.notes.append("the run is not complete; the command that made it continues it")
     return out
 
 
+def manifest_digest(folder: Path) -> str | None:
+    """Return the SHA-256 of ``manifest.json``, or None where it cannot be read."""
+    try:
+        return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def _batches(manifest: Manifest) -> Iterator[Damage]:
+    if manifest.imported:  # its files are of no batch, and the conditions of some may have stayed behind
+        return
     plan = manifest.batch_plan
     if isinstance(plan, list) and manifest.status == "complete" and len(manifest.finished) < len(plan):
         missing = sorted(set(range(len(plan))) - set(manifest.finished))
@@ -127,7 +143,11 @@ def _texts(folder: Path, found: Found) -> Iterator[Damage]:
     again = "call the run interrupted, so that the same command writes it again"
     manifest = found.manifest
     assert manifest is not None
-    if manifest.status == "complete":
+    if manifest.imported:  # figures do not travel, and an empty summary is not written
+        why = _json_fault(folder / "summary.json") if (folder / "summary.json").exists() else ""
+        if why:
+            yield Damage("summary", "summary.json", f"{why}; import it again", "")
+    elif manifest.status == "complete":
         why = _json_fault(folder / "summary.json")
         if why:
             yield Damage("summary", "summary.json", why, again)
@@ -174,6 +194,8 @@ def _identity(folder: Path, manifest: Manifest, damaged: set[str]) -> Iterator[D
     """Recompute the id from what was hashed: settings, tokens of the prompts, weights."""
     settings = (manifest.model_extra or {}).get("identity")
     weights = manifest.weights.get("hash") if isinstance(manifest.weights, dict) else None
+    if manifest.partial:  # its id is made of the run's and of what was asked for
+        return
     if not isinstance(settings, dict) or not isinstance(weights, str) or "prompts.parquet" in damaged:
         return
     if not manifest.parts_of("prompts"):

@@ -35,7 +35,9 @@ def check_parts(folder: Path, manifest: Manifest, busy: bool = False) -> Iterato
         if not kind:
             kind, what = _layout(folder, part, layouts)
         if kind:
-            yield Damage(kind, part.path, what, _again(part), part.table, part.batch, part.rows)
+            what = f"{what}; import it again" if manifest.imported else what
+            remedy = "" if manifest.imported else _again(part)
+            yield Damage(kind, part.path, what, remedy, part.table, part.batch, part.rows)
 
 
 def _fault(folder: Path, part: Part, busy: bool) -> tuple[str, str]:

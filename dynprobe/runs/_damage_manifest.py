@@ -135,6 +135,8 @@ def _salvaged(folder: Path, text: str) -> Manifest | None:
         return None
     if not isinstance(content, dict):
         return None
+    if content.get("imported_from"):  # names of imported files say nothing of batches; importing again is sure
+        return None
     seal = content.get("seal")
     parts = _lines(text[start + len(_PARTS) :])
     known = {part["path"] for part in parts}

@@ -21,7 +21,7 @@ import pandas as pd
 from dynprobe.runs._diff_align import align
 from dynprobe.runs._diff_cells import LABELS, cells_of
 from dynprobe.runs._diff_floor import floor_of
-from dynprobe.runs._diff_found import APART, EQUAL, WITHIN, Difference, place
+from dynprobe.runs._diff_found import APART, EQUAL, NOTHING, WITHIN, Difference, place
 from dynprobe.runs._diff_head import heads_of
 from dynprobe.runs._identity import NOT_IDENTITY
 from dynprobe.runs._manifest import Manifest
@@ -80,8 +80,8 @@ def diff(
     left, right = (one if isinstance(one, Run) else open_run(one) for one in (a, b))
     noise = floor_of(left.manifest, right.manifest, floor)
     found = align(left, right, _listed(condition), _listed(prompt))
-    made, basis = cells_of(left, right, found.samples)
-    warnings = [*found.warnings, *_status(left, "A"), *_status(right, "B")]
+    made, basis, alone = cells_of(left, right, found.samples)
+    warnings = [*found.warnings, *_status(left, "A"), *_status(right, "B"), *_lone(basis, alone)]
     if track is not None:
         made = _on_track(made, track)
     cells = _cells(found.samples, made, noise)
@@ -89,6 +89,7 @@ def diff(
     heads = heads_of(left, right, found.samples, noise.nats(last))
     heads = _with_parting(left, right, found.samples, heads)
     samples = _judged(found.samples, cells, heads)
+    warnings += _uncompared(samples)
     if basis == "metrics" and not samples["verdict"].str.startswith(APART).all():
         warnings.append(
             "no hidden states on both sides: differences are lower bounds from stored metrics, so a cell below the "
@@ -104,6 +105,22 @@ def diff(
 
 def _listed(words: str | Sequence[str]) -> list[str]:
     return [words] if isinstance(words, str) else list(words)
+
+
+def _lone(basis: str, alone: tuple[int, int]) -> list[str]:
+    return [
+        f"{n} cells are in {name} only ({basis}) and were not compared"
+        for name, n in zip("AB", alone, strict=True)
+        if n
+    ]
+
+
+def _uncompared(samples: pd.DataFrame) -> list[str]:
+    """Say where equality would rest on less than a reader thinks."""
+    empty = int((samples["verdict"] == NOTHING).sum())
+    mute = int(((samples["n_head"] == 0) & (samples["n_cells"] > 0)).sum())
+    out = [f"{empty} of {len(samples)} samples hold nothing to compare; run both with --states"] if empty else []
+    return out + ([f"{mute} of {len(samples)} samples have no read-out known in both runs"] if mute else [])
 
 
 def _status(run: Run, name: str) -> list[str]:
@@ -151,14 +168,16 @@ def _judged(samples: pd.DataFrame, cells: pd.DataFrame, heads: pd.DataFrame) -> 
 def _judge(row: Mapping[Any, Any], head: Mapping[Any, Any], cells: pd.DataFrame | None) -> dict[str, Any]:
     differ = not pd.isna(row["token_a"]) or not pd.isna(row["token_b"])
     out: dict[str, Any] = {name: row[name] for name in _SAMPLE}
-    out |= {"verdict": "", "n_tokens": row["n_same"], "n_cells": 0, "n_beyond": 0, "max_rel": np.nan, "growth": np.nan}
-    equal = bool(head["head_equal"]) and not differ
+    out |= {"verdict": "", "n_tokens": row["n_same"], "n_cells": 0, "n_beyond": 0, "max_rel": np.nan}
+    out |= {"growth": np.nan, "growth_track": None}
+    equal = (bool(head["head_equal"]) or not head["n_head"]) and not differ
     if cells is not None and len(cells):
+        growth, grown = _growth(cells)
         worst = cells.iloc[int(cells["rel"].to_numpy().argmax())]
         beyond = cells[cells["beyond"]]
         out |= {
             "n_cells": len(cells), "n_beyond": len(beyond), "max_rel": float(worst["rel"]),
-            "max_depth": int(worst["depth"]), "max_pos": int(worst["pos"]), "growth": _growth(cells),
+            "max_depth": int(worst["depth"]), "max_pos": int(worst["pos"]), "growth": growth, "growth_track": grown,
         }  # fmt: skip
         equal = equal and bool(cells["equal"].all())
         for prefix, order in (("token_", ["pos", "depth", "track"]), ("depth_", ["depth", "track", "pos"])):
@@ -178,6 +197,8 @@ def _verdict(out: Mapping[str, Any], equal: bool, differ: bool) -> str:
         return f"{APART} at the readout, token {int(out['head_pos'])}"
     if differ:
         return f"{APART} at token {int(out['differs_at'])} of the text"
+    if not out["n_cells"] and not out["n_head"]:
+        return NOTHING
     return EQUAL if equal else WITHIN
 
 
@@ -186,17 +207,22 @@ def _first(cell: pd.Series, prefix: str) -> dict[str, Any]:
     return {f"{prefix}{n}": None if pd.isna(cell[n]) else cell[n] for n in names}
 
 
-def _growth(cells: pd.DataFrame) -> float:
-    """Factor per depth of the median over tokens: e to the slope of its logarithm; NaN below three depths."""
-    finite = cells[np.isfinite(cells["rel"])]
-    if not len(finite):
-        return np.nan
-    track = finite["track"].iloc[0]
-    median = finite[finite["track"] == track].groupby("depth")["rel"].median()
-    median = median[median > 0]
-    if len(median) < 3:
-        return np.nan
-    return float(np.exp(np.polyfit(median.index.to_numpy(np.float64), np.log(median.to_numpy()), 1)[0]))
+def _growth(cells: pd.DataFrame) -> tuple[float, str | None]:
+    """Factor per depth of the median over tokens, on the track where it is largest, and that track.
+
+    On each track it is e to the slope of the logarithm; tracks with less than three depths above 0 have none.
+    """
+    found: dict[str, float] = {}
+    for track, own in cells[np.isfinite(cells["rel"])].groupby("track", sort=False, observed=True):
+        median = own.groupby("depth")["rel"].median()
+        median = median[median > 0]
+        if len(median) >= 3:
+            slope = np.polyfit(median.index.to_numpy(np.float64), np.log(median.to_numpy()), 1)[0]
+            found[str(track)] = float(np.exp(slope))
+    if not found:
+        return np.nan, None
+    best = max(found, key=lambda name: found[name])
+    return found[best], best
 
 
 def _by_condition(samples: pd.DataFrame) -> pd.DataFrame:
@@ -206,7 +232,7 @@ def _by_condition(samples: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {
             "condition_id": name, "n": len(own), "n_part": len(parting),
             "n_equal": int((own["verdict"] == EQUAL).sum()),
-            "verdict": EQUAL if (own["verdict"] == EQUAL).all() else WITHIN, "prompt_id": None,
+            "verdict": _without_parting(own["verdict"]), "prompt_id": None,
             "max_rel": own["max_rel"].max(), "growth": own["growth"].median(),
             "n_texts_differ": int(own["differs_at"].notna().sum()), "top1_flips": int(own["top1_flips"].sum()),
             "top1_unknown": int(own["top1_unknown"].sum()), "nll_max": own["nll_max"].max(),
@@ -217,6 +243,13 @@ def _by_condition(samples: pd.DataFrame) -> pd.DataFrame:
             row |= {"verdict": first["verdict"], "prompt_id": first["prompt_id"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _without_parting(verdicts: pd.Series) -> str:
+    compared = verdicts[verdicts != NOTHING]
+    if not len(compared):
+        return NOTHING
+    return EQUAL if (compared == EQUAL).all() else WITHIN
 
 
 def _by_depth(cells: pd.DataFrame) -> pd.DataFrame:

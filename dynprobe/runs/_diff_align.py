@@ -20,6 +20,7 @@ import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
 from dynprobe.runs._run import Run
+from dynprobe.runs._text_hash import text_hash
 
 __all__ = ["Aligned", "align"]
 
@@ -76,7 +77,8 @@ def align(a: Run, b: Run, conditions: Sequence[str] = (), prompts: Sequence[str]
     if not len(both):
         raise UsageError(
             f"{a.path} and {b.path} share no sample: conditions of A are {_listed(left['condition_id'])}, of B "
-            f"{_listed(right['condition_id'])}; {sum(v is not None for v in names.values())} prompts are the same."
+            f"{_listed(right['condition_id'])}; {sum(v is not None for v in names.values())} prompts are the same. "
+            + ". ".join(lost[2][:3])
         )
     only_a, only_b = _only(left, right, names, wanted if conditions else None, bool(prompts))
     both = both.rename(columns={"own": "a", "own_b": "b", "text": "text_a"}).reset_index(drop=True)
@@ -126,26 +128,61 @@ def _prompts(
     for name in wanted:
         if name not in left:
             raise UsageError(f"{a.path} has no prompt {name!r}.{did_you_mean(name, left)}")
-    by_text: dict[Any, list[str]] = {}
-    for name, (text, ids, _) in right.items():
-        by_text.setdefault(text if text is not None else ids, []).append(name)
-    partner: dict[str, str | None] = {}
-    for name, (text, ids, _) in left.items():
-        if wanted and name not in wanted:
-            continue
-        options = by_text.get(text if text is not None else ids, [])
-        unknown = text is None and ids is None and name in right and right[name][:2] == (None, None)
-        partner[name] = name if unknown or name in options else options[0] if options else None
+    partner = _paired({n: one for n, one in left.items() if not wanted or n in wanted}, right)
     for name, other in partner.items():
         if other is not None:
             _same_tokens(a, b, name, left[name], right[other])
     taken = set(partner.values())
-    warned = [
-        f"prompt {n} has another text in B and is left out" for n, o in partner.items() if o is None and n in right
-    ]
+    warned = [_why_not(n, left[n], right[n]) for n, o in partner.items() if o is None and n in right and n not in taken]
     only_a = [f"prompt {n}" for n, o in partner.items() if o is None]
     only_b = [] if wanted else [f"prompt {n}" for n in right if n not in taken]
     return partner, (only_a, only_b, warned)
+
+
+def _paired(left: dict[str, Any], right: dict[str, Any]) -> dict[str, str | None]:
+    """Pair prompts one to one: of equal text or tokens, those of one name first.
+
+    A prompt without text and token ids equals none: nothing says what it is.
+    """
+    partner: dict[str, str | None] = dict.fromkeys(left)
+    free = dict.fromkeys(right)
+    for same_name, same_tokens in ((True, False), (False, True), (False, False)):
+        waiting: dict[str, list[str]] = {}
+        for other in free:
+            for key in _keys(right[other]):
+                waiting.setdefault(key, []).append(other)
+        for name in [n for n, o in partner.items() if o is None]:
+            options = [o for key in _keys(left[name]) for o in waiting.get(key, ()) if o in free]
+            if same_name:
+                options = [o for o in options if o == name]
+            if same_tokens:
+                options = [o for o in options if left[name][1] == right[o][1]]
+            options = [o for o in options if _one_input(left[name], right[o])]
+            if options:
+                partner[name] = options[0]
+                del free[options[0]]
+    return partner
+
+
+def _keys(one: Any) -> list[str]:
+    """Hashes by which a prompt is known: of its text, of its tokens."""
+    text, ids, _ = one
+    known = ids if ids is not None and min(ids) >= 0 else None
+    return list(dict.fromkeys(h for h in (text_hash(text), text_hash(None, known)) if h is not None))
+
+
+def _one_input(left: Any, right: Any) -> bool:
+    """Whether two prompts that share a key are one: texts decide where both have one."""
+    return left[0] is None or right[0] is None or text_hash(left[0]) == text_hash(right[0])
+
+
+def _why_not(name: str, left: Any, right: Any) -> str:
+    for side, one in (("A", left), ("B", right)):
+        if not _keys(one):
+            return f"prompt {name} has neither a text nor token ids in {side}, so nothing says what it is: left out"
+    if (left[0] is None) != (right[0] is None):
+        return f"prompt {name} has a text in one run and other token ids, or only ids, in the other: left out"
+    return f"prompt {name} has another text in B and is left out"
 
 
 def _described(run: Run) -> dict[str, tuple[str | None, tuple[int, ...] | None, list[str] | None]]:
@@ -156,6 +193,8 @@ def _described(run: Run) -> dict[str, tuple[str | None, tuple[int, ...] | None, 
     for row in table.to_dict("records"):
         text, ids, words = row.get("text"), row.get("token_ids"), row.get("token_texts")
         tokens = tuple(int(i) for i in ids) if isinstance(ids, list | tuple | np.ndarray) else None
+        if tokens is not None and all(i < 0 for i in tokens):  # an import without token ids
+            tokens = None
         out[str(row["prompt_id"])] = (text if isinstance(text, str) and text else None, tokens, _words(words))
     return out
 
@@ -172,9 +211,14 @@ def _words(stored: Any) -> list[str] | None:
 
 def _same_tokens(a: Run, b: Run, name: str, left: Any, right: Any) -> None:
     (_, mine, words_a), (_, other, words_b) = left, right
-    if mine is None or other is None or mine == other:
+    if mine is None or other is None:
         return
-    at = next((i for i, (x, y) in enumerate(zip(mine, other, strict=False)) if x != y), min(len(mine), len(other)))
+    if len(mine) == len(other) and all(x == y or min(x, y) < 0 for x, y in zip(mine, other, strict=True)):
+        return
+    at = next(
+        (i for i, (x, y) in enumerate(zip(mine, other, strict=False)) if x != y and min(x, y) >= 0),
+        min(len(mine), len(other)),
+    )
     raise UsageError(
         f"prompt {name} is not the same tokens in both runs: {len(mine)} in A ({a.path}), {len(other)} in B "
         f"({b.path}); "
@@ -199,16 +243,21 @@ def _common_tokens(a: Run, b: Run, pairs: pd.DataFrame) -> pd.DataFrame:
             rows.append((n_prompt, np.nan, np.nan, n_prompt, pd.NA, pd.NA))
             continue
         short = min(len(one), len(two))
-        apart = np.flatnonzero(one[:short] != two[:short])
+        known = np.minimum(one[:short], two[:short]) >= 0
+        apart = np.flatnonzero(known & (one[:short] != two[:short]))
         same = int(apart[0]) if apart.size else short
-        first = [int(t[same]) if same < len(t) else pd.NA for t in (one, two)]
+        # Past the prompt nothing but its tokens says that two texts are the same, so an unknown one ends it.
+        lost = np.flatnonzero(~known & (np.arange(short) >= (n_prompt if pd.notna(n_prompt) else 0)))
+        ends = bool(lost.size) and int(lost[0]) <= same
+        same = int(lost[0]) if ends else same
+        first = [int(t[same]) if same < len(t) and not ends else pd.NA for t in (one, two)]
         rows.append((same, len(one), len(two), n_prompt, *first))
     frame = pd.DataFrame(rows, columns=["n_same", "n_a", "n_b", "n_prompt", "token_a", "token_b"])
     return frame.astype({"token_a": "Int64", "token_b": "Int64"})
 
 
 def _written(run: Run) -> dict[str, np.ndarray]:
-    """Return the tokens of every sample in the order of their positions, the last target included."""
+    """Return the tokens of every sample in the order of their positions, the last target included; −1 is unknown."""
     if not run.manifest.rows().get("tokens"):
         return {}
     known = set(run.columns().query("table == 'tokens'")["column"])

@@ -40,41 +40,50 @@ _HELD = 4
 _ROWS = 4096
 
 
-def cells_of(a: Run, b: Run, samples: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return the difference at every token and depth, and what it was taken from: ``states`` or ``metrics``.
+def cells_of(a: Run, b: Run, samples: pd.DataFrame) -> tuple[pd.DataFrame, str, tuple[int, int]]:
+    """Return the difference at every token and depth, what it was taken from, and how many cells only one run has.
 
     Args:
         a: One run.
         b: The other.
-        samples: Pairs: ``a`` and ``b``, the ids whose rows stand for them.
+        samples: Pairs: ``a`` and ``b``, the ids whose rows stand for them, and ``n_same``, their common tokens.
 
     Returns:
         One row per distinct pair of ids, pos, track and depth: ``a, b, pos, track, depth, rel, equal``, and ``slot``
-        where there are several; labels of run A.
+        where there are several; labels of run A. Then ``states``, ``metrics`` or ``none``. Then how many cells among
+        the common tokens only A has, and only B.
 
     Raises:
         UsageError: The states have different widths, or the runs share no cell.
     """
-    pairs = samples[["a", "b"]].drop_duplicates()
+    pairs = samples.groupby(["a", "b"], sort=False, dropna=False)["n_same"].max().reset_index()
     held = [run.manifest.rows() for run in (a, b)]
     if all(rows.get("states") for rows in held):
-        found = _from_states(a, b, pairs)
+        found, alone = _from_states(a, b, pairs)
         if len(found):
-            return found, "states"
+            return found, "states", alone
     if all(rows.get("depths") for rows in held):
-        return _from_metrics(a, b, pairs), "metrics"
-    return pd.DataFrame(columns=["a", "b", *_KEY, "rel", "equal"]), "none"
+        found, alone = _from_metrics(a, b, pairs)
+        return found, "metrics", alone
+    return pd.DataFrame(columns=["a", "b", *_KEY, "rel", "equal"]), "none", (0, 0)
 
 
-def _from_states(a: Run, b: Run, pairs: pd.DataFrame) -> pd.DataFrame:
+def _common(rows: pd.DataFrame) -> int:
+    """Count rows before the first token that differs."""
+    return int((rows["n_same"].isna() | (rows["pos"] < rows["n_same"])).sum())
+
+
+def _from_states(a: Run, b: Run, pairs: pd.DataFrame) -> tuple[pd.DataFrame, tuple[int, int]]:
     index = _index(b, set(pairs["b"]))
     if not len(index):
-        return index
+        return index, (0, 0)
+    n_a, n_b, n_both = 0, _common(index.merge(pairs, on="b")), 0
     groups = _Groups(b)
     frames = []
     for keys, left, dtype in _groups_of(a, set(pairs["a"])):
         asked = keys.assign(row_a=np.arange(len(keys))).merge(pairs, left_on="sample_id", right_on="a")
         joined = asked.merge(index, on=["b", *_KEY], how="inner")
+        n_a, n_both = n_a + _common(asked), n_both + _common(joined)
         if not len(joined):
             continue
         rel, equal, slot = (np.empty(len(joined), dtype=t) for t in (np.float64, bool, np.int32))
@@ -92,7 +101,7 @@ def _from_states(a: Run, b: Run, pairs: pd.DataFrame) -> pd.DataFrame:
                 equal[part] = same
         kept = joined[["a", "b", *_KEY, *(c for c in LABELS if c in joined)]]
         frames.append(kept.assign(rel=rel, equal=equal, **({"slot": slot} if left.ndim > 2 else {})))
-    return pd.concat(frames, ignore_index=True) if frames else index.iloc[:0]
+    return (pd.concat(frames, ignore_index=True) if frames else index.iloc[:0]), (n_a - n_both, n_b - n_both)
 
 
 def relative(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
@@ -179,7 +188,7 @@ class _Groups:
         return self._held[place]
 
 
-def _from_metrics(a: Run, b: Run, pairs: pd.DataFrame) -> pd.DataFrame:
+def _from_metrics(a: Run, b: Run, pairs: pd.DataFrame) -> tuple[pd.DataFrame, tuple[int, int]]:
     left, right = (_depths(run, set(pairs[side])) for run, side in ((a, "a"), (b, "b")))
     columns = [c for c in _METRICS if c in left and c in right]
     if not columns:
@@ -187,16 +196,37 @@ def _from_metrics(a: Run, b: Run, pairs: pd.DataFrame) -> pd.DataFrame:
             f"{a.path} and {b.path} share none of the columns {', '.join(_METRICS)} in depths; run both with --states"
         )
     labels = [c for c in LABELS if c in left]
-    merged = left[["sample_id", *_KEY, *labels, *columns]].merge(pairs, left_on="sample_id", right_on="a")
-    merged = merged.merge(
+    merged_a = left[["sample_id", *_KEY, *labels, *columns]].merge(pairs, left_on="sample_id", right_on="a")
+    merged = merged_a.merge(
         right[["sample_id", *_KEY, *columns]].rename(columns={"sample_id": "b"}), on=["b", *_KEY], suffixes=("", "_b")
     )
-    bound, equal = np.zeros(len(merged)), np.ones(len(merged), dtype=bool)
+    n_both = _common(merged)
+    n_a = _common(merged_a)
+    n_b = _common(right[["sample_id", "pos"]].merge(pairs, left_on="sample_id", right_on="b"))
+    bound, equal, known = np.zeros(len(merged)), np.ones(len(merged), dtype=bool), np.zeros(len(merged), dtype=bool)
     for column in columns:
         x, y = (merged[name].to_numpy(np.float64, na_value=np.nan) for name in (column, f"{column}_b"))
         equal &= (x == y) | (np.isnan(x) & np.isnan(y))
-        bound = np.fmax(bound, np.where(np.isnan(x) != np.isnan(y), np.inf, _METRICS[column](x, y)))
-    return merged[["a", "b", *_KEY, *labels]].assign(rel=bound, equal=equal)
+        known |= ~(np.isnan(x) & np.isnan(y))
+        bound = np.maximum(bound, proved(column, x, y))
+    # A cell of which neither run knows a number was not compared.
+    found = merged[["a", "b", *_KEY, *labels]].assign(rel=bound, equal=equal)[known]
+    return found.reset_index(drop=True), (n_a - n_both, n_b - n_both)
+
+
+def proved(column: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the smallest relative difference of states that two values of a metric prove.
+
+    It is 0 where both are equal or both are NaN, and ∞ where they are not and no bound can be computed from them.
+
+    Example:
+        >>> proved("norm", np.array([1.0, np.inf, np.nan]), np.array([2.0, 3.0, np.nan])).tolist()
+        [0.5, inf, 0.0]
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        found = _METRICS[column](x, y)
+    found = np.where(np.isnan(found), np.inf, found)
+    return np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, found)
 
 
 def _depths(run: Run, wanted: set[str]) -> pd.DataFrame:
@@ -212,9 +242,8 @@ def _text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _norm_bound(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.abs(x - y) / np.maximum(np.abs(x), np.abs(y))
-    return np.where(x == y, 0.0, found)
+    found: NDArray[np.float64] = np.abs(x - y) / np.maximum(np.abs(x), np.abs(y))
+    return found
 
 
 def _angle_bound(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -17,10 +17,10 @@ from dynprobe.runs._json import dumps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["APART", "EQUAL", "WITHIN", "Difference", "place"]
+__all__ = ["APART", "EQUAL", "NOTHING", "WITHIN", "Difference", "place"]
 
-#: The three verdicts; the last is followed by the place.
-EQUAL, WITHIN, APART = "equal bit for bit", "equal within noise floor", "part"
+#: The verdicts; the last is followed by the place.
+EQUAL, WITHIN, NOTHING, APART = "equal bit for bit", "equal within noise floor", "nothing to compare", "part"
 
 
 @dataclass(repr=False)
@@ -65,13 +65,20 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """One sentence: equal bit for bit, equal within noise floor, or where the first condition that parts does."""
+        """One sentence: equal bit for bit, equal within noise floor, nothing to compare, or where a condition parts."""
         for row in self.conditions.to_dict("records"):
             if str(row["verdict"]).startswith(APART):
                 return f"{row['verdict']} ({row['condition_id']}, {row['prompt_id']})"
-        if (self.samples["verdict"] == EQUAL).all():
-            return EQUAL if self.basis == "states" else f"{EQUAL} in every stored number"
-        return WITHIN
+        empty = self.samples["verdict"] == NOTHING
+        if empty.all():
+            return (
+                f"{NOTHING}: the runs share no stored number of a state, a depth or a read-out; run both with --states"
+            )
+        if (self.samples.loc[~empty, "verdict"] == EQUAL).all():
+            said = EQUAL if self.basis == "states" else f"{EQUAL} in every stored number"
+        else:
+            said = WITHIN
+        return said + (f"; {NOTHING} in {int(empty.sum())} of {len(empty)} samples" if empty.any() else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the cells as plain lists and mappings; a number that is not known is None."""

@@ -26,7 +26,7 @@ _COLUMNS = ("nll", "entropy", "margin")
 _SLACK = 1e-5
 _EMPTY = {
     "nll_max": np.nan, "nll_pos": pd.NA, "head_pos": pd.NA, "top1_flips": 0, "top1_unknown": 0,
-    "head_equal": True,
+    "head_equal": False, "n_head": 0,
 }  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def heads_of(a: Run, b: Run, samples: pd.DataFrame, limit: float) -> pd.DataFram
     Returns:
         One row per pair, in its order: ``nll_max`` (largest |difference|, nats), ``nll_pos`` (where), ``head_pos``
         (first position whose NLL or entropy differs by more than the floor), ``top1_flips``, ``top1_unknown``,
-        ``head_equal`` (all stored numbers are the same).
+        ``n_head`` (positions of which either run knows a number), ``head_equal`` (there are such, and all are
+        the same).
     """
     left, right = _read(a, set(samples["a"])), _read(b, set(samples["b"]))
     shared = [c for c in _COLUMNS if c in left and c in right]
@@ -69,8 +70,12 @@ def _one(x: Any, y: Any, shared: list[str], n_same: float, limit: float) -> dict
     apart = {c: _apart(*value[c]) for c in shared}
     if "nll" in apart:
         apart["nll"][~known] = 0.0
-    out["head_equal"] = bool(all((apart[c] == 0).all() for c in shared))
-    if "nll" in apart and known.any():
+    given = np.logical_or.reduce(
+        [~(np.isnan(x) & np.isnan(y)) & (known if c == "nll" else True) for c, (x, y) in value.items()]
+    )
+    out["n_head"] = int(given.sum())
+    out["head_equal"] = bool(given.any() and all((apart[c] == 0).all() for c in shared))
+    if "nll" in apart and (known & given).any():
         at = int(apart["nll"].argmax())
         out |= {"nll_max": float(apart["nll"][at]), "nll_pos": int(pos[at])}
     beyond = np.maximum.reduce([apart[c] for c in shared if c != "margin"] or [np.zeros(len(pos))]) > limit

@@ -12,6 +12,7 @@ the user says so; then the old one goes after the new one stands.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -154,10 +155,10 @@ def export_run(
             shown = Manifest.model_validate({**said, "parts": []})
             schemas = {one.name: one.schema for one in leave}
             page = export_card(plain(side), shown, schemas, licence, side["folder"])
-            if gone is not None:
-                _check_leak(gone, page)
             (temporary / SIDECAR).write_text(dumps(side, indent=1) + "\n", encoding="utf-8", errors="backslashreplace")
             (temporary / "README.md").write_text(page, encoding="utf-8", errors="replace")
+            if gone is not None:
+                _check_leak(gone, temporary, leave)
             _place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -273,10 +274,27 @@ def _removed(gone: Redaction, held: Sequence[str], leave: Sequence[Leaving]) -> 
     return [*(f"table {name}: left out" for name in held if name not in kept), *gone.done]
 
 
-def _check_leak(gone: Redaction, page: str) -> None:
-    for line in page.splitlines():
-        if gone.holds(line):
-            raise RunFolderError(
-                f"the page of this export would show a text that was to be removed ({len(line)} characters); nothing "
-                "was written. The name of the run or of its model holds a piece of a prompt: rename the run folder"
-            )
+def _check_leak(gone: Redaction, folder: Path, leave: Sequence[Leaving]) -> None:
+    """Read every file that was written, and refuse where a text is left in one.
+
+    Raises:
+        RunFolderError: The message names the file.
+    """
+    side = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    ours = {key: side["manifest"].pop(key) for key in ("schema_version", "id8", "status", "created", "updated")}
+    found = gone.leaks([side[key] for key in ("manifest", "summary", "folder", "filters")])
+    if found or gone.leaks([ours, side["remarks"], side["removed"]], ours=True):
+        raise _leak(SIDECAR)
+    if any(gone.holds(line) for line in (folder / "README.md").read_text(encoding="utf-8").splitlines()):
+        raise _leak("README.md")
+    for one, said in zip(leave, side["tables"], strict=True):
+        for rows in FORMATS[side["to"]].read(folder, said["files"], one.schema):
+            if gone.leaks(rows):
+                raise _leak(f"table {one.name}")
+
+
+def _leak(name: str) -> RunFolderError:
+    return RunFolderError(
+        f"{name} of this export would show a text that was to be removed; nothing was written. The name of the run, of "
+        "its model or of a condition holds a piece of a prompt: rename the run folder, or leave that table out"
+    )

@@ -20,6 +20,7 @@ from dynprobe.errors import RunFolderError
 from dynprobe.runs._export_arrays import from_arrays, to_arrays
 from dynprobe.runs._export_tables import describe_columns
 from dynprobe.runs._json import dumps
+from dynprobe.runs._states import decode_bfloat16
 
 __all__ = ["FORMATS", "Format", "is_states", "missing_extra"]
 
@@ -202,7 +203,9 @@ def _write_safetensors(folder: Path, name: str, schema: pa.Schema, chunks: Chunk
         # torch wants memory that may be written, which the buffers of Arrow are not.
         tensors = {k: torch.from_numpy(np.require(v, requirements=("C", "W"))) for k, v in arrays.items()}
         if half:
-            tensors["state"] = tensors["state"].to(torch.bfloat16)
+            # Bits, not a conversion: that changes the sign and the payload of a NaN.
+            bits = (np.ascontiguousarray(arrays["state"], np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            tensors["state"] = torch.from_numpy(bits).view(torch.bfloat16)
         save_file(tensors, path, metadata={"dynprobe.columns": facts})
         path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes files that only their owner can read
 
@@ -215,7 +218,10 @@ def _read_safetensors(folder: Path, files: Sequence[str], schema: pa.Schema) -> 
 
     for file in files:
         found = load_file(folder / file)
-        arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in found.items()}
+        arrays = {
+            k: decode_bfloat16(v.view(torch.uint16).numpy()) if v.dtype == torch.bfloat16 else v.numpy()
+            for k, v in found.items()
+        }
         yield from_arrays(arrays, schema)
 
 

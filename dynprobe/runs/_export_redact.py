@@ -17,6 +17,7 @@ What remains can still confirm a guess: a hash of a text that someone already su
 
 from __future__ import annotations
 
+import json as text_json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ import pyarrow.compute as pc
 
 from dynprobe.errors import UsageError
 from dynprobe.runs._export_tables import Leaving
+from dynprobe.runs._json import dumps
 from dynprobe.runs._schema import COLUMNS, TABLES
 from dynprobe.runs._text_hash import hashed_text
 
@@ -65,6 +67,9 @@ _KEYS = frozenset(
 )
 _FLAGS = frozenset(("--prompt", "--contrast", "--prompts", "--direction"))
 _PIECE, _STRIDE = 24, 12
+#: Tokens that belong to a tokenizer and not to a text.
+_SPECIAL = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask)_token_ids?$")
+_ESCAPED = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])')
 
 
 def without_positions(tables: Sequence[str] | None, held: Iterable[str]) -> list[str]:
@@ -108,19 +113,46 @@ class Redaction:
         return Leaving(given.name, given.table, given.schema, self._chunks(given))
 
     def json(self, value: Any, where: str) -> Any:
-        """Return plain data without texts; numbers stay."""
+        """Return plain data without texts and token ids; other numbers stay."""
         if isinstance(value, Mapping):
             out = {}
             for key, item in value.items():
                 place = f"{where}.{key}"
-                name = hashed_text(str(key)) if self.holds(str(key)) else str(key)
+                name = str(hashed_text(str(key))) if self.holds(str(key)) else str(key)
+                if _TOKENS.search(name) and not _SPECIAL.search(name):
+                    item = self._without_ids(item, place)
                 out[name] = self._emptied(item, place) if key in _KEYS else self.json(item, place)
             return out
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [self.json(item, where) for item in value]
-        if isinstance(value, str) and self.holds(value):
+        return self._string(value, where) if isinstance(value, str) else value
+
+    def _string(self, value: str, where: str) -> str:
+        """A string without texts; where it is JSON, what is inside it is looked at unescaped and the rest stays."""
+        if value.lstrip()[:1] in ("{", "[", '"'):
+            try:
+                inside = text_json.loads(value)
+            except (ValueError, RecursionError):
+                inside = None
+            clean = self.json(inside, where)
+            value = value if clean == inside else dumps(clean)
+        if self.holds(value):
             self._done[where] = "texts replaced by hashes"
-            return hashed_text(value)
+            return str(hashed_text(value))
+        return value
+
+    def _without_ids(self, value: Any, where: str) -> Any:
+        """A token id as None, a list of them as an empty list; what is no integer stays."""
+        if isinstance(value, Mapping):
+            return {key: self._without_ids(item, where) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            kept = [self._without_ids(item, where) for item in value if not _is_id(item)]
+            if len(kept) < len(value):
+                self._done[where] = "token ids emptied"
+            return kept
+        if _is_id(value):
+            self._done[where] = "token ids emptied"
+            return None
         return value
 
     def command(self, command: Any) -> Any:
@@ -138,7 +170,7 @@ class Redaction:
             flag, equals, _ = word.partition("=")
             if word.startswith("--"):
                 texts = flag.replace("_", "-") in _FLAGS
-                hide = texts and bool(equals)
+                hide = bool(equals) and (texts or self.holds(word))
                 out.append(f"{flag}={REMOVED}" if hide else word)
             else:
                 hide = texts or self.holds(word)
@@ -147,20 +179,47 @@ class Redaction:
                 self._done["command"] = "texts of " + ", ".join(sorted(_FLAGS))
         return out
 
-    def holds(self, text: str) -> bool:
-        """Whether a string holds a text of the run, or shares a longer piece with one."""
-        return any(text[i : i + _PIECE] in self._pieces for i in range(len(text) - _PIECE + 1)) or any(
-            short in text for short in self._short
-        )
+    def holds(self, text: str, short: bool = True) -> bool:
+        """Whether a string holds a text of the run, or shares a longer piece with one, plain or with escapes in it.
+
+        Args:
+            text: The string.
+            short: Whether short texts count too, which may be a word of dynprobe's own.
+        """
+        for said in {text, _unescaped(text)} if "\\" in text else (text,):
+            if any(said[i : i + _PIECE] in self._pieces for i in range(len(said) - _PIECE + 1)):
+                return True
+            if short and any(known in said for known in self._short):
+                return True
+        return False
+
+    def leaks(self, value: Any, ours: bool = False) -> bool:
+        """Whether anywhere in plain data or in a table a text of the run is left."""
+        if isinstance(value, str):
+            return self.holds(value, not ours)
+        if isinstance(value, Mapping):
+            return any(self.holds(str(k)) or self.leaks(v, ours) for k, v in value.items())
+        if isinstance(value, list | tuple):
+            return any(self.leaks(item, ours) for item in value)
+        if isinstance(value, pa.Table):
+            return any(
+                self.leaks(_strings(value[name]), name in _OURS) for name in value.column_names if name != "state"
+            )
+        return False
 
     def _emptied(self, value: Any, where: str) -> Any:
-        """Every string in a value as its hash."""
+        """Every string in a value as its hash, and every list of token ids empty; a single number is a setting."""
         if isinstance(value, str):
             self._done[where] = "texts replaced by hashes"
             return hashed_text(value)
         if isinstance(value, Mapping):
-            return {key: self._emptied(item, f"{where}.{key}") for key, item in value.items()}
-        return [self._emptied(item, where) for item in value] if isinstance(value, list | tuple) else value
+            return {
+                hashed_text(str(key)) if self.holds(str(key)) else key: self._emptied(item, f"{where}.{key}")
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._emptied(item, where) for item in self._without_ids(value, where)]
+        return value
 
     def _chunks(self, given: Leaving) -> Iterator[pa.Table]:
         for chunk in given.chunks:
@@ -179,7 +238,7 @@ class Redaction:
             elif pa.types.is_string(field.type) and field.name not in _NO_TEXTS:
                 new, how = self._hashed(column, tokens if field.name == "text" else None), "replaced by a hash"
             elif (label or pa.types.is_string(field.type)) and field.name not in _OURS:
-                new, how = self._searched(column), "cells with a piece of a text replaced by a hash"
+                new, how = self._searched(column, place), "cells with a piece of a text replaced by a hash"
             elif embedding is not None and pa.types.is_floating(field.type):
                 new, how = pc.if_else(embedding, pa.scalar(None, field.type), column), "emptied at depth 0"
             if new is not None and new is not column:
@@ -193,12 +252,35 @@ class Redaction:
         ids = tokens or [None] * len(rows)
         return pa.array([hashed_text(text, row) for text, row in zip(rows, ids, strict=True)], pa.string())
 
-    def _searched(self, column: Any) -> Any:
+    def _searched(self, column: Any, place: str) -> Any:
         plain = column.cast(pa.string())
-        found = [text for text in pc.unique(plain).to_pylist() if text is not None and self.holds(text)]
-        if not found:
-            return column
         # A hash, not a word for all: names of prompts and samples still find their rows in other tables.
-        names = {text: hashed_text(text) for text in found}
+        unique = [text for text in pc.unique(plain).to_pylist() if text is not None]
+        cleaned = {text: self._string(text, place) for text in unique}
+        names = {text: clean for text, clean in cleaned.items() if clean != text}
+        if not names:
+            return column
         kept = pa.array([names.get(text, text) for text in plain.to_pylist()], pa.string())
         return kept.dictionary_encode() if pa.types.is_dictionary(column.type) else kept
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _unescaped(text: str) -> str:
+    """A string with the escapes of JSON undone, as many as there are; also where it is only a part of JSON."""
+    marks = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+    return _ESCAPED.sub(lambda m: chr(int(m[1][1:], 16)) if m[1][0] == "u" else marks.get(m[1], m[1]), text)
+
+
+def _strings(column: Any) -> list[str]:
+    """Every string of a column once; none where it has numbers."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(pa.string())
+    elif pa.types.is_list(kind):
+        column = pc.list_flatten(column)
+    if not pa.types.is_string(column.type):
+        return []
+    return [text for text in pc.unique(column).to_pylist() if text is not None]

@@ -120,7 +120,8 @@ def mean_responses(rows: pd.DataFrame) -> pd.DataFrame:
         ``write, series, layer, alpha, mean, low, high, n``.
     """
     frames = []
-    for (write, series, layer), own in rows.groupby(["write", "series", "layer"], sort=False):
+    for key, own in rows.groupby(["write", "series", "layer"], sort=False):
+        write, series, layer = (str(part) for part in key)
         table = own.pivot_table(index="curve", columns="alpha", values="value", dropna=False)
         found = curve(table).set_index("x").reindex(table.columns).rename_axis("x").reset_index()
         found["n"] = found["n"].fillna(0).astype(int)  # a strength without any response is a gap, not left out

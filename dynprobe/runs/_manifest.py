@@ -142,6 +142,16 @@ class Manifest(BaseModel):
             raise ValueError("a file is listed twice")
         return value
 
+    @property
+    def imported(self) -> bool:
+        """Whether the folder was made of an export: its files are of no batch, and no command makes them again."""
+        return bool((self.model_extra or {}).get("imported_from"))
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is what a filtered or redacted export kept of another run, under an id of its own."""
+        return bool((self.model_extra or {}).get("exported_from"))
+
     def parts_of(self, table: str) -> list[Part]:
         """Return the listed parts of one table, in the order of their names."""
         return sorted((part for part in self.parts if part.table == table), key=lambda part: part.path)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.errors import RunFolderError
+from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._atomic import keep, sync_folder, write_bytes, writing
-from dynprobe.runs._damage import Examination
+from dynprobe.runs._damage import Examination, manifest_digest
 from dynprobe.runs._damage_files import ASIDE
 from dynprobe.runs._damage_report import Damage
 from dynprobe.runs._lock import FolderLock
@@ -38,7 +39,8 @@ def repair(found: Examination) -> list[str]:
         found: From :func:`dynprobe.runs.examine`.
 
     Raises:
-        RunFolderError: A writer is at work, nothing says what the manifest held, or the folder cannot be written.
+        RunFolderError: A writer is at work, or wrote since the folder was examined; nothing says what the manifest
+            held, or the folder cannot be written.
     """
     mending = [damage for damage in found.damages if damage.remedy]
     if not mending:
@@ -49,6 +51,12 @@ def repair(found: Examination) -> list[str]:
     with writing(found.path, "the lock file"):
         lock.acquire()
     try:
+        # A writer may have come and gone between the look and the lock; what it listed must not be taken back.
+        if manifest_digest(found.path) != found.digest:
+            raise RunFolderError(
+                f"{found.path} changed since it was examined: another process wrote its {MANIFEST_NAME}. Nothing was "
+                f"changed by the repair; run doctor again. {ask_doctor(found.path)} --repair"
+            )
         return _mend(found, found.manifest, mending)
     finally:
         lock.release()

@@ -344,7 +344,8 @@ def _not_a_run(folder: Path) -> str:
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         return f"There is no run folder {folder}.{did_you_mean(folder.name, near)} Type dynprobe ls to see your runs."
     if (folder / "panel.json").is_file():
-        return f"{folder} is a panel of many runs; open it with dynprobe.runs.open_panel, its runs lie in {folder / 'runs'}"
+        own = folder / "runs"
+        return f"{folder} is a panel of many runs; open it with dynprobe.runs.open_panel, its runs lie in {own}"
     inside = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST_NAME}")) if folder.is_dir() else []
     if inside:
         example = folder / inside[-1]

@@ -112,6 +112,7 @@ def _continue(folder: Path, fresh: Manifest, force: bool) -> tuple[Path, Manifes
         if manifest.status == "complete":
             lock.release()
             return folder, manifest, None
+        _not_imported(folder, manifest)
         forced = _versions_agree(folder, manifest, fresh, force)
         manifest, redone = _heal(folder, manifest)
         _sweep(folder, manifest)
@@ -150,6 +151,15 @@ def _lock(folder: Path) -> FolderLock:
     with writing(folder, "the lock file"):
         lock.acquire()
     return lock
+
+
+def _not_imported(folder: Path, manifest: Manifest) -> None:
+    """Refuse to write into an import: its files are of no batch, so what is lost of them would stay lost unseen."""
+    if manifest.imported:
+        raise RunFolderError(
+            f"{folder} was imported from an export of a run that was {manifest.status}; it cannot be continued. "
+            "Continue the run where it was made and import it again, or choose another folder with --out FOLDER."
+        )
 
 
 def _versions_agree(folder: Path, manifest: Manifest, fresh: Manifest, force: bool) -> bool:

@@ -117,6 +117,24 @@ def test_an_outcome_needs_a_prediction_registered_before_it(tmp_path: Path) -> N
     assert log.verify() == []
 
 
+def test_a_test_is_registered_once_and_ends_once(log: ClaimLog) -> None:
+    with pytest.raises(LogError, match="second outcome of the test T0002"):  # no second throw of one prediction
+        log.append("outcome", test="T0002", plan_hash=plan_hash(PLAN), outcome="survived")
+    with pytest.raises(LogError, match="registers the test T0002 a second time"):
+        log.append("registered", test="T0002", plan=PLAN, plan_hash=plan_hash(PLAN))
+    numbered = [log.append("registered", plan=PLAN, plan_hash=plan_hash(PLAN))["test"] for _ in range(2)]
+    assert numbered == ["T0003", "T0004"]
+    assert log.verify() == []
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\nb", "a\x0bb"])
+def test_a_text_with_a_line_separator_is_one_record(log: ClaimLog, text: str) -> None:
+    log.append("registered", statement=text, plan=PLAN, plan_hash=plan_hash(PLAN))
+    assert log.verify() == []
+    pair(log, "T0004")
+    assert [r["statement"] for r in log.records()][4] == text
+
+
 def _writer(path: str, name: str) -> None:
     log = ClaimLog(path)
     for i in range(5):

@@ -97,6 +97,8 @@ def test_what_cannot_be_tested_is_refused_before_anything_is_written(tmp_path: P
         claims.test("kappa.rises", log=log)
     with pytest.raises(UsageError, match="not both"):
         claims.test("kappa.rises", [model], runs=["x"], log=log)
+    with pytest.raises(UsageError, match="counts models, and a is named twice"):
+        claims.test("kappa.skeleton_r2", "a,b,c,d,e,a", log=log)
     assert not log.exists()
 
 
@@ -131,6 +133,8 @@ def test_the_plan_has_everything_that_decides() -> None:
     assert plan["settings"] == {"perturb": "alpha=0.75", "max_new_tokens": 32, "limit": 8}
     assert plan["definitions"].keys() == {"kappa.phase.paired/1"}
     assert plan["prediction"][0]["margin"] == 0.0
+    judged = claims.plan_of(claims.find("csm.hard_improve"), {"subject": "m", "judge": "j"}, {})
+    assert judged["roles"]["judge"]["settings"] == {"max_new_tokens": 0}
     assert claims.plan_hash(plan) != claims.plan_hash(claims.plan_of(claim, {"subject": "m"}, {}))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from planted import runs_of, sides_of
+from planted import N, Planted, runs_of, sides_of
 
 from dynprobe import claims
 from dynprobe.claims._shapes import analyse
-from dynprobe.claims._sides import Side
+from dynprobe.claims._sides import Side, side_of
 
 TESTABLE = [c for c in claims.load() if c.testable]
 FALSE = [(c, i) for c in TESTABLE for i in range(len(c.parts))]
@@ -96,3 +97,48 @@ def test_losses_of_models_with_other_tokens_are_not_compared() -> None:
     found = analyse(claim, sides)
     assert found.outcome == "inconclusive"
     assert "different tokens" in found.reason
+
+
+def test_tokens_are_not_judged_by_a_model_that_reads_others(tmp_path: Path) -> None:
+    claim = claims.find("csm.hard_improve")
+    runs = runs_of(claim, ["true"], tmp_path)
+    tables = [t for part in claim.parts for t in ("samples", "tokens")]
+    assert claim.panel is not None
+    sides = [side_of(role, run, tables) for role, run in zip(claim.panel.roles, runs, strict=True)]
+    for side, n in zip(sides, (9, 9), strict=True):
+        side.tables["samples"]["n_prompt"] = n
+    assert analyse(claim, sides).outcome == "survived"
+    sides[1].tables["samples"]["n_prompt"] = 8
+    found = analyse(claim, sides)
+    assert found.outcome == "inconclusive"
+    assert "different tokens" in found.reason
+
+
+def test_among_several_parts_one_refutes_at_a_higher_confidence(tmp_path: Path) -> None:
+    several = claims.find("csm.benchmark_gap")  # two parts
+    loss = analyse_findings(several, tmp_path / "a")[0].estimate
+    assert loss.outer[0] < loss.low < loss.high < loss.outer[1]
+    alone = analyse_findings(several.model_copy(update={"parts": several.parts[:1]}), tmp_path / "b")[0].estimate
+    assert alone.outer == (alone.low, alone.high)
+    fractions = analyse_findings(claims.find("recovery.dissociation"), tmp_path / "c")[0].estimate
+    assert fractions.outer[0] < fractions.low < fractions.high < fractions.outer[1]
+
+
+def analyse_findings(claim: claims.Claim, out: Path) -> tuple[claims.Finding, ...]:
+    return claims.analyse_runs(claim, runs_of(claim, ["true"] * len(claim.parts), out)).findings
+
+
+def test_what_was_not_written_and_what_has_a_remark_count_for_nothing(tmp_path: Path) -> None:
+    planted = Planted("subject")
+    pushed = {"arm": "perturbed", "decode_mode": "forced"}
+    status = ["not-written"] * 10 + ["ok"] * (N - 10)
+    reasons = [None] * 10 + ['{"kappa_phase_d": "coverage"}'] * 10 + [None] * (N - 20)
+    values = [-9.0] * 20 + [0.5] * (N - 20)
+    planted.put("samples", pushed, kappa_phase_d=np.array(values), status=status, reasons=reasons)
+    found = claims.analyse_runs("kappa.rises", [planted.write(tmp_path)])
+    assert (found.effect, found.n) == (0.5, N - 20)
+    planted = Planted("subject")
+    labels = ["UNDEFINED"] * 20 + ["ADAPTIVE"] * (N - 20)
+    planted.put("samples", {"arm": "clean"}, limen_regime=labels)
+    found = claims.analyse_runs("limen.regimes", [planted.write(tmp_path)])
+    assert (found.outcome, found.effect, found.n) == ("survived", 1.0, N - 20)

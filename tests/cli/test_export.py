@@ -56,3 +56,22 @@ def test_flags_and_refusals(run, tmp_path, capsys):
     assert "removed   prompts.text: replaced by a hash" in said
     assert "The sky is" not in (tmp_path / "r" / "README.md").read_text()
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "asked", [[], ["--redact-text"], ["--condition", "clean"], ["--table", "samples", "--table", "prompts"]]
+)
+def test_doctor_finds_nothing_wrong_with_an_import(run, tmp_path, capsys, asked):
+    assert isinstance(run.manifest.calibration_hash, str)
+    assert main(["export", str(run.path), str(tmp_path / "out"), *asked, "--quiet"]) == 0
+    back = dp.ingest(tmp_path / "out", out=tmp_path / "runs")
+    capsys.readouterr()
+    assert main(["doctor", str(back.path), "--json"]) == 0, capsys.readouterr()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["healthy"], found["damages"]) == (True, [])
+    part = next((back.path / "samples").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-9])
+    assert main(["doctor", str(back.path)]) == 1
+    said = capsys.readouterr()
+    assert "import it again" in said.err
+    assert "--repair" not in said.err

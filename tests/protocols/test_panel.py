@@ -15,7 +15,7 @@ import pytest
 import dynprobe as dp
 from dynprobe.errors import InterruptedRunError, PromptError, RunFolderError, UsageError
 from dynprobe.metrics.statistics import variance_table
-from dynprobe.protocols import PanelConfig, _panel, plan_panel, read_panel
+from dynprobe.protocols import PanelConfig, _panel_work, plan_panel, read_panel
 from dynprobe.protocols._panel_cells import cells_of
 from dynprobe.runs import open_panel
 
@@ -116,7 +116,7 @@ def test_every_cell_is_the_run_that_its_name_says(made, tmp_path):
     assert (cell["alpha"], cell["seed"]) == (0.2, 0)
     run = made.run(cell["key"])
     again = dp.run(
-        LLAMA[0], _panel.prompts_of(PanelConfig.build(SMALL)), perturb="alpha=0.2,layers=50%", seed=0,
+        LLAMA[0], _panel_work.prompts_of(PanelConfig.build(SMALL)), perturb="alpha=0.2,layers=50%", seed=0,
         max_new_tokens=3, out=tmp_path,
     )  # fmt: skip
     assert again.manifest.id8 == run.manifest.id8 == cell["id8"]
@@ -210,7 +210,7 @@ def test_damaged_and_newer_panels_are_refused(made, tmp_path):
 
 
 def test_a_second_call_loads_nothing_and_runs_nothing(made, monkeypatch):
-    monkeypatch.setattr(_panel, "load_subject", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(_panel_work, "load_subject", lambda *a, **k: pytest.fail("a model was loaded"))
     before = (made.path / "panel.json").read_bytes()
     again = dp.panel(**SMALL, out=str(made.path.parent))
     assert again.path == made.path
@@ -219,7 +219,7 @@ def test_a_second_call_loads_nothing_and_runs_nothing(made, monkeypatch):
 
 
 def test_an_interrupted_panel_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    run, loaded, calls = _panel.run, [], []
+    run, loaded, calls = _panel_work.run, [], []
 
     def stopping(*given, **settings):
         calls.append(settings["seed"])
@@ -227,14 +227,14 @@ def test_an_interrupted_panel_goes_on_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run(*given, **settings)
 
-    monkeypatch.setattr(_panel, "run", stopping)
+    monkeypatch.setattr(_panel_work, "run", stopping)
     with pytest.raises(InterruptedRunError, match="the same command continues"):
         dp.panel(**SMALL, out=str(tmp_path))
     found = open_panel(next(tmp_path.glob("*_panel_*")))
     assert found.status == "interrupted"
     assert list(found.cells["state"]) == ["done"] * 2 + ["planned"] * 4
-    load = _panel.load_subject
-    monkeypatch.setattr(_panel, "load_subject", lambda name, **k: loaded.append(name) or load(name, **k))
+    load = _panel_work.load_subject
+    monkeypatch.setattr(_panel_work, "load_subject", lambda name, **k: loaded.append(name) or load(name, **k))
     done = dp.panel(**SMALL, out=str(tmp_path))
     assert done.path == found.path
     assert done.status == "complete"
@@ -258,7 +258,7 @@ def test_a_lost_run_is_made_again_and_an_edited_one_is_noticed(made, tmp_path):
 
 
 def test_models_are_let_go(tmp_path, monkeypatch):
-    load, alive = _panel.load_subject, []
+    load, alive = _panel_work.load_subject, []
 
     def loading(name, **settings):
         gc.collect()
@@ -267,7 +267,7 @@ def test_models_are_let_go(tmp_path, monkeypatch):
         alive.append(weakref.ref(subject.model))
         return subject
 
-    monkeypatch.setattr(_panel, "load_subject", loading)
+    monkeypatch.setattr(_panel_work, "load_subject", loading)
     dp.panel(**{**SMALL, "seeds": 0, "alphas": [0], "perturb": None}, out=str(tmp_path))
     assert len(alive) == 2
 
@@ -283,19 +283,19 @@ def test_a_model_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypat
     with pytest.raises(RunFolderError, match="is failed"):
         found.run(found.failed["key"].iloc[0])
     # an error inside one cell is that cell's alone, and is tried again
-    run = _panel.run
+    run = _panel_work.run
 
     def failing(held, *given, **settings):
         if held.name == LLAMA[1]:
             raise MemoryError("out of memory")
         return run(held, *given, **settings)
 
-    monkeypatch.setattr(_panel, "run", failing)
+    monkeypatch.setattr(_panel_work, "run", failing)
     other = dp.panel(**{**SMALL, "alphas": [0], "perturb": None}, out=str(tmp_path / "two"))
     assert list(other.cells["state"]) == ["done", "failed"]
     assert other.failed["error"].iloc[0] == "MemoryError: out of memory"
     assert set(other.table("variance")["reason"]) == {"models<2"}
-    monkeypatch.setattr(_panel, "run", run)
+    monkeypatch.setattr(_panel_work, "run", run)
     assert dp.panel(other.path).status == "complete"
 
 
@@ -303,7 +303,7 @@ def test_a_full_disk_stops_the_panel(tmp_path, monkeypatch):
     def full(*given, **settings):
         raise RunFolderError("no room") from OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_panel, "run", full)
+    monkeypatch.setattr(_panel_work, "run", full)
     with pytest.raises(RunFolderError, match="no room"):
         dp.panel(**SMALL, out=str(tmp_path))
 

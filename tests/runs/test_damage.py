@@ -12,7 +12,7 @@ import pytest
 
 import dynprobe as dp
 from dynprobe.errors import DynprobeError, RunFolderError, UsageError
-from dynprobe.runs import compare, diff, examine, list_runs, open_run, repair
+from dynprobe.runs import compare, diff, examine, import_export, list_runs, open_run, repair
 
 TABLES = ("prompts", "conditions", "samples", "tokens", "depths")
 READERS = {
@@ -383,3 +383,129 @@ def test_the_id_is_made_again_from_what_was_hashed(tmp_path, make):
     assert kinds(found) == ["identity"]
     assert ident in found.damages[0].what
     assert not found.repairable
+
+
+def test_a_writer_between_the_look_and_the_repair_loses_nothing(tmp_path, make):
+    writer = make["begin"](tmp_path)
+    make["whole_tables"](writer)
+    writer.write_batch(0, make["batch"](0))
+    writer.close()
+    folder = writer.folder
+    (folder / "tokens/.tmp-7-part-00003.parquet").write_bytes(b"x")
+    found = examine(folder)  # something to mend
+    assert not found.healthy
+    make["write_all"](folder)  # another process comes, does batch 1, and goes
+    finished = (folder / "manifest.json").read_bytes()
+    with pytest.raises(RunFolderError, match=r"changed since it was examined.*run doctor again.*dynprobe doctor"):
+        repair(found)
+    assert (folder / "manifest.json").read_bytes() == finished
+    run = open_run(folder)
+    assert (run.status, run.manifest.finished) == ("complete", [0, 1])
+    assert run.verify() == len(run.manifest.parts)
+    (folder / "manifest.json").unlink()  # nor is one that went away in between written again unseen
+    gone = examine(folder)
+    (folder / "manifest.json").write_bytes(finished)
+    with pytest.raises(RunFolderError, match="changed since"):
+        repair(gone)
+    assert repair(examine(folder)) == []
+
+
+@pytest.mark.parametrize("hurt", ["cut", "missing", "changed"])
+@pytest.mark.parametrize("part", ["samples", "prompts"])
+def test_an_import_is_imported_again_and_not_mended(pair, tmp_path, hurt, part):
+    folder, _ = pair
+    open_run(folder).export("hf", tmp_path / "out")
+    back = import_export(tmp_path / "out", tmp_path / "back").path
+    assert examine(back).healthy
+    path = next((back / "samples").glob("*.parquet")) if part == "samples" else back / "prompts.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if hurt == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-9] if hurt == "cut" else data)
+    (back / ".tmp-7-manifest.json").write_bytes(b"{")
+    before = open_run(back).manifest
+    found = examine(back)
+    assert kinds(found) == sorted([hurt, "temporary"])
+    (damage,) = (d for d in found.damages if d.kind == hurt)
+    assert damage.remedy == ""
+    assert "import it again" in damage.what
+    assert "same command" not in repr(found)
+    assert found.repairable is False
+    repair(found)  # takes the leftover away, and nothing else
+    after = open_run(back).manifest
+    assert (after.status, after.finished, after.parts) == ("complete", before.finished, before.parts)
+    assert kinds(examine(back)) == [hurt]
+    with pytest.raises(RunFolderError, match="dynprobe doctor"):
+        open_run(back).table(part)
+
+
+def test_an_import_that_was_not_complete_is_not_continued(tmp_path, make):
+    writer = make["begin"](tmp_path / "runs")
+    make["whole_tables"](writer)
+    writer.write_batch(0, make["batch"](0))
+    writer.close()
+    open_run(writer.folder).export("hf", tmp_path / "out")
+    back = import_export(tmp_path / "out", tmp_path / "back").path
+    found = examine(back)
+    assert found.healthy
+    assert any("continue it where it was made" in note for note in found.notes)
+    assert not any("command that made it" in note for note in found.notes)
+    (part,) = (back / "samples").glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-9])
+    before = {p: p.read_bytes() for p in back.rglob("*.*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(RunFolderError, match=r"was imported .* interrupted; it cannot be continued"):
+        make["write_all"](back)
+    assert {p: p.read_bytes() for p in before} == before
+    assert open_run(back).status == "interrupted"
+
+
+def test_the_manifest_of_an_import_is_not_guessed_from_names_of_files(pair, tmp_path):
+    folder, _ = pair
+    open_run(folder).export("hf", tmp_path / "out")
+    back = import_export(tmp_path / "out", tmp_path / "back").path
+    path = back / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-200])
+    found = examine(back)
+    assert (found.source, found.repairable) == ("lost", False)
+    assert repair(found) == []
+    assert (back / "samples").is_dir()
+
+
+@pytest.mark.parametrize("asked", [{}, {"conditions": ["clean"]}, {"tables": ["samples"]}, {"redact_text": True}])
+def test_a_healthy_import_is_healthy(tmp_path, make, asked):
+    fields = {"figures": ["figures/one.png"], "calibration_hash": "0123456789abcdef"}
+    folder = make["write_all"](tmp_path / "runs", manifest_fields=fields)
+    (folder / "figures").mkdir()
+    (folder / "figures/one.png").write_bytes(b"png")
+    assert examine(folder).healthy
+    open_run(folder).export("hf", tmp_path / "out", **asked)
+    back = import_export(tmp_path / "out", tmp_path / "back")
+    found = dp.doctor(back)
+    assert found.healthy, found
+    assert found.notes == []
+
+
+ENTRANCES = {
+    "open": lambda folder, whole, out: dp.open(folder).samples,
+    "compare": lambda folder, whole, out: dp.compare([folder, whole]),
+    "report": lambda folder, whole, out: dp.report([folder], out=out / "report.html"),
+    "export": lambda folder, whole, out: dp.open(folder).export("hf", out / "out"),
+}
+
+
+@pytest.mark.parametrize("hurt", ["truncated", "missing"])
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_every_entrance_names_the_damaged_file_and_the_doctor(pair, tmp_path, name, hurt):
+    folder, whole = pair
+    path = folder / "samples/part-00001.parquet"
+    if hurt == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DynprobeError) as caught:
+        ENTRANCES[name](folder, whole, tmp_path)
+    assert "samples/part-00001.parquet" in str(caught.value)
+    assert f"dynprobe doctor {folder}" in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -397,3 +397,44 @@ def test_a_run_shows_itself(run_folder, make):
     assert "&lt;b&gt;x" in tested._repr_html_()
     (run_folder / "conditions.parquet").write_bytes(b"no parquet")
     assert "(complete)" in repr(open_run(run_folder))  # looking must not fail
+
+
+def odd_bits(out):
+    """A run whose bfloat16 states are NaN with signs and payloads, quiet and signalling, −0, ∞ and subnormals."""
+    writer = RunWriter.begin(out, model_name="t", config={}, ident="0123abcd")
+    keys = pd.DataFrame({"sample_id": "a|clean|0", "pos": range(3), "track": "resid", "depth": 0})
+    bits = [[0x7FA1, 0xFFC3, 0x8000, 0x0001], [0x7F80, 0xFF80, 0x7FC0, 0x3F80], [0x7F81, 0xFF81, 0xFFFF, 0x0000]]
+    with writer:
+        writer.write_states(0, keys, np.array(bits, np.uint16), "bfloat16")
+        writer.write_batch(0, {})
+        writer.finish({})
+    return open_run(writer.folder), np.array(bits, np.uint16)
+
+
+@pytest.mark.parametrize("to", ["hf", "arrow", "npz", "safetensors", "zarr"])
+def test_every_bit_of_bfloat16_comes_back(tmp_path, to):
+    if to == "zarr":
+        pytest.importorskip("zarr")
+    run, bits = odd_bits(tmp_path / "runs")
+    run.export(to, tmp_path / "out")
+    _, back = import_export(tmp_path / "out", tmp_path / "back").states(raw=True)
+    assert back.dtype == np.uint16
+    assert back.tolist() == bits.tolist()
+    if to == "safetensors":
+        from safetensors.torch import load_file
+
+        (path,) = (tmp_path / "out").glob("states*.safetensors")
+        state = load_file(path)["state"]
+        assert state.dtype == torch.bfloat16
+        assert state.view(torch.uint16).tolist() == bits.tolist()
+
+
+def test_a_flipped_bit_of_a_state_does_not_leave(run, tmp_path):
+    broken = shutil.copytree(run.path, tmp_path / "broken")
+    part = sorted((broken / "states").glob("*.parquet"))[0]
+    data = bytearray(part.read_bytes())
+    data[100] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(RunFolderError, match=rf"{part.name} is damaged.*dynprobe doctor"):
+        open_run(broken).export("npz", tmp_path / "no")
+    assert not (tmp_path / "no").exists()

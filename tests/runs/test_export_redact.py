@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import dynprobe as dp
-from dynprobe.errors import UsageError
+from dynprobe.errors import RunFolderError, UsageError
 from dynprobe.runs import RunWriter, import_export, open_run
 from dynprobe.runs._export_redact import Redaction
 from dynprobe.runs._text_hash import hashed_text, text_hash
@@ -140,3 +141,76 @@ def test_pieces_are_found_and_numbers_stay():
     assert not Redaction(["auto", "clean"]).holds("auto")  # a word is no secret where it is a setting
     words = gone.command('dynprobe run --contrast "a b" "c d" --seed 3')
     assert words == ["dynprobe", "run", "--contrast", "[text removed]", "[text removed]", "--seed", "3"]
+
+
+def test_token_ids_are_emptied_wherever_they_stand():
+    gone = Redaction([])
+    value = {
+        "prompts": [[101, 102], [103]], "contrast": [[104], [105]], "nested": {"target_ids": [106], "target_id": 107},
+        "prompt": {"token_ids": [[108]], "limit": 3}, "seeds": [1, 2], "eos_token_id": 2, "layers": [4, 5], "ids": None,
+    }  # fmt: skip
+    assert gone.json(value, "config") == {
+        "prompts": [[], []], "contrast": [[], []], "nested": {"target_ids": [], "target_id": None},
+        "prompt": {"token_ids": [[]], "limit": 3}, "seeds": [1, 2], "eos_token_id": 2, "layers": [4, 5], "ids": None,
+    }  # fmt: skip
+    assert "config.prompts: token ids emptied" in gone.done
+
+
+AWKWARD = 'He said "tell\nno one, Ольга" and went\taway \\ for good'
+
+
+def test_texts_within_json_are_found():
+    gone = Redaction([AWKWARD])
+    cell = json.dumps({"seed": 3, "contrast": ["x"], "about": AWKWARD})
+    assert AWKWARD not in cell
+    assert gone.holds(cell)
+    assert gone.holds(cell[30:-20])  # a piece of JSON that cannot be parsed
+    clean = gone.json({"params": cell}, "x")["params"]
+    assert json.loads(clean) == {"seed": 3, "contrast": [hashed_text("x")], "about": hashed_text(AWKWARD)}
+    assert gone.json({"params": '{"a": 1}'}, "x") == {"params": '{"a": 1}'}  # untouched, to the space
+    assert gone.json({"params": json.dumps([cell])}, "x") == {"params": json.dumps([clean], separators=(",", ":"))}
+    assert gone.command([f"--note={AWKWARD}", "--limit=2"]) == ["--note=[text removed]", "--limit=2"]
+
+
+@pytest.mark.parametrize("to", ["hf", "csv", "npz"])
+def test_token_ids_and_json_cells_of_a_whole_export(tmp_path, to):
+    ident = "89abcdef"
+    config = {"prompts": [[40961, 40962], [40963]], "note": json.dumps({"asked": AWKWARD})}
+    writer = RunWriter.begin(tmp_path / "runs", model_name="tiny", config=config, ident=ident)
+    with writer:
+        writer.write_table("prompts", pd.DataFrame({"prompt_id": ["p0"], "text": [AWKWARD], "token_ids": [[40961]]}))
+        params = json.dumps({"alpha": 0.1, "about": AWKWARD})
+        writer.write_table("conditions", pd.DataFrame({"condition_id": ["c"], "arm": ["clean"], "params": [params]}))
+        writer.write_batch(0, {"samples": pd.DataFrame({"sample_id": ["s"], "prompt_id": "p0", "condition_id": "c"})})
+        writer.finish({"worst": {"target_ids": [40963]}})
+    done = open_run(writer.folder).export(to, tmp_path / "out", redact_text=True)
+    side = (done.path / "dynprobe.json").read_text()
+    assert "4096" not in side
+    assert "Ольга" not in everything(done.path) + side
+    back = import_export(done.path, tmp_path / "back")
+    assert json.loads(back.conditions["params"][0]) == {"alpha": 0.1, "about": hashed_text(AWKWARD)}
+    assert back.manifest.config["prompts"] == [[], []]
+
+
+@pytest.mark.parametrize("where", ["dynprobe.json", "README.md", "table conditions"])
+def test_every_file_is_read_for_what_is_left(tmp_path, monkeypatch, where):
+    """Whichever of the removals were to fail, nothing leaves."""
+    run = private(tmp_path / "runs")
+    if where == "dynprobe.json":
+        monkeypatch.setattr(Redaction, "json", lambda self, value, place: value)
+    elif where == "README.md":
+        monkeypatch.setattr("dynprobe.runs._export.export_card", lambda *_: f"# A page\n\nabout {SECRETS[0]}\n")
+    else:
+
+        def spoiled(self, table, chunk):
+            if table != "conditions":
+                return clean(self, table, chunk)
+            at = chunk.column_names.index("arm")
+            return chunk.set_column(at, chunk.field(at), pa.array([SECRETS[1]]).cast(chunk.field(at).type))
+
+        clean = Redaction._clean
+        monkeypatch.setattr(Redaction, "_clean", spoiled)
+    with pytest.raises(RunFolderError, match=rf"^{where} of this export would show a text"):
+        run.export("hf", tmp_path / "out", redact_text=True)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -33,8 +33,11 @@ def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True
                  "kappa_phase": {"id": "kappa.phase/1", "unit": "half-turns", "digest": "bb", "span": "all"},
                  "norm": {"id": "resid.norm/1", "unit": "state", "digest": "cc", "span": "all"}},
         manifest_fields={
-            "batch_plan": [0], "versions": {"dynprobe": "0.1.0"}, "command": ["dynprobe", "run", "--token", "hf_secretsecretsecret"],  # noqa: E501
-            "self_tests": {"null": {"name": "null", "passed": False, "value": 0.5, "limit": 0.0, "unit": "max", "detail": {}}},  # noqa: E501
+            "batch_plan": [0], "versions": {"dynprobe": "0.1.0"},
+            "command": ["dynprobe", "run", "--token", "hf_secretsecretsecret"],
+            "self_tests": {
+                "null": {"name": "null", "passed": False, "value": 0.5, "limit": 0.0, "unit": "max", "detail": {}}
+            },
             "noise_floor": {"noise_floor": 1e-6},
         },
     )  # fmt: skip
@@ -48,21 +51,25 @@ def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True
     )  # fmt: skip
     ids = {t: i for i, t in enumerate(dict.fromkeys(t for ts in texts.values() for t in ts))}
     tokens = pd.DataFrame(
-        [{"sample_id": s, "pos": i, "phase": "prefill", "token_id": ids[texts[p][i]] if i < N_PROMPT else (1 if i == N_PROMPT else 999),  # noqa: E501
-          "target_id": 0, "nll": 1.0} for s, p, _ in rows for i in range(N_PROMPT + N_NEW)]
+        [{"sample_id": s, "pos": i, "phase": "prefill", "target_id": 0, "nll": 1.0,
+          "token_id": ids[texts[p][i]] if i < N_PROMPT else (1 if i == N_PROMPT else 999)}
+         for s, p, _ in rows for i in range(N_PROMPT + N_NEW)]
     )  # fmt: skip
     depths = pd.DataFrame(
-        [{"sample_id": s, "pos": i, "track": "resid", "depth": d, "layer": d - 1, "angle": np.nan if d == 0 else abs(number(s, i, d)),  # noqa: E501
-          "norm": 1.0 + d} for s, _, _ in rows for i in range(N_PROMPT + N_NEW) for d in range(DEPTHS)]
+        [{"sample_id": s, "pos": i, "track": "resid", "depth": d, "layer": d - 1, "norm": 1.0 + d,
+          "angle": np.nan if d == 0 else abs(number(s, i, d))}
+         for s, _, _ in rows for i in range(N_PROMPT + N_NEW) for d in range(DEPTHS)]
     )  # fmt: skip
     profiles = pd.DataFrame(
-        [{"sample_id": s, "track": "resid", "depth": d, "kappa_phase": np.nan if d == 0 else number("k", s, d), "norm": 1.0 + d}  # noqa: E501
+        [{"sample_id": s, "track": "resid", "depth": d, "norm": 1.0 + d,
+          "kappa_phase": np.nan if d == 0 else number("k", s, d)}
          for s, _, _ in rows for d in range(DEPTHS)]
     )  # fmt: skip
     with writer:
         writer.write_table(
             "prompts",
-            pd.DataFrame({"prompt_id": PROMPTS, "text": ["".join(texts[p]) for p in PROMPTS], "category": ["x", "x", "y", "y"],  # noqa: E501
+            pd.DataFrame({"prompt_id": PROMPTS, "text": ["".join(texts[p]) for p in PROMPTS],
+                          "category": ["x", "x", "y", "y"],
                           "token_ids": [[ids[t] for t in texts[p]] for p in PROMPTS],
                           "token_texts": [pd.Series(texts[p]).to_json(orient="values") for p in PROMPTS]}),
         )  # fmt: skip
@@ -462,6 +469,28 @@ def test_downloads_hold_the_numbers(loaded, poisoned):
     np.testing.assert_array_equal(found["high"], expected["high"])
     content = json.loads((loaded.downloads / "run1-profiles.json").read_text())
     assert [r["mean"] for r in content["rows"]] == list(expected["mean"])
+
+
+def test_a_downloaded_text_is_no_formula(browser, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    texts = dict(
+        TOKENS, p0=["=1+1", "|cmd", "!A0"], p1=["+", "1", "2"], p2=["@SUM", "(A1", ",2)"], p3=["-", "a", '"b"']
+    )
+    run = made(tmp_path, texts=texts, name="=HYPERLINK(1)", poison="=cmd|' /C calc'!A0", states=False)
+    browser.get(run.report().as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    button = browser.find_element(By.CSS_SELECTOR, "[data-table=run1-prompts] [data-csv]")
+    browser.execute_script("arguments[0].click()", button)
+    file = browser.downloads / "run1-prompts.csv"
+    wait(browser, file.exists, 20)
+    found = pd.read_csv(file)
+    assert list(found["text"]) == ["'=1+1|cmd!A0", "'+12", "'@SUM(A1,2)", '\'-a"b"']
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('[data-table=run1-prompts] tbody tr')].map(r => r.textContent)"
+    )
+    assert "=1+1|cmd!A0" in shown[0]
+    assert "'=1+1" not in shown[0]
 
 
 def test_themes_and_a_phone(loaded, tmp_path):

@@ -101,7 +101,7 @@ class CrossedDesign:
     @property
     def constant(self) -> bool:
         """Whether the values differ by rounding at most."""
-        return not self.n or self.total <= self.n * (_ROUNDING * float(np.abs(self.y).max())) ** 2
+        return not self.n or bool(self.total <= self.n * (_ROUNDING * float(np.abs(self.y).max())) ** 2)
 
     def residual(self, terms: frozenset[str]) -> tuple[float, int]:
         """Sum of squares that a set of terms leaves, and the rank of their space (the mean included).

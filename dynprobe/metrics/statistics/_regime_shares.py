@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,5 @@ def regime_shares(
 
 def _shares(labels: Sequence[str]) -> dict[str, float]:
     """Share of each label, the largest first."""
-    names, counts = np.unique(np.array(labels, dtype=object), return_counts=True) if len(labels) else ([], [])
-    pairs = sorted(zip(names, counts, strict=True), key=lambda pair: (-pair[1], pair[0]))
-    return {str(name): float(count) / len(labels) for name, count in pairs}
+    pairs = sorted(Counter(labels).items(), key=lambda pair: (-pair[1], pair[0]))
+    return {name: count / len(labels) for name, count in pairs}

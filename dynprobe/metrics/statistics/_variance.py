@@ -222,12 +222,12 @@ def _row(
     design: CrossedDesign,
 ) -> VarianceRow:  # fmt: skip
     if df[term] < 1:
-        why = "copies" if term == "seed" and design.copies else "df<1"
-        return VarianceRow(term, 0, 0.0, 0.0, NAN, NAN, NAN, None, NAN, NAN, NAN, (), why)
+        missing = "copies" if term == "seed" and design.copies else "df<1"
+        return VarianceRow(term, 0, 0.0, 0.0, NAN, NAN, NAN, None, NAN, NAN, NAN, (), missing)
     against = next((t for t in _AGAINST[term] if df[t] > 0), None)
     yardstick = ms[against] if against is not None else NAN
     F = p = NAN
-    why = None if df["seed"] > 0 or term == "seed" else "copies" if design.copies else "df<1"
+    why: str | None = None if df["seed"] > 0 or term == "seed" else "copies" if design.copies else "df<1"
     if against is not None and yardstick > 1e-12 * total:
         from scipy.special import fdtrc
 
@@ -235,6 +235,8 @@ def _row(
         p = float(fdtrc(df[term], df[against], F))
     elif against is not None:
         why = why or "zero-denominator"
+    elif term != "seed":  # nothing that prompts or seeds bring stands beside it
+        why = why or "df<1"
     e = ms["seed"] if term != "seed" else NAN
     omega = (ss[term] - df[term] * e) / (total + e)
     omega_against = (ss[term] - df[term] * yardstick) / (total + yardstick)

@@ -40,7 +40,8 @@ def comparison_section(found: Comparison) -> Section:
         ("common prompts", str(found.facts["prompts"])),
         (
             "intervals",
-            f"{found.facts['confidence']:.0%}, {found.facts['n_boot']} bootstrap replicates over prompts, seed {found.facts['seed']}",  # noqa: E501
+            f"{found.facts['confidence']:.0%}, {found.facts['n_boot']} bootstrap replicates over prompts, "
+            f"seed {found.facts['seed']}",
         ),
     ]
     return Section("compare", "Comparison", facts, figures, tables, warnings=found.warnings)
@@ -93,10 +94,14 @@ def _profiles(found: Comparison) -> Figure | None:
         + ", ".join(f"{r} {m:.3g}" for r, m in zip(last["run"], last["mean"], strict=True))
         + "."
     )
-    caption = f"Means over {n} common prompts; bands: {confidence:.0%} bootstrap interval over prompts, pointwise. Steps: {steps}. Metric ids: {', '.join(in_order(rows['metric_id']))}."  # noqa: E501
+    caption = (
+        f"Means over {n} common prompts; bands: {confidence:.0%} bootstrap interval over prompts, pointwise. "
+        f"Steps: {steps}. Metric ids: {', '.join(in_order(rows['metric_id']))}."
+    )
     first = "kappa_phase" if (rows["metric"] == "kappa_phase").any() else str(rows["metric"].iloc[0])
     return Figure(
-        "compare-profiles", "Profiles on normalised depth, and as paths", caption, alt, [Frame("compare-profiles", rows)], charts,  # noqa: E501
+        "compare-profiles", "Profiles on normalised depth, and as paths", caption, alt,
+        [Frame("compare-profiles", rows)], charts,
         [{"label": "metric", "column": "metric", "first": first}, {"label": "condition", "column": "condition"}],
     )  # fmt: skip
 
@@ -114,8 +119,12 @@ def _means(found: Comparison) -> Figure | None:
     first = "kappa_phase" if (rows["metric"] == "kappa_phase").any() else str(rows["metric"].iloc[0])
     own = rows[(rows["metric"] == first) & (rows["condition"] == rows["condition"].iloc[0])]
     alt = f"{first}: " + ", ".join(f"{r} {m:.3g}" for r, m in zip(own["run"], own["mean"], strict=True)) + "."
-    caption = f"Mean over common prompts; bars: {found.facts['confidence']:.0%} bootstrap interval over prompts. Whether two runs differ stands in the table of paired differences, not in overlapping bars."  # noqa: E501
+    caption = (
+        f"Mean over common prompts; bars: {found.facts['confidence']:.0%} bootstrap interval over prompts. Whether two "
+        "runs differ stands in the table of paired differences, not in overlapping bars."
+    )
     return Figure(
-        "compare-means", "Means of every run", caption, alt, [Frame("compare-means-figure", rows)], [Chart([trace], layout, height=max(220, 120 + 34 * len(runs)))],  # noqa: E501
+        "compare-means", "Means of every run", caption, alt, [Frame("compare-means-figure", rows)],
+        [Chart([trace], layout, height=max(220, 120 + 34 * len(runs)))],
         [{"label": "metric", "column": "metric", "first": first}, {"label": "condition", "column": "condition"}],
     )  # fmt: skip

@@ -68,7 +68,10 @@ def profile_figure(run: Run, key: str) -> Figure:
         if paired:  # colours follow the condition, not its place in this chart
             order = {diamonds(c): i for i, c in enumerate(conditions)}
             traces = [_recoloured(t, style_of(order[str(t["legendgroup"])])) for t in traces]
-        layout = {"xaxis": axis(x), "yaxis": axis(unit or words, type="log" if log else "linear")}
+        layout = {
+            "xaxis": axis(x),
+            "yaxis": axis(f"{words} ({unit})" if unit else words, type="log" if log else "linear"),
+        }
         charts.append(Chart(traces, layout, heading))
     n = int(numbers["n"].max())
     some = f" {len(conditions)} of {total} conditions are shown." if len(conditions) < total else ""
@@ -133,9 +136,9 @@ def token_figure(run: Run, key: str, most_rows: int) -> Figure:
     some = "" if len(fits) == len(every) else f" {len(fits)} of {len(every)} prompts are shown."
     some += "" if len(conditions) == n_conditions else f" {len(conditions)} of {n_conditions} conditions are shown."
     caption = (
-        "One cell per token and depth, as stored, without any averaging; empty where a step has no state before it. The "  # noqa: E501
-        "dashed line marks where the prompt ends and generated tokens begin; a generated token whose text is not known "
-        f"is shown by its id. Metrics: {ids(said, columns)}.{some}"
+        "One cell per token and depth, as stored, without any averaging; empty where a step has no state before it. "
+        "The dashed line marks where the prompt ends and generated tokens begin; a generated token whose text is not "
+        f"known is shown by its id. Metrics: {ids(said, columns)}.{some}"
     )
     alt = (
         f"Heat map of {rows['pos'].nunique()} token positions by {rows['depth'].nunique()} depths; choose prompt, "
@@ -212,7 +215,10 @@ def regime_figure(run: Run, key: str) -> Figure:
     }  # fmt: skip
     first = numbers[numbers["condition"] == order[0]].sort_values("share").iloc[-1]
     said = facts_for(run, "samples", ["limen_regime"])["limen_regime"][2]
-    caption = f"Share of texts in each regime of LIMEN's ratio ({said}); no interval. Texts with a remark on their ratio are left out."  # noqa: E501
+    caption = (
+        f"Share of texts in each regime of LIMEN's ratio ({said}); no interval. Texts with a remark on their ratio are "
+        "left out."
+    )
     alt = f"Stacked bars; in {order[0]}, {first['regime']} holds {first['share']:.0%} of {first['n']} texts."
     height = max(220, 110 + 26 * len(order))
     return Figure(
@@ -240,7 +246,10 @@ def accuracy_figure(run: Run, key: str) -> Figure:
     caption = (
         "Share of right answers; bars: 95 % Wilson interval over items (Clopper–Pearson where all or none are right)."
     )
-    alt = f"{len(tasks)} tasks under {len(order)} conditions; {first['task']} under {first['condition']}: {first['mean']:.0%} of {first['n']}."  # noqa: E501
+    alt = (
+        f"{len(tasks)} tasks under {len(order)} conditions; {first['task']} under {first['condition']}: "
+        f"{first['mean']:.0%} of {first['n']}."
+    )
     return Figure(
         f"{key}-accuracy", "Right answers", caption, alt, [Frame(f"{key}-accuracy", numbers, {"n": ("items", "", "")})],
         [Chart(traces, layout, height=max(240, 120 + 28 * len(order)))],

@@ -14,7 +14,7 @@ from dynprobe.runs._grid_data import in_order, mean_responses, on_a_grid, respon
 from dynprobe.runs._plot_sweep import CONTROLS, response_blocks
 from dynprobe.runs._plot_threshold import headline, open_ends
 from dynprobe.runs._quantity import alpha_label, is_threshold, level_of, per_position, prompts_text, quantity
-from dynprobe.runs._report._looks import COLOURS, INK, style_of
+from dynprobe.runs._report._looks import COLOURS, INK, row_of, style_of
 from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, band, grid, line, points
 from dynprobe.runs._token_map import token_texts
 
@@ -64,9 +64,10 @@ def response_figure(run: Run, key: str, most_rows: int) -> Figure:
     caption = (f"{drawn} Dashed: the criterion's level. {'; '.join(lacking)}{some}").strip()
     what, rows = blocks[0]
     top = rows[(rows["series"] == "perturbed")]
+    strongest = top[top["alpha"] == top["alpha"].max()]
     alt = (
-        f"Curves of {what.words} against α from {top['alpha'].min():.3g} to {top['alpha'].max():.3g}; at the largest α its "  # noqa: E501
-        f"mean over prompts and layers is {top[top['alpha'] == top['alpha'].max()]['value'].mean():.3g} {what.unit}."
+        f"Curves of {what.words} against α from {top['alpha'].min():.3g} to {top['alpha'].max():.3g}; at the largest α "
+        f"its mean over prompts and layers is {strongest['value'].mean():.3g} {what.unit}."
     )
     return Figure(
         f"{key}-response",
@@ -119,11 +120,20 @@ def layer_map_figure(run: Run, key: str) -> Figure:
     means["layer"] = means["layer"].astype(int)
     chart = Chart(
         [grid("alpha", "layer", "mean", log=what.log, title=f"mean {what.label}", **colours)],
-        {"xaxis": axis("α (scale)", type="category"), "yaxis": axis("layer written (block)", type="category")}, height=420,  # noqa: E501
+        {"xaxis": axis("α (scale)", type="category"), "yaxis": axis("layer written (block)", type="category")},
+        height=420,
     )  # fmt: skip
-    top = means.loc[means["mean"].idxmax()]
-    alt = f"Heat map; the largest mean, {top['mean']:.3g} {what.unit}, is at layer {top['layer']:g} and α {top['alpha']:.3g}."  # noqa: E501
-    caption = f"Mean {what.label} over {prompts_text(rows['prompt_id'].nunique())} by layer and strength; intervals stand in the numbers."  # noqa: E501
+    alt = "Heat map without any known mean."
+    if means["mean"].notna().any():
+        top = row_of(means, means["mean"].argmax())
+        alt = (
+            f"Heat map; the largest mean, {top['mean']:.3g} {what.unit}, is at layer {top['layer']:g} and "
+            f"α {top['alpha']:.3g}."
+        )
+    caption = (
+        f"Mean {what.label} over {prompts_text(rows['prompt_id'].nunique())} by layer and strength; intervals stand in "
+        "the numbers."
+    )
     return Figure(
         f"{key}-layers", "Layer × α", caption, alt, [Frame(f"{key}-layers", means, _NAMES)], [chart],
         [{"label": "scale", "column": "write"}],
@@ -169,8 +179,9 @@ def thresholds_figure(run: Run, key: str) -> Figure:
             colour, dash = style_of(number)
             traces.append(line("at", "alpha50", alpha_label(write, "α50"), colour, dash=dash, where=where, marker=8))
             traces.append(
-                {**points("at", "alpha50", "", colour, where=where), "mode": "lines", "line": {"width": 1.5, "color": colour},  # noqa: E501
-                 "$stems": {"x": "at", "low": "shown_low", "high": "shown_high"}, "showlegend": False, "hoverinfo": "skip"}  # noqa: E501
+                {**points("at", "alpha50", "", colour, where=where), "mode": "lines",
+                 "line": {"width": 1.5, "color": colour}, "showlegend": False, "hoverinfo": "skip",
+                 "$stems": {"x": "at", "low": "shown_low", "high": "shown_high"}}
             )  # fmt: skip
             for side, symbol in (("high", "triangle-up"), ("low", "triangle-down")):
                 if own[f"arrow_{side}"].notna().any():
@@ -191,20 +202,21 @@ def thresholds_figure(run: Run, key: str) -> Figure:
         charts.append(Chart(traces, layout, f"{what.words}{said}"))
     confidence, n = 100 * float(fits["confidence"].iloc[0]), int(fits["n"].max())
     known = fits[fits["alpha50"].notna()]
-    lowest = known.loc[known["alpha50"].idxmin()] if len(known) else None
+    lowest = row_of(known, known["alpha50"].argmin()) if len(known) else None
     alt = (
         "No threshold is inside the tested range."
         if lowest is None
         else (
-            f"Thresholds along {fits['layer'].nunique()} layers; the lowest, {lowest['alpha50']:.3g} ({lowest['write']}), is at "  # noqa: E501
-            f"layer {lowest['layer']:g}, {confidence:g} % interval {lowest['low']:.3g} to {lowest['high']:.3g}."
+            f"Thresholds along {fits['layer'].nunique()} layers; the lowest, {lowest['alpha50']:.3g} "
+            f"({lowest['write']}), is at layer {lowest['layer']:g}, {confidence:g} % interval {lowest['low']:.3g} to "
+            f"{lowest['high']:.3g}."
         )
     )
     median = str(fits["estimator"].iloc[0]).startswith("threshold.prompt")
     caption = (
-        f"α50: {'median of the first crossings of' if median else 'crossing of the mean response over'} {prompts_text(n)} "  # noqa: E501
-        f"({fits['estimator'].iloc[0]}); stems: {confidence:g} % interval over prompts; triangles lead out of the range "  # noqa: E501
-        "that was tested."
+        f"α50: {'median of the first crossings of' if median else 'crossing of the mean response over'} "
+        f"{prompts_text(n)} ({fits['estimator'].iloc[0]}); stems: {confidence:g} % interval over prompts; triangles "
+        "lead out of the range that was tested."
     )
     return Figure(
         f"{key}-thresholds",
@@ -226,7 +238,7 @@ def fragility_figure(run: Run, key: str, most_rows: int) -> Figure:
     texts, _ = token_texts(run)
     fits = fits.assign(
         token=[
-            texts.get(p, {})[int(i)] if p in texts and int(i) < len(texts[p]) else f"{int(i)}"
+            texts[p][int(i)] if p in texts and int(i) < len(texts[p]) else f"{int(i)}"
             for p, i in zip(fits["prompt_id"], fits["pos"], strict=True)
         ]
     )
@@ -245,16 +257,22 @@ def fragility_figure(run: Run, key: str, most_rows: int) -> Figure:
     ]
     fits = fits[columns].sort_values(["prompt_id", "write", "pos", "layer"], kind="stable", ignore_index=True)
     censored = int(fits["status"].astype(str).str.endswith("-censored").sum())
-    layout = {"xaxis": axis("token written, alone", showgrid=False), "yaxis": axis("layer written (block)", showgrid=False),  # noqa: E501
-              "$tokens": {"at": "pos", "text": "token"}}  # fmt: skip
+    layout = {
+        "xaxis": axis("token written, alone", showgrid=False),
+        "yaxis": axis("layer written (block)", showgrid=False),
+        "$tokens": {"at": "pos", "text": "token"},
+    }
     known = fits[fits["alpha50"].notna()]
     alt = f"Heat map of thresholds over {fits['pos'].nunique()} tokens and {fits['layer'].nunique()} layers."
     if len(known):
-        low = known.loc[known["alpha50"].idxmin()]
-        alt += f" The most fragile cell is token {low['pos']} ({low['token']}) at layer {low['layer']}: {low['alpha50']:.3g}."  # noqa: E501
+        low = row_of(known, known["alpha50"].argmin())
+        alt += (
+            f" The most fragile cell is token {low['pos']} ({low['token']}) at layer {low['layer']}: "
+            f"{low['alpha50']:.3g}."
+        )
     caption = (
-        f"α50 of {what.words} where one token alone is written. {censored} of {len(fits)} cells lie outside the tested range and "  # noqa: E501
-        "are empty; their side stands in the numbers."
+        f"α50 of {what.words} where one token alone is written. {censored} of {len(fits)} cells lie outside the tested "
+        "range and are empty; their side stands in the numbers."
     )
     return Figure(
         f"{key}-fragility", "Fragile tokens", caption, alt,

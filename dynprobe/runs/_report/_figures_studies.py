@@ -1,4 +1,4 @@
-"""Pictures of studies: iterations, recovery, dissociation, the attractor layer."""
+"""Pictures of studies: iterations, recovery, the attractor layer."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynprobe.errors import RunFolderError
 from dynprobe.runs._curves import INTERVAL, ITERATED, iteration_numbers
 from dynprobe.runs._plot_attract import MEASURES, length_numbers, slot_numbers
 from dynprobe.runs._plot_recover import METRICS, SIGNALS, fraction_numbers, signal_numbers
-from dynprobe.runs._protocol import protocol_of
 from dynprobe.runs._quantity import prompts_text
-from dynprobe.runs._report._looks import COLOURS, INK, MUTED, curves, facts_for, ids, in_order, style_of
-from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, band, diamonds, grid, line, points
+from dynprobe.runs._report._looks import COLOURS, INK, MUTED, curves, facts_for, ids, in_order, row_of, style_of
+from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, diamonds, grid, line, points
 
 if TYPE_CHECKING:
     from dynprobe.runs._run import Run
 
 __all__ = [
-    "dissociation_figure", "iteration_figure", "length_figure", "recovery_figure", "signal_figure", "slot_figure",
+    "iteration_figure", "length_figure", "recovery_figure", "signal_figure", "slot_figure",
 ]  # fmt: skip
 
 _ROAD = {"forced": "given text", "free": "own text"}
@@ -30,7 +28,8 @@ def iteration_figure(run: Run, key: str) -> Figure:
     numbers = iteration_numbers(run)
     measures = in_order(numbers["measure"])
     said = facts_for(run, "samples", measures)
-    trained = run.samples["trained_iterations"].dropna() if "trained_iterations" in run.samples else []
+    samples = run.samples
+    trained = list(samples["trained_iterations"].dropna()) if "trained_iterations" in samples else []
     charts = []
     for measure in measures:
         words, unit, log = ITERATED[measure]
@@ -39,7 +38,7 @@ def iteration_figure(run: Run, key: str) -> Figure:
         shapes = [
             {"type": "line", "x0": float(t), "x1": float(t), "yref": "paper", "y0": 0, "y1": 1,
              "line": {"color": MUTED, "dash": "dot", "width": 1}}
-            for t in list(trained)[:1]
+            for t in trained[:1]
         ]  # fmt: skip
         log = log and bool((own["mean"] > 0).all())
         layout = {
@@ -49,9 +48,14 @@ def iteration_figure(run: Run, key: str) -> Figure:
         }
         charts.append(Chart(traces, layout, words))
     first = numbers[(numbers["measure"] == measures[0]) & (numbers["arm"] == "clean")]
-    best = first.loc[first["mean"].idxmin()]
-    alt = f"{ITERATED[measures[0]][0]} against iterations; it is least, {best['mean']:.4g}, at T = {best['iterations']:g}."  # noqa: E501
-    dotted = " Dotted: the depth the model was trained at." if len(trained) else ""
+    alt = f"{ITERATED[measures[0]][0]} against iterations."
+    if first["mean"].notna().any():
+        best = row_of(first, first["mean"].argmin())
+        alt = (
+            f"{ITERATED[measures[0]][0]} against iterations; it is least, {best['mean']:.4g}, "
+            f"at T = {best['iterations']:g}."
+        )
+    dotted = " Dotted: the depth the model was trained at." if trained else ""
     caption = (
         f"Mean over {prompts_text(int(numbers['n'].max()))}; bands: {INTERVAL}. Metrics: {ids(said, measures)}.{dotted}"
     )
@@ -80,8 +84,9 @@ def signal_figure(run: Run, key: str) -> Figure:
         for end, said, dash in (("q_hi", "upper", "dash"), ("q_lo", "lower", "dot")):
             if end in band_of:
                 traces.append(
-                    {"type": "scatter", "mode": "lines", "name": f"q{100 * band_of[said]:g} of clean text", "x": [0, last],  # noqa: E501
-                     "y": [float(band_of[end])] * 2, "line": {"color": INK, "dash": dash, "width": 1}, "hoverinfo": "skip"}  # noqa: E501
+                    {"type": "scatter", "mode": "lines", "name": f"q{100 * band_of[said]:g} of clean text",
+                     "x": [0, last], "y": [float(band_of[end])] * 2, "hoverinfo": "skip",
+                     "line": {"color": INK, "dash": dash, "width": 1}}
                 )  # fmt: skip
         charts.append(Chart(traces, {"xaxis": axis("new token"), "yaxis": axis(unit)}, f"signal, {_ROAD[road]}"))
         acting = [
@@ -93,7 +98,10 @@ def signal_figure(run: Run, key: str) -> Figure:
             charts.append(Chart(acting, layout, f"mode acting, {_ROAD[road]}", 260))
     n = int(numbers["n"].max())
     some = f" {len(kept)} of {total} conditions are shown." if len(kept) < total else ""
-    caption = f"Mean over {prompts_text(n)}; bands: {INTERVAL}. Lines across: the band that switches the detector on and off.{some}"  # noqa: E501
+    caption = (
+        f"Mean over {prompts_text(n)}; bands: {INTERVAL}. Lines across: the band that switches the detector on and "
+        f"off.{some}"
+    )
     alt = f"The signal {unit} over {int(numbers['token'].max()) + 1} new tokens for {len(kept)} conditions."
     return Figure(f"{key}-signal", "Detector and action", caption, alt, [Frame(f"{key}-signal", numbers)], charts)
 
@@ -124,26 +132,28 @@ def recovery_figure(run: Run, key: str) -> Figure:
                            text={"$": "line"}, hovertemplate="%{text}: %{customdata:.3g}")
                 )  # fmt: skip
         shapes = [
-            {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": MUTED, "width": 1, "dash": dash}}  # noqa: E501
+            {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1,
+             "line": {"color": MUTED, "width": 1, "dash": dash}}
             for x, dash in ((0, "solid"), (1, "dot"))
         ]  # fmt: skip
         layout = {
             "xaxis": axis("recovery fraction", range=[-1.08, 2.08], tickvals=[-1, 0, 1, 2]), "shapes": shapes,
-            "yaxis": {"automargin": True, "range": [len(lines) - 0.4, -0.6], "tickvals": list(range(len(lines))), "ticktext": lines},  # noqa: E501
+            "yaxis": {"automargin": True, "range": [len(lines) - 0.4, -0.6], "tickvals": list(range(len(lines))),
+                      "ticktext": lines},
         }  # fmt: skip
         charts.append(Chart(traces, layout, METRICS[metric].replace("\n", " "), max(240, 130 + 22 * len(lines))))
     known = numbers[(numbers["kind"] == "mode") & numbers["rf"].notna() & ~numbers["acted_on"].astype(bool)]
     alt = "No recovery fraction is known."
     if len(known):
-        top = known.loc[known["rf"].idxmax()]
+        top = row_of(known, known["rf"].argmax())
         alt = (
-            f"Recovery fractions of {len(lines)} modes and timings over {len(metrics)} metrics; the largest that is not acted "  # noqa: E501
-            f"on is {top['rf']:.3g} [{top['low']:.3g}, {top['high']:.3g}], {top['line']} on {top['metric']}."
+            f"Recovery fractions of {len(lines)} modes and timings over {len(metrics)} metrics; the largest that is "
+            f"not acted on is {top['rf']:.3g} [{top['low']:.3g}, {top['high']:.3g}], {top['line']} on {top['metric']}."
         )
     caption = (
-        "0 is as perturbed, 1 as clean, below 0 harm; bars: 95 % interval over prompts, cut at the ends of the axis. Hollow: "  # noqa: E501
-        "the controller acts on that metric, so it recovers by construction. Points outside −1 … 2 stand at the end. "
-        f"Estimator: {numbers['estimator'].iloc[0]}."
+        "0 is as perturbed, 1 as clean, below 0 harm; bars: 95 % interval over prompts, cut at the ends of the axis. "
+        "Hollow: the controller acts on that metric, so it recovers by construction. Points outside −1 … 2 stand at "
+        f"the end. Estimator: {numbers['estimator'].iloc[0]}."
     )
     return Figure(
         f"{key}-recovery",
@@ -153,104 +163,6 @@ def recovery_figure(run: Run, key: str) -> Figure:
         [Frame(f"{key}-recovery", numbers)],
         charts,
         [{"label": "reading", "column": "road"}],
-    )
-
-
-def dissociation_figure(run: Run, key: str) -> Figure:
-    """Return accuracy and the dynamic metric against α, and RF_dyn against RF_sem."""
-    config = run.manifest.config
-    if protocol_of(config) != "dissociate" or not run.manifest.rows().get("fits"):
-        raise RunFolderError("it is no finished study of dissociation (dynprobe dissociate)")
-    fits = run.table("fits")
-    dynamic, semantic = str(config["dynamic"]), str(config["semantic"])
-    means = fits[(fits["estimator"] == "mean") & fits["metric"].isin(["right", dynamic])].sort_values(
-        ["metric", "alpha"]
-    )
-    means = means[["metric", "alpha", "value", "low", "high", "n"]].astype({"metric": str}).reset_index(drop=True)
-    charts = []
-    for number, metric in enumerate(("right", dynamic)):
-        traces = [
-            band("alpha", "low", "high", COLOURS[number], where={"metric": metric}, group=metric),
-            line(
-                "alpha",
-                "value",
-                "accuracy" if metric == "right" else metric,
-                COLOURS[number],
-                where={"metric": metric},
-                legendgroup=metric,
-            ),
-        ]
-        label = "share of right answers" if metric == "right" else metric
-        charts.append(Chart(traces, {"xaxis": axis("α"), "yaxis": axis(label)}, f"{label} against α"))
-    frames = [Frame(f"{key}-dissociation", means)]
-    verdicts = fits[fits["verdict"].notna() & (fits["metric"] == semantic)] if "verdict" in fits else fits.iloc[:0]
-    verdicts = verdicts.astype({"condition_id": str, "verdict": str})
-    if len(verdicts):
-        columns = [
-            "condition_id",
-            "verdict",
-            "rf_dyn",
-            "rf_dyn_low",
-            "rf_dyn_high",
-            "rf_sem",
-            "rf_sem_low",
-            "rf_sem_high",
-            "reason",
-        ]
-        cut = {f"{c}_shown": np.clip(verdicts[c], -1.6, 1.9) for c in columns[2:8]}
-        verdicts = verdicts[columns].assign(**cut).reset_index(drop=True)
-        frames.append(Frame(f"{key}-verdicts", verdicts, facts_for(run, "fits", ["condition_id"])))
-        traces = []
-        for i, condition in enumerate(in_order(verdicts["condition_id"])):
-            colour = MUTED if "random:" in condition else COLOURS[i % len(COLOURS)]
-            trace = points(
-                "rf_dyn_shown",
-                "rf_sem_shown",
-                diamonds(condition.removeprefix("perturbed+")),
-                colour,
-                where={"condition_id": condition},
-                left="rf_dyn_low_shown",
-                right="rf_dyn_high_shown",
-                marker={"symbol": i % 8, "size": 10},
-            )
-            trace["error_y"] = {**trace["error_x"], "array": {"$minus": ["rf_sem_high_shown", "rf_sem_shown"]},
-                                "arrayminus": {"$minus": ["rf_sem_shown", "rf_sem_low_shown"]}}  # fmt: skip
-            traces.append({**trace, "$frame": f"{key}-verdicts"})
-        shapes = [
-            {
-                "type": "rect",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": -0.1,
-                "y1": 0.1,
-                "fillcolor": MUTED,
-                "opacity": 0.15,
-                "line": {"width": 0},
-            }
-        ]
-        layout = {"xaxis": axis(f"RF_dyn ({dynamic})"), "yaxis": axis(f"RF_sem ({semantic})"), "shapes": shapes}
-        charts.append(Chart(traces, layout, "what came back", 400))
-    told = means[means["metric"] == "right"]
-    ends = (
-        f"Accuracy is {told['value'].iloc[0]:.0%} at α {told['alpha'].iloc[0]:g} and {told['value'].iloc[-1]:.0%} at α {told['alpha'].iloc[-1]:g}."  # noqa: E501
-        if len(told)
-        else ""
-    )
-    said = "; ".join(
-        f"{c}: {v}" for c, v in zip(verdicts.get("condition_id", []), verdicts.get("verdict", []), strict=True)
-    )
-    caption = (
-        "Left, means over items with 95 % intervals. Right, recovery fractions of dynamics and meaning with their 95 % intervals "  # noqa: E501
-        f"(cut at −1.6 and 1.9); the grey band is where RF_sem is next to nothing. {said}"
-    )
-    return Figure(
-        f"{key}-dissociation",
-        "Dissociation of dynamics and meaning",
-        caption,
-        ends or "Dose and fractions.",
-        frames,
-        charts,
     )
 
 
@@ -271,7 +183,8 @@ def length_figure(run: Run, key: str) -> Figure:
         + ", ".join(f"{c} {m:.2g}" for c, m in zip(last["condition"], last["mean"], strict=True))
         + "."
     )
-    caption = f"Mean over {prompts_text(n)} by length of the text; bands: {INTERVAL}{' — missing below three prompts' if n < 3 else ''}."  # noqa: E501
+    few = " — missing below three prompts" if n < 3 else ""
+    caption = f"Mean over {prompts_text(n)} by length of the text; bands: {INTERVAL}{few}."
     return Figure(f"{key}-lengths", "How texts go on", caption, alt, [Frame(f"{key}-lengths", numbers)], charts)
 
 
@@ -285,8 +198,13 @@ def slot_figure(run: Run, key: str, most_rows: int) -> Figure:
     rows = slots[slots["prompt_id"].isin(fits)][columns]
     rows = rows.sort_values(["prompt_id", "condition_id", "pos", "slot"], kind="stable", ignore_index=True)
     some = f" {len(fits)} of {len(sizes)} prompts are shown." if len(fits) < len(sizes) else ""
-    top = rows.loc[rows["strength"].idxmax()]
-    alt = f"Heat map of {rows['slot'].nunique()} slots over tokens; the strongest is slot {top['slot']} at position {top['pos']}: {top['strength']:.3g}."  # noqa: E501
+    alt = f"Heat map of {rows['slot'].nunique()} slots over tokens."
+    if rows["strength"].notna().any():
+        top = row_of(rows, rows["strength"].argmax())
+        alt = (
+            f"Heat map of {rows['slot'].nunique()} slots over tokens; the strongest is slot {top['slot']} at position "
+            f"{top['pos']}: {top['strength']:.3g}."
+        )
     caption = f"Strength of every slot at {site} while a text is written; a slot that is not alive is empty.{some}"
     layout = {"xaxis": axis("position of the token", showgrid=False), "yaxis": axis("slot", showgrid=False)}
     measures = [{"column": c, "log": False} for c in ("strength", "hits", "cos") if c in rows]
@@ -294,5 +212,8 @@ def slot_figure(run: Run, key: str, most_rows: int) -> Figure:
         f"{key}-slots", "Slots of the attractor layer", caption, alt,
         [Frame(f"{key}-slots", rows, facts_for(run, "slots", columns), len(slots))],
         [Chart([grid("pos", "slot", "@measure", log="@measure")], layout, height=380)],
-        [{"label": "prompt", "column": "prompt_id"}, {"label": "condition", "column": "condition_id"}, {"label": "value", "measures": measures}],  # noqa: E501
+        [
+            {"label": "prompt", "column": "prompt_id"}, {"label": "condition", "column": "condition_id"},
+            {"label": "value", "measures": measures},
+        ],
     )  # fmt: skip

@@ -78,7 +78,10 @@ def _data(page: Report) -> dict[str, Any]:
         for figure in section.figures:
             figures.append(
                 {"key": figure.key, "frame": figure.frames[0].key, "choose": list(figure.choose),
-                 "charts": [{"traces": list(c.traces), "layout": c.layout, "height": c.height, "title": c.title} for c in figure.charts]}  # noqa: E501
+                 "charts": [
+                     {"traces": list(c.traces), "layout": c.layout, "height": c.height, "title": c.title}
+                     for c in figure.charts
+                 ]}
             )  # fmt: skip
         tables += [{"frame": t.frame.key, "filters": list(t.filters)} for t in (*section.tables, *section.closing)]
     return {"frames": frames, "figures": figures, "tables": tables}

@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING, Any
 from dynprobe.runs._canvas import BLUE, RED
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dynprobe.runs._run import Run
 
-__all__ = ["COLOURS", "DASHES", "INK", "MUTED", "SHAPES", "curves", "facts_for", "ids", "in_order", "style_of"]
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "INK",
+    "MUTED",
+    "SHAPES",
+    "curves",
+    "facts_for",
+    "ids",
+    "in_order",
+    "row_of",
+    "style_of",
+]
 
 #: Okabe–Ito without black and yellow, which are lost on one of the two backgrounds.
 COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -62,3 +76,8 @@ def ids(facts: Mapping[str, tuple[str, str, str]], columns: Sequence[str]) -> st
 def in_order(values: Any) -> list[str]:
     """Return the distinct values as texts, in the order in which they come."""
     return [str(v) for v in dict.fromkeys(values)]
+
+
+def row_of(rows: pd.DataFrame, place: Any) -> pd.Series:
+    """Return the row at a place, as argmin and argmax of one of its columns give it."""
+    return rows.iloc[int(place)]

@@ -180,7 +180,11 @@ def bars(x: str, y: str, name: str, colour: str, shape: str = "", **more: Any) -
     where = more.pop("where", {})
     return {
         "type": "bar", "orientation": "h", "name": name, "x": column(x), "y": column(y), "$where": where,
-        "marker": {"color": colour, "pattern": {"shape": shape, "fgcolor": "var:paper", "size": 6, "fillmode": "overlay"}}, **more,  # noqa: E501
+        "marker": {
+            "color": colour,
+            "pattern": {"shape": shape, "fgcolor": "var:paper", "size": 6, "fillmode": "overlay"},
+        },
+        **more,
     }  # fmt: skip
 
 

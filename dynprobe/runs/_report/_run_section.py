@@ -17,6 +17,8 @@ from dynprobe.runs._quantity import is_sweep, is_threshold
 from dynprobe.runs._report import _figures_depth as depth
 from dynprobe.runs._report import _figures_grid as grid
 from dynprobe.runs._report import _figures_studies as studies
+from dynprobe.runs._report._concluded import concluded
+from dynprobe.runs._report._figures_dissociation import dissociation_figure
 from dynprobe.runs._report._looks import facts_for
 from dynprobe.runs._report._parts import Figure, Frame, Section, Table
 from dynprobe.runs._secrets import scrub, scrub_command
@@ -24,7 +26,7 @@ from dynprobe.runs._secrets import scrub, scrub_command
 if TYPE_CHECKING:
     from dynprobe.runs._run import Run
 
-__all__ = ["concluded", "run_section"]
+__all__ = ["run_section"]
 
 _FILTERS = (
     "condition_id",
@@ -66,7 +68,8 @@ def run_section(run: Run, key: str, most_rows: int) -> Section:
     return Section(
         key=key, title=f"{run.manifest.model_name} · {protocol_of(run.manifest.config)}",
         facts=_facts(run), figures=figures, tables=_tables(run, key, most_rows), missing=missing,
-        warnings=_warnings(run), provenance=_provenance(run.manifest), blocks=_blocks(run.manifest), closing=_closing(run, key),  # noqa: E501
+        warnings=_warnings(run), provenance=_provenance(run.manifest), blocks=_blocks(run.manifest),
+        closing=_closing(run, key),
     )  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def _figures(run: Run, key: str, most_rows: int) -> tuple[list[Figure], list[tup
         makers["Recovery"] = lambda: studies.recovery_figure(run, key)
         makers["Detector and action"] = lambda: studies.signal_figure(run, key)
     if protocol == "dissociate":
-        makers["Dissociation"] = lambda: studies.dissociation_figure(run, key)
+        makers["Dissociation"] = lambda: dissociation_figure(run, key)
     if protocol == "attract":
         makers["How texts go on"] = lambda: studies.length_figure(run, key)
         makers["Slots of the attractor layer"] = lambda: studies.slot_figure(run, key, most_rows // 2)
@@ -128,15 +131,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float)
-        else "yes"
-        if value is True
-        else "no"
-        if value is False
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _warnings(run: Run) -> list[str]:
@@ -154,8 +151,8 @@ def _warnings(run: Run) -> list[str]:
     dtypes = manifest.dtypes if isinstance(manifest.dtypes, Mapping) else {}
     if dtypes.get("low_precision_angles"):
         found.append(f"States were read in {dtypes.get('weights')}: angles are coarser than many effects.")
-    notes = run.summary.get("notes") if isinstance(run.summary.get("notes"), list) else []
-    found += [str(note) for note in notes]
+    notes = run.summary.get("notes")
+    found += [str(note) for note in notes] if isinstance(notes, list) else []
     samples = manifest.rows().get("samples")
     if samples:
         bad = run.samples["status"].astype(str).value_counts() if "status" in run.samples else pd.Series(dtype=int)
@@ -195,62 +192,12 @@ def _tables(run: Run, key: str, most_rows: int) -> list[Table]:
 
 
 def _table(run: Run, key: str, name: str, frame: pd.DataFrame, most: int, words: str) -> Table:
-    facts = facts_for(run, name, list(frame))
+    facts = facts_for(run, name, [str(c) for c in frame])
     kept = [c for c in _FILTERS if c in frame and 1 < frame[c].nunique() <= 200]
     some = f" The first {most:,} of {len(frame):,} rows are on this page." if len(frame) > most else ""
     return Table(
         name, Frame(f"{key}-{name}", frame.iloc[:most].reset_index(drop=True), facts, len(frame)), words + some, kept
     )
-
-
-def concluded(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """Return every estimate of a summary as a row: what it is of, its value, its interval, prompts, and a reason.
-
-    Example:
-        >>> concluded({"conditions": {"clean": {"nll": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 4}}}}).to_dict("records")
-        [{'of': 'conditions clean', 'quantity': 'nll', 'value': 2.0, 'low': 1.0, 'high': 3.0, 'n': 4, 'reason': None}]
-    """  # noqa: E501
-    rows: list[dict[str, Any]] = []
-    _walk(summary, [], rows)
-    return pd.DataFrame(rows, columns=["of", "quantity", "value", "low", "high", "n", "reason"])
-
-
-def _walk(item: Any, path: list[str], rows: list[dict[str, Any]]) -> None:
-    if isinstance(item, Mapping):
-        centre = "mean" if "mean" in item else "value" if "value" in item else None
-        if centre is not None and "low" in item and path:
-            reason = item.get("reason") or item.get("reason_interval")
-            rows.append(
-                {"of": " ".join(path[:-1]), "quantity": path[-1], "value": _float(item[centre]), "low": _float(item["low"]),  # noqa: E501
-                 "high": _float(item.get("high")), "n": item.get("n"), "reason": str(reason) if reason else None}
-            )  # fmt: skip
-            return
-        flat = [k for k in item if f"{k}_low" in item]
-        for k in flat:
-            rows.append(
-                {"of": " ".join([*path, *_named(item)]), "quantity": str(k), "value": _float(item[k]), "low": _float(item[f"{k}_low"]),  # noqa: E501
-                 "high": _float(item.get(f"{k}_high")), "n": item.get("n"), "reason": None}
-            )  # fmt: skip
-        for k, value in item.items():
-            if isinstance(value, Mapping | list):
-                _walk(value, [*path, *_named(item), str(k)], rows)
-    elif isinstance(item, list):
-        for value in item:
-            _walk(value, path, rows)
-
-
-def _named(item: Mapping[str, Any]) -> list[str]:
-    """What tells an entry of a list from its neighbours."""
-    names = ("condition", "arm", "task", "metric", "iterations", "alpha", "layer", "length", "scale", "criterion")
-    held = {n: item[n] for n in names if isinstance(item.get(n), str | int | float)}
-    return [
-        str(v) if n in ("condition", "task") else f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}"
-        for n, v in held.items()
-    ]
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _provenance(manifest: Manifest) -> list[tuple[str, str]]:
@@ -261,11 +208,12 @@ def _provenance(manifest: Manifest) -> list[tuple[str, str]]:
         if k not in ("location", "folder", "structure", "tokenizer") and v not in (None, {}, [])
     }
     facts: dict[str, Any] = {
-        "schema version": manifest.schema_version, "id": manifest.id8, "made": manifest.created, "finished": manifest.updated,  # noqa: E501
-        "command": _command(manifest), **{f"model {k}": v for k, v in kept.items()}, "weights": manifest.weights,
-        "prompts hash": manifest.prompts_hash, "calibration hash": manifest.calibration_hash,
-        **{f"version of {k}": v for k, v in manifest.versions.items()}, "device": manifest.device, "dtypes": manifest.dtypes,  # noqa: E501
-        "seeds": manifest.seeds, "noise floor": manifest.noise_floor, "continuations": manifest.continuations,
+        "schema version": manifest.schema_version, "id": manifest.id8, "made": manifest.created,
+        "finished": manifest.updated, "command": _command(manifest), **{f"model {k}": v for k, v in kept.items()},
+        "weights": manifest.weights, "prompts hash": manifest.prompts_hash,
+        "calibration hash": manifest.calibration_hash, **{f"version of {k}": v for k, v in manifest.versions.items()},
+        "device": manifest.device, "dtypes": manifest.dtypes, "seeds": manifest.seeds,
+        "noise floor": manifest.noise_floor, "continuations": manifest.continuations,
         "interruptions": manifest.interruptions, "files": len(manifest.parts),
     }  # fmt: skip
     return [
@@ -289,8 +237,8 @@ def _closing(run: Run, key: str) -> list[Table]:
     tests = run.manifest.self_tests
     if isinstance(tests, Mapping):
         rows = [
-            {"self-test": name, "passed": t.get("passed"), "value": t.get("value"), "limit": t.get("limit"), "unit": t.get("unit"),  # noqa: E501
-             "detail": dumps(scrub(plain(t.get("detail"), "detail")))}
+            {"self-test": name, "passed": t.get("passed"), "value": t.get("value"), "limit": t.get("limit"),
+             "unit": t.get("unit"), "detail": dumps(scrub(plain(t.get("detail"), "detail")))}
             for name, t in tests.items() if isinstance(t, Mapping)
         ]  # fmt: skip
         if rows:

@@ -60,6 +60,14 @@ def test_eta_keeps_the_interaction_apart():
     assert found["category"].includes == ("prompt",)
 
 
+def test_a_category_of_one_prompt_says_why_it_has_no_test():
+    values = np.random.default_rng(0).normal(size=24)
+    found = variance_table(values, ["a"] * 12 + ["b"] * 12, (["x"] * 4 + ["y"] * 4 + ["z"] * 4) * 2)
+    assert found["model"].reason is None  # seeds are its yardstick
+    assert np.isnan(found["category"].p)
+    assert found["category"].reason == "df<1"
+
+
 @pytest.mark.parametrize(("values", "expected"), [((0, 0, 2, 2), 1), ((0, 2, 0, 2), -1), ((0, 1, 2, 3), 7 / 9)])
 def test_icc(values, expected):
     assert icc1(values, list("aabb")).value == pytest.approx(expected, rel=1e-9)

@@ -25,12 +25,14 @@
     frames[key] = { key, columns, length: frame.rows, total: frame.total };
   }
   const distinct = (frame, name) => [...new Set(frame.columns.get(name).values.filter((v) => v !== null))];
-  const titleOf = (column) => column.words + (column.unit ? ` (${column.unit})` : "");
+  const titleOf = (column) => column.words + (column.unit && column.unit !== column.words ? ` (${column.unit})` : "");
 
   const csvCell = (value) => {
     if (value === null || value === undefined) return "";
     if (typeof value === "number") return value === Infinity ? "inf" : value === -Infinity ? "-inf" : String(value);
-    return /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
+    // A spreadsheet runs a text that begins like a formula; an apostrophe in front makes it a text. JSON keeps it as it is.
+    const safe = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value;
+    return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
   };
   const asCsv = (frame, rows) => {
     const columns = [...frame.columns.values()];
@@ -210,7 +212,7 @@
       const base = {
         autosize: true, height: chart.height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { color: theme.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-        margin: { l: 10, r: 10, t: 8, b: 10 }, hoverlabel: { font: { size: 12 } },
+        margin: { l: 10, r: 10, t: 30, b: 10 }, hoverlabel: { font: { size: 12 } },
         showlegend: shown > 1, legend: { entrywidth: 0, orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, bgcolor: "rgba(0,0,0,0)", font: { size: 11 } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.muted, activecolor: theme.ink },
       };
