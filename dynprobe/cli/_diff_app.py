@@ -45,7 +45,7 @@ def _diff(
         Path | None, typer.Option(help="Draw log10 of the difference over depth and token: .png, .svg or .pdf.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit code 1 where the runs part beyond the noise floor.")
+        bool, typer.Option("--check", help="Exit code 1 where they part beyond the noise floor, or cannot be compared.")
     ] = False,
     json: option.Json = False,
     quiet: option.Quiet = False,

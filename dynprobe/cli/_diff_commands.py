@@ -33,5 +33,5 @@ def diff_command(
         print_json(found.to_dict())
     elif not quiet:
         _render_diff.difference(found, written)
-    if check and found.parts:
-        raise DynprobeError(f"the runs {found.verdict}")
+    if check and (found.parts or not found.compared):
+        raise DynprobeError(f"the runs {found.verdict}" if found.parts else found.verdict)

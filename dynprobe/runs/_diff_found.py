@@ -64,6 +64,11 @@ class Difference:
         return bool(self.samples["verdict"].str.startswith(APART).any())
 
     @property
+    def compared(self) -> bool:
+        """Whether every sample had something to compare."""
+        return not bool((self.samples["verdict"] == NOTHING).any())
+
+    @property
     def verdict(self) -> str:
         """One sentence: equal bit for bit, equal within noise floor, nothing to compare, or where a condition parts."""
         for row in self.conditions.to_dict("records"):

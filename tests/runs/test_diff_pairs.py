@@ -111,6 +111,7 @@ def test_equality_needs_a_comparison(tmp_path):
     bare = made(tmp_path / "a", prompts)
     found = diff(bare, made(tmp_path / "b", prompts))
     assert found.verdict.startswith("nothing to compare")
+    assert not found.compared
     assert "--states" in found.verdict
     assert found.samples["verdict"].tolist() == found.conditions["verdict"].tolist() == ["nothing to compare"]
     assert not found.parts
