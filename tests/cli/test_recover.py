@@ -181,7 +181,7 @@ def test_a_calibration_is_handed_in_and_another_models_is_refused(cli, model, he
     words = ("recover", "--model", model, "--prompt", "Hello there", *LOOP, "--mode", "none", "--calibration")
     refused = cli(*words, "theirs")
     assert refused.code == 1
-    assert "this calibration was made with weights" in refused.err
+    assert "this calibration of other was made with weights" in refused.err
     assert not (here / "runs").exists()
     done = cli(*words, "mine", "--json")
     assert done.code == 0

@@ -125,10 +125,12 @@ def _rand(x: NDArray[np.int64], y: NDArray[np.int64]) -> float:
 
     cells = np.bincount(x * (int(y.max()) + 1) + y)
     both, rows, columns = pairs(cells), pairs(np.bincount(x)), pairs(np.bincount(y))
-    expected = rows * columns / (len(x) * (len(x) - 1) / 2)
-    most = (rows + columns) / 2
+    # Numerator and denominator are both multiplied by C(n, 2): whole and half numbers, so no rounding before the quotient.
+    pairs_in_all = len(x) * (len(x) - 1) / 2
+    expected = rows * columns
+    most = (rows + columns) / 2 * pairs_in_all
     # 0/0 for two partitions of single items, or of one cluster: they are equal.
-    return 1.0 if most == expected else (both - expected) / (most - expected)
+    return 1.0 if most == expected else (both * pairs_in_all - expected) / (most - expected)
 
 
 def stable_clusters(
