@@ -15,6 +15,7 @@ from _timing import interleaved, machine
 import dynprobe as dp
 from dynprobe import metrics
 from dynprobe.probes import Instrument, Subject, Where, sites_to_read
+from dynprobe.probes._ring import Ring
 
 BUDGETS = {("8x64", "core"): 1.06, ("1x16", "core"): 1.10, ("8x64", "default"): 1.30}
 
@@ -31,6 +32,15 @@ def arms(subject: Subject, ids: torch.Tensor) -> dict:
     def bare():
         return subject.model(**inputs).logits
 
+    ring = Ring(sites)
+
+    def into_ring():
+        ring.begin(*ids.shape)
+        with torch.no_grad(), Instrument(subject, sites, row_keys=keys, ring=ring) as instrument:
+            subject.model(**inputs)
+        instrument.tape()
+        ring.end()
+
     def read(which=None, outputs=False):
         with torch.no_grad(), Instrument(subject, sites, row_keys=keys) as instrument:
             logits = subject.model(**inputs).logits
@@ -43,6 +53,7 @@ def arms(subject: Subject, ids: torch.Tensor) -> dict:
     return {
         "bare": bare,
         "capture": read,
+        "capture into a ring": into_ring,
         "core": lambda: read(metrics.CORE),
         "default": lambda: read(metrics.DEFAULT, outputs=True),
     }

@@ -51,13 +51,15 @@ _PUBLIC: dict[str, str] = {
 }
 _ALIASES = {"open": "open_run"}
 _ROOMS = (
-    "claims", "cli", "controllers", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs", "testing",
+    "claims", "cli", "controllers", "engines", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs",
+    "testing",
 )  # fmt: skip
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
 
 if TYPE_CHECKING:
     from dynprobe import controllers as controllers
+    from dynprobe import engines as engines
     from dynprobe import errors as errors
     from dynprobe import metrics as metrics
     from dynprobe import models as models

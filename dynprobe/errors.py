@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "CalibrationError",
     "DynprobeError",
+    "EngineError",
     "InterruptedRunError",
     "MetricError",
     "ModelError",
@@ -85,6 +86,10 @@ class SelfTestError(DynprobeError):
     """A self-test failed, so no number of this run could be trusted."""
 
     exit_code = 3
+
+
+class EngineError(DynprobeError):
+    """The workers of an engine cannot be started, or keep dying."""
 
 
 class InterruptedRunError(DynprobeError):

@@ -38,6 +38,8 @@ from dynprobe.metrics.statistics import (
 
 __all__ = ["analyse", "tables_of"]
 
+_OTHER_TOKENS = "the models read the prompts as different tokens, so their losses do not compare"
+
 
 def analyse(claim: Any, sides: Sequence[Side]) -> Verdict:
     """Return the verdict of a claim on tables.
@@ -81,7 +83,7 @@ def _contrast(part: Contrast, sides: Sides, k: int = 1) -> list[Estimate]:
             kept = set(acted.index[acted > 0]) if kept is None else kept & set(acted.index[acted > 0])
     roles = [role for t in part.terms for role in (t.role, *(t.keep or ())[:1])]  # a judge's positions count too
     if part.metric == "output.nll/1" and not _same_tokens([one(sides, role) for role in roles]):
-        return [nothing("the models read the prompts as different tokens, so their losses do not compare", part.label)]
+        return [nothing(_OTHER_TOKENS, part.label)]
     together = pd.concat(columns, axis=1, join="inner")
     values = together.sum(axis=1, skipna=False)
     if kept is not None:
@@ -150,6 +152,8 @@ def _holds(column: pd.Series, condition: tuple[str, str, Any]) -> pd.Series:
 
 def _correlation(part: Correlation, sides: Sides, k: int = 1) -> list[Estimate]:
     chosen = [s for found in sides.values() for s in found] if part.by_model else [one(sides, part.role)]
+    if part.by_model and "nll" in (part.x, part.y) and not _same_tokens(chosen):
+        return [nothing(_OTHER_TOKENS, part.label)]
     xs: list[float] = []
     ys: list[float] = []
     for side in chosen:

@@ -103,9 +103,19 @@ def _run(
     span: Annotated[str, typer.Option(help="Tokens of token-axis metrics: auto, prompt, new, all.")] = "auto",
     padding: option.Padding = "auto",
     batch_size: option.BatchSize = "auto",
+    engine: option.Engine = "local",
+    workers: option.Workers = "auto",
+    address: option.Address = None,
+    worker_gpus: option.WorkerGpus = None,
+    worker_threads: option.WorkerThreads = None,
+    slurm: option.Slurm = None,
     dtype: option.Dtype = "float32",
     device: option.Device = "auto",
     device_map: option.DeviceMap = None,
+    quantization: option.Quantization = None,
+    backend: option.Backend = "hooks",
+    remote: option.Remote = False,
+    remote_host: option.RemoteHost = None,
     revision: option.Revision = None,
     trust_remote_code: option.TrustRemoteCode = False,
     allow_bin: option.AllowBin = False,
@@ -120,6 +130,9 @@ def _run(
 ) -> None:
     """Run prompts through a model, clean and perturbed, and store what happened."""
     given = given_flags(context, dict(context.params))
+    host = given.pop("remote_host", None)
+    if host is not None:
+        given["remote"] = host
     from dynprobe.cli._commands import plan_command, run_command
 
     action = plan_command if dry_run or context.info_name == "plan" else run_command

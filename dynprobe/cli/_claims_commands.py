@@ -78,13 +78,14 @@ def log_command(log: Path | None, verify: bool, as_json: bool) -> None:
     if log is not None and not log.exists():
         raise UsageError(f"--log {log}: there is no such file; `dynprobe claims test … --log {log}` makes it")
     book = ClaimLog(log or PILOT_FILE)
+    wrong = book.verify()
     if not verify:
         records = book.records()
         print_json({"records": records}) if as_json else _render_claims.records(records)
-        return
-    wrong = book.verify()
     if wrong:
         said = [f"  {f'line {p.line}: ' if p.line else ''}{p.what}" for p in wrong]
         raise LogError("\n".join([f"{book.path} does not hold together:", *said]))
+    if not verify:
+        return
     n = len(book.records())
     print_json({"log": str(book.path), "ok": True, "records": n}) if as_json else _render_claims.verified(book.path, n)

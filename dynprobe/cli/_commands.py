@@ -75,7 +75,12 @@ def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False
         if not size.isdigit():
             raise UsageError(f"--batch-size {size!r}; it is a number or 'auto'")
         settings["batch_size"] = int(size)
-    for key in ("perturb", "prompt", "category", "metrics"):
+    workers = settings.get("workers")
+    if isinstance(workers, str) and workers != "auto":
+        if not workers.isdigit():
+            raise UsageError(f"--workers {workers!r}; it is a number or 'auto'")
+        settings["workers"] = int(workers)
+    for key in ("perturb", "prompt", "category", "metrics", "slurm"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(settings[key])
     if settings.get("prompts") is not None:

@@ -1,4 +1,8 @@
-"""Where everything for people is printed."""
+"""Where everything for people is printed, and how wide.
+
+A table that is wider than its console loses digits and names. On a terminal that cannot be helped; a pipe or a file has
+no width, so there every table is as wide as its content, whichever command prints it. No command sets a width itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from typing import NoReturn
 from rich.console import Console
 
 __all__ = ["console"]
+
+#: Columns where there is no terminal: more than any table has.
+_PIPE = 100_000
 
 
 class _Console(Console):
@@ -18,8 +25,7 @@ class _Console(Console):
 def console() -> Console:
     """Return a console on standard output.
 
-    Formulas and shapes are full of square brackets, so nothing is read as markup. A pipe has no width: a table cut to
-    80 columns there would lose numbers.
+    Formulas and shapes are full of square brackets, so nothing is read as markup.
     """
     found = _Console(highlight=False, markup=False)
-    return found if found.is_terminal else _Console(highlight=False, markup=False, width=160)
+    return found if found.is_terminal else _Console(highlight=False, markup=False, width=_PIPE)

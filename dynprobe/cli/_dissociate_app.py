@@ -94,6 +94,7 @@ def _dissociate(
     dtype: option.Dtype = "float32",
     device: option.Device = "auto",
     device_map: option.DeviceMap = None,
+    quantization: option.Quantization = None,
     revision: option.Revision = None,
     trust_remote_code: option.TrustRemoteCode = False,
     allow_bin: option.AllowBin = False,

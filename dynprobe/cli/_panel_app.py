@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app
+from dynprobe.cli._app import app, given_flags
 
 __all__: list[str] = []
 
@@ -33,10 +33,17 @@ A file of five lines:
 
 @app.command("panel", epilog=_EXAMPLES)
 def _panel(
+    context: typer.Context,
     design: Annotated[Path, typer.Argument(help="YAML file of the design, or the folder of a panel to continue.")],
     out: Annotated[
         str | None, typer.Option("--out", "--output-path", help="Folder of panels, or the panel to continue.")
     ] = None,
+    engine: option.Engine = "local",
+    workers: option.Workers = "auto",
+    address: option.Address = None,
+    worker_gpus: option.WorkerGpus = None,
+    worker_threads: option.WorkerThreads = None,
+    slurm: option.Slurm = None,
     force: option.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
     json: option.Json = False,
@@ -45,4 +52,4 @@ def _panel(
     """Run models × prompts × seeds × temperatures × token budgets × α, and say where the variance lies."""
     from dynprobe.cli._panel_commands import panel_command
 
-    panel_command(design, out, force, dry_run, json, quiet)
+    panel_command(design, given_flags(context, dict(context.params)))

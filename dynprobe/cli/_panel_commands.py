@@ -12,16 +12,19 @@ from dynprobe.errors import DynprobeError
 __all__ = ["panel_command"]
 
 
-def panel_command(design: Path, out: str | None, force: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def panel_command(design: Path, given: dict[str, Any]) -> None:
     """``dynprobe panel``."""
     from dynprobe.cli import _render_panel
     from dynprobe.protocols import panel, plan_panel
 
-    given: dict[str, Any] = {} if out is None else {"out": out}
-    given |= {"force": True} if force else {}
+    given.pop("design", None)
+    as_json, quiet, dry_run = (bool(given.pop(name, False)) for name in ("json", "quiet", "dry_run"))
     if dry_run:
         cost = plan_panel(design, **given)
         print_json(cost) if as_json else _render_panel.cost(cost)
+        lost = [row["model"] for row in cost["models"] if row["reason"] is not None]
+        if lost:
+            raise DynprobeError(f"{len(lost)} of {len(cost['models'])} models would fail: {', '.join(lost)}")
         return
     with Listener(quiet=quiet or as_json, tables=False) as listener:
         found = panel(design, listener=listener, **given)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener"]
 
-_STAGES = {"load": "loading the model", "calibrate": "calibration", "self-tests": "self-tests", "batch": "running"}
+_STAGES = {"load": "loading the model", "calibrate": "calibration", "self-tests": "self-tests", "batch": "running",
+           "workers": "starting the workers"}  # fmt: skip
 
 
 class Listener:
@@ -60,6 +61,8 @@ class Listener:
                 left = progress.seconds / here * (progress.total - progress.done)
                 line += f" · {progress.rows / progress.seconds:.1f} rows/s"
                 line += f" · {progress.tokens / progress.seconds:.0f} tokens/s · {left:.0f} s left"
+            if progress.disk_bound:
+                line += " · disk-bound"
             elif not progress.rows and progress.summary is None:
                 self._before = progress.done
         if progress.summary is not None and self._tables:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_head import head, mean_intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,8 @@ def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str
     if entry is None:
         return "–"
     mean, low, high = entry["mean"], entry.get("low"), entry.get("high")
+    if mean is None or math.isnan(mean):
+        return f"– {entry.get('reason') or ''}".rstrip()
     if not interval:
         return f"{mean:.{digits}f}"
     text = f"{mean:+.{digits}f}"
@@ -50,11 +53,17 @@ def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str
     return text
 
 
-def summary_table(summary: Mapping[str, Any], title: str) -> Table:
-    """Return one line per condition: means over prompts, 95 % intervals below the paired ones."""
+def summary_table(summary: Mapping[str, Any], title: str, intervals: str = "") -> Table:
+    """Return one line per condition: means over prompts, 95 % intervals below the paired ones.
+
+    Args:
+        summary: Condition → column → mean, interval, reason.
+        title: Of the table.
+        intervals: What the intervals are, as a finished run says; default those of this version.
+    """
     table = Table(
         title=title,
-        caption="means over prompts; below paired columns their 95 % bootstrap interval; – = not defined for this arm",
+        caption=f"means; below paired columns: {intervals or mean_intervals({})}; – alone: not defined for this arm",
     )
     table.add_column("arm", no_wrap=True)
     used = [name for name in _SHOWN if any(name in entry for entry in summary.values())]
@@ -81,12 +90,12 @@ def run(found: Run) -> None:
         _render_iterate,
         _render_recover,
     )
-    from dynprobe.cli._render_head import head
+    from dynprobe.cli._render_ingest import imported_export
 
     console = new_console()
     manifest = found.manifest
     console.print(Text(f"run {found.path}", style="bold"), soft_wrap=True)
-    for line in head(found):
+    for line in (*imported_export(found), *head(found)):
         console.print(line, soft_wrap=True)
     summary = found.summary
     if found.status != "complete" or not summary:
@@ -107,7 +116,9 @@ def run(found: Run) -> None:
         _render_recover.recovery(found)
     elif summary.get("conditions"):
         n = next(iter(summary["conditions"].values()))["samples"]
-        console.print(summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm"))
+        console.print(
+            summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm", mean_intervals(summary))
+        )
         for line in _flags(summary["conditions"]):
             console.print(line, soft_wrap=True)
     if isinstance(manifest.dtypes, dict) and manifest.dtypes.get("low_precision_angles"):
@@ -118,19 +129,36 @@ def run(found: Run) -> None:
         )
     tests = manifest.self_tests if isinstance(manifest.self_tests, dict) else {}
     if tests:
-        words = [f"{name} {_verdict(name, t['passed'])} ({_short(t['value'])})" for name, t in tests.items()]
+        words = [f"{name} {_verdict(name, t)}" for name, t in tests.items()]
         console.print("self-tests: " + " · ".join(words), soft_wrap=True)
     main = {"threshold": '.table("fits")', "eval": '.table("items")'}
     table = main.get(str(summary.get("protocol")), ".samples")
+    console.print(f"tables: dp.open({str(found.path)!r}){table}", soft_wrap=True)
     console.print(
-        f"tables: dp.open({str(found.path)!r}){table}   columns: dynprobe show {found.path} --columns",
-        soft_wrap=True,
-    )  # fmt: skip
+        f"again: dynprobe show {found.path}   columns: the same with --columns{_picture(found)}", soft_wrap=True
+    )
 
 
-def _verdict(name: str, passed: bool) -> str:
-    """A model that cannot be resumed fast is resumed slowly, and no number suffers."""
-    return "ok" if passed else "by the slow road" if name == "resume" else "FAILED"
+def _picture(found: Run) -> str:
+    """How to draw a run, where it has something to draw."""
+    names = list(found.plot.own()) if found.status == "complete" else []
+    return f"   picture: with --plot {names[0]} --figure FILE.png" if names else ""
+
+
+def _verdict(name: str, test: Mapping[str, Any]) -> str:
+    """Outcome and number of a self-test.
+
+    A model that cannot be resumed fast is resumed slowly, and no number suffers; the number is what the fast road would
+    have cost.
+    """
+    if name != "resume" or test["passed"]:
+        return f"{'ok' if test['passed'] else 'FAILED'} ({_short(test['value'])})"
+    value = test["value"]
+    if value is None or not math.isfinite(value):
+        return "by the slow road, through all blocks (without the lower ones the forward fails)"
+    return (
+        f"by the slow road, through all blocks (without the lower ones the logits would be off by {_short(value)} SD)"
+    )
 
 
 def _unfinished(found: Run) -> str:
@@ -169,6 +197,7 @@ def plan(cost: Estimate) -> None:
         ("rows of depths", f"{cost.depth_rows:,}"), ("tables on disk (estimate)", _bytes(cost.metric_bytes)),
         ("states on disk", _bytes(cost.state_bytes)),
         ("memory beside the weights (estimate)", _bytes(cost.memory_bytes)),
+        ("memory free on the device", "unknown" if cost.free_bytes is None else _bytes(cost.free_bytes)),
         ("tokens through the model", f"{cost.forward_tokens:,}"),
         ("time after loading (estimate)", "unknown" if cost.seconds is None else f"{cost.seconds:.0f} s"),
     ):  # fmt: skip

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_head import mean_intervals
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run
@@ -80,7 +81,8 @@ def _at(summary: Mapping[str, Any], length: int) -> Table:
     rows = [row for row in summary["lengths"] if row["length"] == length]
     table = Table(
         title=f"after {length} new tokens, {rows[0]['n']} prompts", box=box.SIMPLE_HEAD, title_justify="left",
-        caption="bare: mean over prompts; others: arm − bare with its 95 % interval", caption_justify="left",
+        caption=f"bare: mean over prompts; others: arm − bare with its {mean_intervals(summary)}",
+        caption_justify="left",
     )  # fmt: skip
     table.add_column("arm @ dose", no_wrap=True)
     used = [m for m in _SHOWN if any(not math.isnan(_number(row.get(m, {}).get("mean"))) for row in rows)]

@@ -1,4 +1,4 @@
-"""Tables of a comparison, 100 columns wide."""
+"""Tables of a comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison"]
 
-_WIDTH = 100
 #: Runs beside each other in one table of means.
 _BESIDE = 4
 _EFFECTS = ("kl_clean_pert", "flip_rate")
@@ -28,8 +27,9 @@ _ROWS = 24
 def comparison(found: Comparison, metrics: Sequence[str], written: Sequence[Path]) -> None:
     """Print a comparison."""
     console = new_console()
-    console.width = min(console.width, _WIDTH)
     _print_runs(console, found)
+    for text in found.grave:
+        console.print(f"do not trust without reading this: {text}", soft_wrap=True)
     shown, numbers = _shown(found, metrics), {run: n for n, run in enumerate(found.runs["run"], 1)}
     for at, condition in enumerate(dict.fromkeys(found.means["condition"]) if len(found.means) else ()):
         # Beside clean, what a condition changes is the news.
@@ -42,7 +42,8 @@ def comparison(found: Comparison, metrics: Sequence[str], written: Sequence[Path
     _print_correlations(console, found)
     _print_variance(console, found, shown)
     for text in found.warnings:
-        console.print(f"warning: {text}", soft_wrap=True)
+        if text not in found.grave:
+            console.print(f"warning: {text}", soft_wrap=True)
     for row in found.refused.to_dict("records"):
         console.print(f"refused: {row['metric']}: {row['reason']}", soft_wrap=True)
     for path in written:
@@ -116,7 +117,8 @@ def _print_pairs(
         return
     family = int(found.pairs["family"].iloc[0])
     rows = rows.assign(order=[list(shown).index(m) for m in rows["metric"]]).sort_values("order", kind="stable")
-    caption = f"family of {family} tests; p: sign flips; d: mean/SD of the differences"
+    caption = f"difference: {_interval(found)}; family of {family} tests; {_least(rows)}"
+    caption += "; d: mean/SD of the differences"
     caption += "; within: the declared margin" if "equivalent" in rows else ""
     table = _difference_table(f"{condition}: paired differences a − b", caption)
     _fill(table, rows, numbers, lambda row: row["metric"])
@@ -143,7 +145,8 @@ def _print_depth(console: Any, found: Comparison, metrics: Sequence[str], number
     if len(rows):
         shown = _difference_table(
             f"{condition}: along depth, a − b",
-            f"area: mean on normalised depth; path: sum over all steps; family of {int(table['family'].iloc[0])} tests",
+            "area: mean on normalised depth; path: sum over all steps; "
+            f"family of {int(table['family'].iloc[0])} tests; {_least(rows)}",
         )
         _fill(shown, rows, numbers, lambda row: f"{row['metric']} {row['measure']}")
         console.print(shown)
@@ -153,7 +156,8 @@ def _print_depth(console: Any, found: Comparison, metrics: Sequence[str], number
         if pd.notna(row["p_max"]):
             console.print(
                 f"profile {row['metric']}: {row['a']} − {row['b']} is largest at depth {row['s_largest']:.2f} "
-                f"({_number(row['difference'], True)}; p over the whole profile {_p(row['p_max'])})",
+                f"({_number(row['difference'], True)}; p over the whole profile {_p(row['p_max'])}, at least "
+                f"{row['p_least']:.3g} with {row['n']} prompts)",
                 soft_wrap=True,
             )  # fmt: skip
 
@@ -165,7 +169,8 @@ def _print_matched(console: Any, found: Comparison, shown: Sequence[str], number
     rows = table[table["metric"].isin(["ln_alpha", *shown])]
     for (kl, write), part in rows.groupby(["kl", "write"], sort=False):
         at = _difference_table(
-            f"at equal KL of {kl:g} nats ({write}), a − b", f"family of {int(table['family'].iloc[0])} tests"
+            f"at equal KL of {kl:g} nats ({write}), a − b",
+            f"family of {int(table['family'].iloc[0])} tests; {_least(part)}",
         )
         _fill(at, part, numbers, lambda row: "ln α" if row["metric"] == "ln_alpha" else row["metric"])
         console.print(at)
@@ -177,7 +182,7 @@ def _print_matched(console: Any, found: Comparison, shown: Sequence[str], number
 def _print_thresholds(console: Any, found: Comparison) -> None:
     if not len(found.thresholds):
         return
-    table = Table(title="ratios of thresholds, exp(ln α50(a) − ln α50(b))", caption=_interval(found))
+    table = Table(title="ratios of thresholds, exp(ln α50(a) − ln α50(b))", caption=_of_ratios(found))
     for name in ("a", "b", "criterion", "scale", "estimator"):
         table.add_column(name)
     for name in ("ratio", "n"):
@@ -228,7 +233,7 @@ def _print_variance(console: Any, found: Comparison, shown: Sequence[str]) -> No
     for row in (known[known["condition"] == known["condition"].iloc[0]] if len(known) else known).to_dict("records"):
         console.print(
             f"skeleton ({row['covariates']}) of {row['metric']}: R² {row['r2']:.2f} between {row['n_models']} model "
-            f"means, adjusted {row['r2_adjusted']:.2f}, by chance {row['r2_null']:.2f}, p {_p(row['p_permutation'])}, "
+            f"means, adjusted {row['r2_adjusted']:.2f}, by chance {row['r2_null']:.2f}, p {_of_permutations(row)}, "
             f"leaving a model out {row['r2_leave_model']:.2f}",
             soft_wrap=True,
         )
@@ -263,7 +268,26 @@ def _rest(console: Any, rows: pd.DataFrame) -> None:
 
 
 def _interval(found: Comparison) -> str:
-    return f"{found.facts['confidence']:.0%} bootstrap interval over prompts"
+    return str(found.facts["intervals"])
+
+
+def _of_permutations(row: dict[Any, Any]) -> str:
+    """The p of a skeleton with the smallest that these models allow, or why there is none."""
+    if pd.isna(row["p_permutation"]):
+        return f"– ({row.get('reason_p') or 'no order of these models gives another R²'})"
+    return f"{_p(row['p_permutation'])} (permutations: at least {_p(row['p_least'])} with these {row['n_models']})"
+
+
+def _of_ratios(found: Comparison) -> str:
+    """What the intervals of threshold ratios are: other ones than those of means."""
+    ways = [str(way) for way in dict.fromkeys(found.thresholds["method"])]
+    return f"{100 * found.facts['confidence']:g} % intervals by {' or '.join(ways)}, percentiles not expanded"
+
+
+def _least(rows: pd.DataFrame) -> str:
+    """What p is, and how small it could be at best."""
+    n = rows["n"].max()
+    return f"p: sign flips, at least {rows['p_least'].min():.3g} with {n} prompts" if n > 1 else "p: sign flips"
 
 
 def _mean(row: pd.Series) -> str:
@@ -284,7 +308,7 @@ def _rho(row: pd.Series) -> str:
     if pd.isna(row["rho"]):
         return f"– {row['reason']}"
     text = f"{row['rho']:+.2f}"
-    return text if pd.isna(row["low"]) else f"{text} [{row['low']:+.2f}, {row['high']:+.2f}]"
+    return f"{text} ({row['reason']})" if pd.isna(row["low"]) else f"{text} [{row['low']:+.2f}, {row['high']:+.2f}]"
 
 
 def _number(value: float, signed: bool = False, digits: int = 4) -> str:

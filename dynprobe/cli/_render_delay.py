@@ -1,4 +1,4 @@
-"""Tables of a delay diagnosis, 100 columns wide."""
+"""Tables of a delay diagnosis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["delay"]
 
-_WIDTH = 100
 _WORDS = {
     "r1": "lag-1 autocorrelation", "fnn": "false neighbours, m = {dim}", "fnn_dimension": "first m below {accept:g}",
     "pc_share": "share of axis {component}, m = {dim}", "pc_cosine": "axis {component} is a cosine, m = {dim}",
@@ -29,7 +28,6 @@ _KINDS = {"ft": "Fourier", "aaft": "AAFT", "iaaft": "IAAFT", "ar1": "AR(1)"}
 def delay(found: DelayDiagnostics, column: str, written: Sequence[Path]) -> None:
     """Print a delay diagnosis: one series with its p values, or the medians of several."""
     console = new_console()
-    console.width = min(console.width, _WIDTH)
     table = found.table
     one = table["series"].nunique() == 1
     heads = table.drop_duplicates("series")

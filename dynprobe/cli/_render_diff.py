@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["difference"]
 
-_ROWS, _WIDTH = 24, 160
+_ROWS = 24
 
 
 def difference(found: Difference, written: Sequence[Path]) -> None:
     """Print a difference."""
     console = new_console()
-    console.width = min(console.width, _WIDTH)
     console.print(f"a  {found.a}", soft_wrap=True, markup=False)
     console.print(f"b  {found.b}", soft_wrap=True, markup=False)
     console.print(f"verdict: {found.verdict}", soft_wrap=True, markup=False)
@@ -69,14 +68,29 @@ def _conditions(found: Difference) -> Table:
         "ΔNLL/nats",
     ):
         table.add_column(name, justify="right")
+    tracks = _growing(found)
     for row in found.conditions.to_dict("records"):
         flips = f"{row['top1_flips']}" + (f" (of {row['top1_unknown']} unknown)" if row["top1_unknown"] else "")
         table.add_row(
             str(row["condition_id"]), str(row["verdict"]), str(row["n"]), str(row["n_equal"]), str(row["n_part"]),
-            _number(row["max_rel"]), _number(row["growth"], 3), str(row["n_texts_differ"]), flips,
+            _number(row["max_rel"]), _number(row["growth"], 3) + tracks.get(str(row["condition_id"]), ""),
+            str(row["n_texts_differ"]), flips,
             _number(row["nll_max"]),
         )  # fmt: skip
     return table
+
+
+def _growing(found: Difference) -> dict[str, str]:
+    """Condition → the tracks on which its samples grow most, where a run has several: ``" on z_H"``."""
+    known = found.samples.dropna(subset=["growth_track"])
+    if found.depths["track"].nunique() < 2:
+        return {}
+    said = {}
+    for condition, own in known.groupby("condition_id", observed=True, sort=False):
+        counts = own["growth_track"].astype(str).value_counts()
+        several = len(counts) > 1
+        said[str(condition)] = " on " + ", ".join(f"{t} ({n})" if several else str(t) for t, n in counts.items())
+    return said
 
 
 def _samples(found: Difference, parting: pd.DataFrame) -> Table:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_head import mean_intervals
 from dynprobe.cli._render_recover import detector_table
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def dose_table(summary: Mapping[str, Any]) -> Table:
     rows, dynamic = summary["dose_response"], summary["dynamic"]
     table = Table(
         title=f"what a dose costs: {summary['task']['n']} items, chance {_short(summary['task']['chance'])}",
-        caption="means over items with 95 % intervals (accuracy: Wilson); * the dose", box=box.SIMPLE_HEAD,
+        caption=f"means; in brackets: {mean_intervals(summary, 'items')} (accuracy: Wilson); * the dose",
+        box=box.SIMPLE_HEAD,
         title_justify="left", caption_justify="left",
     )  # fmt: skip
     table.add_column("α", justify="right")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_head import mean_intervals
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run
@@ -26,8 +27,8 @@ def evaluation(found: Run) -> None:
     dose = [name for name in _DOSE if any(name in arm for arm in arms.values())]
     table = Table(
         title=f"{found.manifest.model_name} · {summary['documents']} items · lm-eval {summary['lm_eval']}",
-        caption="share of right answers with its exact (Clopper–Pearson) 95 % interval, other metrics with a bootstrap "
-        "one; change from clean paired by document, p exact (McNemar)",
+        caption="share of right answers with its exact (Clopper–Pearson) 95 % interval, other metrics with the "
+        f"{mean_intervals(summary, 'documents')}; change from clean paired by document, p exact (McNemar)",
     )
     for name in ("task", "metric", "arm"):
         table.add_column(name, no_wrap=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
-from dynprobe.cli._render_head import CRITERION_UNITS
+from dynprobe.cli._render_head import CRITERION_UNITS, mean_intervals
 from dynprobe.runs._plot_axes import spread
 from dynprobe.runs._quantity import write_name
 
@@ -31,6 +31,9 @@ _CONTROLS = {
     "scrambled": ("the same tokens in random order", "what the text's meaning adds"),
 }
 _KEYS = ["scale", "kind", "layer", "alpha"]
+_CONTROL_HEADINGS = (
+    "scale", "layer", "α", "KL/nats", "KL perturbed", "flips", "flips perturbed", "Δκ", "Δκ perturbed", "prompts",
+)  # fmt: skip
 
 
 def sweep(found: Run) -> None:
@@ -43,7 +46,7 @@ def sweep(found: Run) -> None:
     table["series"] = table["variant"].where(table["variant"] != "model", table["arm"])
     forced = table[table["decode_mode"] == "forced"]
     perturbed = forced[forced["series"] == "perturbed"]
-    _responses(console, perturbed, found.manifest.model_name)
+    _responses(console, perturbed, found.manifest.model_name, mean_intervals(found.summary))
     sham = forced[forced["arm"] == "sham"]["kl_clean_pert"].max()
     if np.isfinite(sham):
         console.print(f"sham rows (α = 0): largest mean KL {sham:.2g} nats")
@@ -55,8 +58,8 @@ def sweep(found: Run) -> None:
         _texts(console, found, table)
 
 
-def _responses(console: Console, rows: pd.DataFrame, title: str) -> None:
-    shown = Table(title=title, caption="means over prompts with 95 % bootstrap intervals; α in units of its scale")
+def _responses(console: Console, rows: pd.DataFrame, title: str, intervals: str) -> None:
+    shown = Table(title=title, caption=f"means; in brackets: {intervals}; α in units of its scale")
     for heading in ("scale", "layer", "α", "KL/nats", "flips", "Δκ (paired)", "ΔNLL/nats", "prompts"):
         shown.add_column(heading, justify="right")
     chosen = _thinned(rows, _MOST_LINES)
@@ -74,9 +77,8 @@ def _control(console: Console, rows: pd.DataFrame, perturbed: pd.DataFrame, titl
     beside = perturbed.set_index(_KEYS)[["kl_clean_pert", "flip_rate", "kappa_phase_d"]]
     compared = pd.DataFrame([_compared_with(row) for _, row in rows.iterrows()], columns=_KEYS, index=rows.index)
     rows = rows.rename(columns={"layer": "written", "alpha": "strength"}).drop(columns=["scale", "kind"]).join(compared)
-    shown = Table(title=title, caption=f"“perturbed”: the same write without the control; {meaning}")
-    headings = ("scale", "layer", "α", "KL/nats", "perturbed", "flips", "perturbed", "Δκ", "perturbed", "prompts")
-    for heading in headings:
+    shown = Table(title=title, caption=f"“… perturbed”: the same write without the control; {meaning}")
+    for heading in _CONTROL_HEADINGS:
         shown.add_column(heading, justify="right")
     chosen = _thinned(rows.sort_values(_KEYS), _MOST_CONTROL_LINES)
     for _, row in chosen.iterrows():

@@ -10,7 +10,7 @@ from dynprobe.runs._protocol import counted, layers_of, protocol_of
 if TYPE_CHECKING:
     from dynprobe.runs import Run
 
-__all__ = ["CRITERION_UNITS", "head"]
+__all__ = ["CRITERION_UNITS", "head", "mean_intervals"]
 
 _UNITS = {
     "relnorm": "α is the size of the write as a share of each state's norm (‖u‖/‖h‖ = α)",
@@ -64,6 +64,15 @@ def head(found: Run) -> list[str]:
         + (f"prefill + {new} new tokens, {mode}" if new else "prefill only")
     )
     return lines
+
+
+def mean_intervals(summary: Mapping[str, Any], over: str = "prompts") -> str:
+    """Return the name of the intervals of means in a summary; finished runs from before it was recorded have none."""
+    from dynprobe.metrics.statistics import interval_words
+
+    if "mean_intervals" not in summary and "seconds" in summary:
+        return f"95 % bootstrap interval over {over} (of an older version, which did not record its kind)"
+    return str(summary.get("mean_intervals", interval_words())).replace("over prompts", f"over {over}")
 
 
 def _writes(found: Run) -> list[str]:

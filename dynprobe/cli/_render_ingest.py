@@ -10,7 +10,7 @@ from dynprobe.cli._console import console as new_console
 if TYPE_CHECKING:
     from dynprobe.runs import Run, Trajectory
 
-__all__ = ["imported", "trajectory"]
+__all__ = ["imported", "imported_export", "trajectory"]
 
 _MODES = {
     "trajectory": "full trajectory",
@@ -32,12 +32,24 @@ def trajectory(found: Trajectory) -> None:
 def imported(found: Run) -> list[str]:
     """Return the lines that say where an imported run comes from."""
     facts = (found.manifest.model_extra or {}).get("trajectory") or {}
-    config = found.manifest.config
+    config, model = found.manifest.config, found.manifest.model if isinstance(found.manifest.model, dict) else {}
+    mode = _MODES.get(str(config.get("mode")), config.get("mode"))
+    source = model.get("source") or "trajectory file"
     named = f"model     {found.manifest.model_name}, no weights; states of {config.get('file')}"
-    lines = [f"{named}, sha256 {str(config.get('sha256'))[:16]}", *(_lines(facts) if facts else [])]
+    lines = [f"imported from {config.get('file')} ({source}: {mode})"]
+    lines += [f"{named}, sha256 {str(config.get('sha256'))[:16]}", *(_lines(facts) if facts else [])]
     if len(facts.get("stages") or ()) > 1:
         lines.append(f"samples   speak of track {config.get('track')}; --track NAME takes another")
     return [*lines, *_convergence(found.summary.get("convergence") or {})]
+
+
+def imported_export(found: Run) -> list[str]:
+    """Return the line that says of a run that it came back from an export; empty where it was made here."""
+    told = (found.manifest.model_extra or {}).get("imported_from")
+    if not isinstance(told, Mapping):
+        return []
+    name = told.get("name") or "an export"
+    return [f"imported from {name} (export of a run, format {told.get('to')}); it cannot be continued here"]
 
 
 def _convergence(found: Mapping[str, Any]) -> list[str]:

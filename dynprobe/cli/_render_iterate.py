@@ -8,6 +8,7 @@ import pandas as pd
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_head import mean_intervals
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run
@@ -29,7 +30,7 @@ def iterate(found: Run) -> None:
     for arm, rows in table.groupby("arm", sort=False):
         shown = Table(
             title=f"{found.manifest.model_name} · {arm}",
-            caption="means over prompts with 95 % bootstrap intervals; * trained depth",
+            caption=f"means; in brackets: {mean_intervals(summary)}; * trained depth",
         )
         shown.add_column("T", justify="right")
         used = [name for name in _SHOWN if name in rows and rows[name].notna().any()]
@@ -49,7 +50,7 @@ def iterate(found: Run) -> None:
     for split, rows in (
         pd.DataFrame(summary.get("hardness") or []).groupby("split", sort=False) if summary.get("hardness") else ()
     ):
-        _hardness(console, str(split), rows)
+        _hardness(console, str(split), rows, mean_intervals(summary))
     for note in summary.get("notes") or ():
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -72,12 +73,12 @@ def _cell(row: pd.Series, name: str) -> str:
     return f"{value:.4g}" if low is None or pd.isna(low) else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
-def _hardness(console: Any, split: str, rows: pd.DataFrame) -> None:
+def _hardness(console: Any, split: str, rows: pd.DataFrame, intervals: str) -> None:
     own = split == "own_loss"
     shown = Table(
         title="tokens split by " + ("the model's own loss at the first T" if own else f"the loss of {split}"),
         caption="regression to the mean alone makes hard tokens improve here: no evidence" if own else
-        "change of perplexity against the first T, 95 % bootstrap interval over prompts",
+        f"change of perplexity against the first T, {intervals}",
     )  # fmt: skip
     shown.add_column("T", justify="right")
     buckets = list(dict.fromkeys(rows["bucket"]))

@@ -1,4 +1,4 @@
-"""Tables of a panel, 100 columns wide."""
+"""Tables of a panel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["cost", "panel", "variance_table"]
 
-_WIDTH = 100
 _TERMS = {
     "model": "model", "category": "category", "model:category": "m × c", "prompt": "prompt", "model:prompt": "m × p",
     "seed": "seed",
@@ -28,7 +27,6 @@ _CONDITION = ["condition", "alpha", "temperature", "max_new_tokens"]
 def panel(found: Panel) -> None:
     """Print a panel."""
     console = new_console()
-    console.width = min(console.width, _WIDTH)
     summary = found.summary
     console.print(f"panel {found.path}", soft_wrap=True)
     cells = ", ".join(f"{n} {state}" for state, n in summary["cells"].items())
@@ -62,7 +60,8 @@ def variance_table(console: Any, name: str, part: pd.DataFrame) -> None:
     """Print where the variance of one condition lies."""
     table = Table(
         title=f"{name}: share of the variance, η²",
-        caption="p: models against how they differ over prompts; * holds what the design cannot part from it",
+        caption="p: F test under normal errors, which has no smallest value, of models against how they differ over "
+        "prompts: it is about these models; * holds what the design cannot part from it",
     )
     table.add_column("metric", no_wrap=True)
     for title in _TERMS.values():
@@ -80,7 +79,6 @@ def variance_table(console: Any, name: str, part: pd.DataFrame) -> None:
 def cost(found: dict[str, Any]) -> None:
     """Print what a panel would cost."""
     console = new_console()
-    console.width = min(console.width, _WIDTH)
     table = Table(title=f"{found['cells']} cells, {found['done']} of them done, {found['prompts']} prompts each")
     table.add_column("model")
     for name in ("cells left", "samples", "tokens through it", "on disk", "memory", "time"):
@@ -113,7 +111,8 @@ def _skeleton(console: Any, name: str, table: pd.DataFrame) -> None:
     covariates = max(table["covariates"], key=len)
     shown = Table(
         title=f"{name}: R² of {covariates or 'the skeletons'} between model means",
-        caption="null: R² of covariates that mean nothing; out: predicted without the model, or without its skeleton",
+        caption="null: R² of covariates that mean nothing; out: predicted without the model, or without its skeleton"
+        + _least(table),
     )
     shown.add_column("metric", no_wrap=True)
     for title in ("R²", "adjusted", "null", "p", "model out", "skeleton out", "models"):
@@ -126,10 +125,24 @@ def _skeleton(console: Any, name: str, table: pd.DataFrame) -> None:
         numbers = [row[c] for c in ("r2", "r2_adjusted", "r2_null")]
         last = [row[c] for c in ("r2_leave_model", "r2_leave_skeleton")]
         shown.add_row(
-            *front, *map(_two, numbers), _p(row["p_permutation"]), *map(_two, last),
+            *front, *map(_two, numbers), _p_or_why(row), *map(_two, last),
             f"{row['n_models']} ({row['n_skeletons']})",
         )  # fmt: skip
     console.print(shown)
+
+
+def _p_or_why(row: Mapping[Any, Any]) -> str:
+    """The p of a skeleton, or why there is none; panels of older versions do not say."""
+    why = row.get("reason_p")
+    return f"– {why}" if isinstance(why, str) else _p(row["p_permutation"])
+
+
+def _least(table: pd.DataFrame) -> str:
+    """How small the p of a permutation could be at best; panels of older versions do not say."""
+    if "p_least" not in table:
+        return ""
+    known = table.loc[table["p_permutation"].notna(), "p_least"].dropna().tolist()
+    return f"; p: permutations of skeletons, at least {_p(min(known))}" if known else ""
 
 
 def _topology(console: Any, table: pd.DataFrame) -> None:

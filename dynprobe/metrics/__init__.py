@@ -58,6 +58,7 @@ from dynprobe.metrics._paired import diverge, paired
 from dynprobe.metrics._phase_z import phase_z
 from dynprobe.metrics._readiness import readiness, readiness_gmean
 from dynprobe.metrics._recync import Crises, RecyncDetector, recync_detect, token_cosine
+from dynprobe.metrics._reduction import reducing
 from dynprobe.metrics._registry import (
     Column,
     MetricSpec,
@@ -150,6 +151,7 @@ __all__ = [
     "readiness",
     "readiness_gmean",
     "recync_detect",
+    "reducing",
     "reference_axes",
     "relaxation",
     "reopening",

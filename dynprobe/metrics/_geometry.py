@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dynprobe.metrics._reduction import chord_length
 from dynprobe.metrics._result import Array, Bools
 
 __all__ = [
@@ -128,9 +129,7 @@ def pair_angle(
         usable = np.isfinite(ratio) & (norm_b > 0)
         ratio = np.where(usable, ratio, 0.0)
         factor = torch.from_numpy(ratio).to(a.device, a.dtype)
-        # addcmul is one pass; the buffer keeps it inside the cache
-        c = torch.addcmul(b, a, factor[..., None], value=-1.0, out=scratch)
-        chord = _numpy(torch.linalg.vector_norm(c, dim=-1)) / norm_b
+        chord = _numpy(chord_length(a, b, factor, scratch)) / norm_b
         low, high = _SAFE[a.dtype]
         extreme = (np.minimum(norm_a, norm_b) < low) | (np.maximum(norm_a, norm_b) > high)
         redo = usable & ((chord * chord > FAR) | extreme | ~np.isfinite(chord))

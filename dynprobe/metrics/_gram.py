@@ -113,7 +113,7 @@ class Windows:
     def grams(self, states: Sequence[torch.Tensor], scale: Array, usable: Bools) -> torch.Tensor:
         """Shifted cosines [k, G, W, W] in float64 of k depths of one width; ``scale`` is 1/norm, 0 where unusable."""
         pieces = [self.gather(s.detach()).to(self.dtype) for s in states]
-        x = pieces[0][None] if len(pieces) == 1 else torch.stack(pieces)
+        x = pieces[0][None] if len(pieces) == 1 else torch.stack([p.to(pieces[0].device) for p in pieces])
         factor = torch.from_numpy(scale[..., None]).to(x.device, x.dtype)
         unit = torch.mul(x, factor, out=workspace("chord", x))
         count = torch.from_numpy(np.maximum(usable.sum(-1), 1)).to(x.device, x.dtype)[..., None, None]

@@ -44,14 +44,37 @@ class CtSeries:
             chord = unit[:, 1:] - unit[:, :-1]
             delta = norms(chord)
             curvature = pair_angle(chord[:, :-1], chord[:, 1:], delta[:, :-1], delta[:, 1:])
-            still = delta <= NEAR_ZERO * eps
-            stall = still[:, 1:] | still[:, :-1]
-            self.ct[:, 2:] = np.where(stall, 0.0, delta[:, 1:] * curvature)
-            self.stall[:, 2:] = stall
+            still = self._fill(delta, curvature, eps)
             if second:
                 bend = norms(chord[:, 1:] - chord[:, :-1])
                 self.ct2[:, 1:-1] = np.where(still[:, :-1], 0.0, delta[:, :-1] * bend)
                 self.stall2[:, 1:-1] = still[:, :-1]
+
+    def _fill(self, delta: Array, curvature: Array, eps: float) -> Bools:
+        still: Bools = delta <= NEAR_ZERO * eps
+        stall = still[:, 1:] | still[:, :-1]
+        self.ct[:, 2:] = np.where(stall, 0.0, delta[:, 1:] * curvature)
+        self.stall[:, 2:] = stall
+        return still
+
+    @classmethod
+    def of_chords(cls, delta: Array, curvature: Array, valid: Bools, eps: float) -> CtSeries:
+        """Make the series of ct, without ct2, of what was measured elsewhere.
+
+        Args:
+            delta: Length of the chord between unit states of neighbouring positions, [B, T − 1].
+            curvature: Angle between successive chords, [B, T − 2].
+            valid: Valid states, [B, T].
+            eps: Rounding unit of the states.
+        """
+        out = cls(torch.empty(0), np.zeros((len(valid), 0)), np.zeros((len(valid), 0), bool), eps)
+        out.ct, out.stall = np.full(valid.shape, np.nan), np.zeros(valid.shape, bool)
+        out.ct2, out.stall2 = np.full(valid.shape, np.nan), np.zeros(valid.shape, bool)
+        out.ok, out.ok2 = past(valid), around(valid)
+        if valid.shape[-1] >= 3:
+            with np.errstate(invalid="ignore"):
+                out._fill(delta, curvature, eps)
+        return out
 
 
 def past(units: Bools) -> Bools:

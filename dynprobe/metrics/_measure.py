@@ -244,27 +244,38 @@ def measure(
         turn=plan.turn, sync=plan.sync, hop=plan.hop, hop_turn=plan.hop_turn,
     )  # fmt: skip
     context = Context(w, used, in_span, kind, debt_theta, ct=plan.ct, ct2=plan.ct2)
-    name = str(handed).removeprefix("torch.")
+    zeroth = norms(tensors[0].detach().to(kind)) if first else None
+    text = extractor or extractor_text(embed, sink, span)
+    return closed(plan, context, real, keep, zeroth, n_depths, str(handed).removeprefix("torch."), text)
+
+
+def extractor_text(embed: int, sink: int, span: Any) -> str:
+    """How states became terms, in words."""
+    return f"embed={embed},final_norm=pre,sink=drop{sink},span={'all' if span is None else 'mask'}"
+
+
+def closed(
+    plan: _Plan, context: Context, real: Bools, keep: Bools, zeroth: Any, n_depths: int, dtype: str, extractor: str
+) -> Measurement:
+    """Score the walk of a batch; ``zeroth`` are the norms of a depth 0 that takes no part in it."""
+    w, wide = context.w, np.float64 if context.dtype == torch.float64 else np.float32
     out = Measurement(
-        {}, {}, {}, [{} for _ in range(shape[0])],
-        n_nonfinite=(real & np.isnan(w.norm)).sum((0, 2)), keep=keep, first=first, dtype=name,
-        extractor_id=extractor
-        or f"embed={embed},final_norm=pre,sink=drop{sink},span={'all' if span is None else 'mask'}",
+        {}, {}, {}, [{} for _ in range(len(real))],
+        n_nonfinite=(real & np.isnan(w.norm)).sum((0, 2)), keep=keep, dtype=dtype,
+        first=int(zeroth is not None), extractor_id=extractor,
     )  # fmt: skip
-    wide = np.float64 if kind == torch.float64 else np.float32
     for item in plan.items:
         scores = SCORERS[item.id](context, item.params)
         _enter(out, item, scores, n_depths)
     for column, (rows, ok) in context.depth_rows(plan.bare).items():
-        grid = np.empty((n_depths, *shape), wide)
+        grid = np.empty((n_depths, *real.shape), wide)
         offset = n_depths - len(rows)
         grid[:offset] = np.nan
         grid[offset:] = rows
         if ok is not None:
             grid[offset:][~ok] = np.nan
         out.depth[column] = grid
-    if first and "norm" in out.depth:
-        zeroth = norms(tensors[0].detach().to(kind))
+    if zeroth is not None and "norm" in out.depth:
         out.depth["norm"][0] = np.where(real, zeroth, np.nan)
         out.n_nonfinite = out.n_nonfinite + (real & np.isnan(zeroth)).sum(1)
     for column, rows in context.token_rows(plan.bare).items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from dynprobe.metrics import _geometry
 from dynprobe.metrics._geometry import CHUNK_BYTES_DEVICE, NEAR_ZERO, norms, pair_angle, validity, workspace
 from dynprobe.metrics._reduce import Terms
+from dynprobe.metrics._reduction import way_of
 from dynprobe.metrics._result import Array, Bools
 
 __all__ = ["Walk", "walk"]
@@ -142,10 +143,14 @@ def walk(
         out.hop_diff = np.full((n_depths, batch, n_units - 1), np.nan)
     if not n_depths or not batch or not n_units:
         return out
-    budget = _geometry.CHUNK_BYTES if states[0].device.type == "cpu" else CHUNK_BYTES_DEVICE
+    again = partial(
+        walk, states, real, keep, eps=eps, dtype=dtype, steps=steps, turn=turn, sync=sync, hop=hop, hop_turn=hop_turn
+    )
+    way = way_of(states[0].device, (dtype, dim, n_depths), again)
+    budget = _geometry.CHUNK_BYTES if way == "cache" else CHUNK_BYTES_DEVICE
     row_bytes = n_units * max(dim, 1) * (8 if dtype == torch.float64 else 4)
     rows = min(batch, max(1, budget // row_bytes))
-    depths = min(n_depths, max(1, budget // (rows * row_bytes)))
+    depths = 1 if way == "layer" else min(n_depths, max(1, budget // (rows * row_bytes)))
     with torch.no_grad():
         for start in range(0, batch, rows):
             _Pass(states, out, slice(start, min(start + rows, batch)), dtype, depths, steps and n_steps > 0).run()
@@ -160,6 +165,7 @@ class _Pass:
     ) -> None:
         self.states, self.out, self.rows, self.dtype, self.depths, self.steps = states, out, rows, dtype, depths, steps
         self.all_rows = rows.stop - rows.start == states[0].shape[0]
+        self.parity = 0
         self.update: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
 
@@ -167,8 +173,10 @@ class _Pass:
         n_depths, low = len(self.states), 0
         last: torch.Tensor | None = None
         while low < n_depths:
-            high = min(low + self.depths, n_depths)
+            high = self._end_of_block(low)
             new = [self._cast(s) for s in self.states[low:high]]
+            if last is not None and last.device != new[0].device:
+                last = self._follow(last, new[0].device)
             if last is None and len(new) > 1:
                 block = self._stack(new)
                 before, now, all_new = block[:-1], block[1:], block
@@ -186,6 +194,19 @@ class _Pass:
             low = high
         if self.out.sync is not None and self.total is not None:
             self.out.sync[self.rows] = norms(self.total) ** 2
+
+    def _end_of_block(self, low: int) -> int:
+        """End of the block that begins at a depth; the states of a block are on one device."""
+        high, device = low + 1, self.states[low].device
+        while high < min(low + self.depths, len(self.states)) and self.states[high].device == device:
+            high += 1
+        return high
+
+    def _follow(self, last: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Go on where the next layer is: the one state, update and sum that reach across the border move there."""
+        self.update = None if self.update is None else self.update.to(device)
+        self.total = None if self.total is None else self.total.to(device)
+        return last.to(device)
 
     def _cast(self, state: torch.Tensor) -> torch.Tensor:
         state = state if self.all_rows else state[self.rows]
@@ -219,7 +240,8 @@ class _Pass:
         norm_a, norm_b = out.norm[low - 1 : low - 1 + count, rows], out.norm[low : low + count, rows]
         out.angle[span, rows] = pair_angle(before, now, norm_a, norm_b, workspace("chord", now))
         # the previous block's last update stays readable while this one is written into the other buffer
-        update = torch.sub(now, before, out=workspace(f"update{low // self.depths % 2}", now))
+        self.parity = 1 - self.parity
+        update = torch.sub(now, before, out=workspace(f"update{self.parity}", now))
         length = norms(update)
         out.diff[span, rows] = length
         if out.turn is not None:

@@ -21,7 +21,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,27 +98,65 @@ def module_hash(model: torch.nn.Module) -> str:
         False
     """
     tensors = {name: t.detach() for name, t in model.state_dict().items() if hasattr(t, "detach")}
-    meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    away = {name for name, tensor in tensors.items() if tensor.device.type == "meta"}
+    offloaded = _offloaded(model, away) if away else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in offloaded}
+    meta = sorted(away - offloaded.keys())
     if meta:
         raise ModelError(
             f"The weights of {type(model).__name__} cannot be hashed: {len(meta)} tensors have no storage here "
-            f"({meta[0]} …), as happens with offloading. Load the model without disk offload, or pass a folder."
+            f"({meta[0]} …), and no hook of accelerate brings them in. Load the model from its folder."
         )
-    places = {name: (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device) for name, t in tensors.items()}
+    places = {name: _place(tensor) for name, tensor in tensors.items()}
     unique = {place: name for name, place in places.items()}
     # hashlib releases the interpreter lock, so tensors are hashed side by side.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(unique, pool.map(lambda name: _tensor_digest(tensors[name]), unique.values()), strict=True))
     total = hashlib.blake2b(digest_size=32)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode() + digests[places[name]])
+    held = {name: (t.dtype, tuple(t.shape), digests[places[name]]) for name, t in tensors.items()} | offloaded
+    for name in sorted(held):
+        dtype, shape, digest = held[name]
+        total.update(f"{name}\0{dtype}\0{shape}\0".encode() + digest)
     return f"tensors-blake2b:{total.hexdigest()}"
+
+
+def _place(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """What two names of one tensor agree in; a tensor made of others (quantised) has no address of its own."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+
+
+def _offloaded(model: torch.nn.Module, names: set[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Dtype, shape and digest of what is kept elsewhere; one module's tensors are brought in at a time."""
+    import torch
+
+    try:
+        from accelerate.utils import align_module_device
+    except ImportError:  # then nothing of accelerate's has put them away
+        return {}
+    found: dict[str, tuple[torch.dtype, tuple[int, ...], bytes]] = {}
+    for path, module in model.named_modules():
+        own = [key for key in (*module._parameters, *module._buffers) if f"{path}.{key}".lstrip(".") in names]
+        if not own or getattr(module, "_hf_hook", None) is None:
+            continue
+        with align_module_device(module, torch.device("cpu")):
+            for key in own:
+                tensor = getattr(module, key).detach()
+                if tensor.device.type != "meta":
+                    found[f"{path}.{key}".lstrip(".")] = (tensor.dtype, tuple(tensor.shape), _tensor_digest(tensor))
+    return found
 
 
 def _tensor_digest(tensor: torch.Tensor) -> bytes:
     import torch
 
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight: its parts, and how they are put together
+        parts, how = tensor.__tensor_flatten__()
+        digest = hashlib.blake2b(repr(sorted(how.items()) if isinstance(how, dict) else how).encode(), digest_size=32)
+        for name in sorted(parts):
+            digest.update(name.encode() + _tensor_digest(getattr(tensor, name)))
+        return digest.digest()
     flat = tensor.cpu().contiguous().reshape(-1)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=32).digest()
 

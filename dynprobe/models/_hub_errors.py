@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from dynprobe.errors import ModelError, ModelNotFoundError, OfflineError, did_you_mean
-from dynprobe.models._known import KNOWN, WELL_KNOWN_HUB_IDS
+from dynprobe.models._known import WELL_KNOWN_HUB_IDS, near_names
 
 __all__ = ["endpoint", "offline_message", "redact", "translate"]
 
@@ -33,7 +33,7 @@ def redact(text: str) -> str:
 def offline_message(repo: str, revision: str | None, reason: str, why_not_cache: str) -> str:
     """Say that the hub cannot be reached, and what can be typed instead."""
     at = f" --revision {revision}" if revision else ""
-    near = did_you_mean(repo, [*KNOWN, *WELL_KNOWN_HUB_IDS]) if repo not in WELL_KNOWN_HUB_IDS else ""
+    near = did_you_mean(repo, [*near_names(), *WELL_KNOWN_HUB_IDS]) if repo not in WELL_KNOWN_HUB_IDS else ""
     return (
         f"The model {repo!r} needs the hub, which cannot be reached ({endpoint()}: {reason}), "
         f"and {why_not_cache}.{near}\n"
@@ -58,7 +58,7 @@ def translate(exc: Exception, repo: str, revision: str | None) -> ModelError:
     if isinstance(exc, errors.RevisionNotFoundError):
         return ModelNotFoundError(f"The hub has {repo!r}, but no revision {revision!r} of it. Leave --revision out?")
     if isinstance(exc, errors.RepositoryNotFoundError) or status in (401, 404):
-        near = did_you_mean(repo, [*KNOWN, *WELL_KNOWN_HUB_IDS])
+        near = did_you_mean(repo, [*near_names(), *WELL_KNOWN_HUB_IDS])
         return ModelNotFoundError(
             f"The hub at {endpoint()} has no model {repo!r}, or it is private.{near} If it is private, set HF_TOKEN to "
             "a token that may read it; if it lies on this machine, type its path."

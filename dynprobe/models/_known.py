@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynprobe.errors import ModelNotFoundError, did_you_mean
+from dynprobe.errors import ModelError, ModelNotFoundError, did_you_mean
 from dynprobe.models import _smollm2
 from dynprobe.models._cache import Progress, cache_root
 from dynprobe.models._panel import panel_models
 from dynprobe.models._zoo import ZOO, make_from_package, zoo_folder
 
-__all__ = ["KNOWN", "WELL_KNOWN_HUB_IDS", "KnownModel", "canonical_name", "fetch", "known_models"]
+__all__ = [
+    "KNOWN",
+    "WELL_KNOWN_HUB_IDS",
+    "KnownModel",
+    "canonical_name",
+    "fetch",
+    "known_model",
+    "known_models",
+    "near_names",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class KnownModel:
         return cache_root() / "models" / self.weights_id if self.bundled is None else self.bundled
 
 
+#: All but the cells of the panel, whose list is read when one is asked for.
 KNOWN: dict[str, KnownModel] = {
     "smollm2-135m": KnownModel(
         weights_id=_smollm2.WEIGHTS_ID,
@@ -45,10 +55,9 @@ KNOWN: dict[str, KnownModel] = {
     )
 } | {
     name: KnownModel(f"dynprobe/{name}", description, make_from_package, zoo_folder(name))
-    for name, description in (
-        ZOO | {cell.name: f"cell of the panel, {cell.parameters:,} parameters" for cell in panel_models()}
-    ).items()
+    for name, description in ZOO.items()
 }
+_PANEL = "panel/"
 _ALIASES = {"smollm2": "smollm2-135m", _smollm2.WEIGHTS_ID: "smollm2-135m"}
 
 # Only for suggestions in error messages.
@@ -81,18 +90,40 @@ def known_models() -> dict[str, str]:
         >>> list(known_models())
         ['smollm2-135m', 'tiny-llama', 'tiny-cem', 'tiny-csm']
     """
-    return {name: known.description for name, known in KNOWN.items() if not name.startswith("panel/")}
+    return {name: known.description for name, known in KNOWN.items()}
 
 
 def canonical_name(name: str) -> str | None:
     """Return the known short name that ``name`` means, or None.
+
+    Raises:
+        ModelError: A model of the panel is meant, and the list of the panel is missing.
 
     Example:
         >>> canonical_name("SmolLM2-135M"), canonical_name("gpt2")
         ('smollm2-135m', None)
     """
     lowered = name.lower()
+    if lowered.startswith(_PANEL):
+        return lowered if lowered in {cell.name for cell in panel_models()} else None
     return lowered if lowered in KNOWN else _ALIASES.get(lowered)
+
+
+def known_model(canonical: str) -> KnownModel:
+    """Return what stands behind a known short name, one of :func:`canonical_name`."""
+    if canonical in KNOWN:
+        return KNOWN[canonical]
+    cell = next(cell for cell in panel_models() if cell.name == canonical)
+    description = f"cell of the panel, {cell.parameters:,} parameters"
+    return KnownModel(f"dynprobe/{cell.name}", description, make_from_package, zoo_folder(cell.name))
+
+
+def near_names() -> list[str]:
+    """Return every short name, for suggestions; without the panel's where their list is missing."""
+    try:
+        return [*KNOWN, *(cell.name for cell in panel_models())]
+    except ModelError:  # said where a model of the panel is asked for; a suggestion has other news
+        return list(KNOWN)
 
 
 def fetch(
@@ -128,8 +159,9 @@ def fetch(
     canonical = canonical_name(name)
     if canonical is None:
         raise ModelNotFoundError(
-            f"No known model {name!r}.{did_you_mean(name, [*KNOWN, *_ALIASES])} Known: {', '.join(known_models())}. "
-            f"A hub model needs no fetch here; type --model {name}, or: hf download {name}"
+            f"No known model {name!r}.{did_you_mean(name, [*near_names(), *_ALIASES])} "
+            f"Known: {', '.join(known_models())}. A hub model needs no fetch here; type --model {name}, or: "
+            f"hf download {name}"
         )
-    known = KNOWN[canonical]
+    known = known_model(canonical)
     return known.make(known.folder(), force=force, wheel=None if wheel is None else Path(wheel), progress=progress)

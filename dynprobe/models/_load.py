@@ -22,6 +22,7 @@ from dynprobe.models._hub import cached_snapshot, download
 from dynprobe.models._hub_errors import redact
 from dynprobe.models._known import fetch
 from dynprobe.models._loader_class import model_class, remote_code
+from dynprobe.models._quantize import quantization_config, quantization_facts, quantized_hashes, true_size
 from dynprobe.models._source import ModelSource, resolve
 
 __all__ = ["load_model", "local_folder", "weights_hash"]
@@ -46,6 +47,8 @@ def load_model(
     dtype: Any = "float32",
     device: Any = "auto",
     device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    quantization: Any = None,
     attn_implementation: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -57,6 +60,9 @@ def load_model(
             ``torch.dtype``, or ``auto`` for the checkpoint's own.
         device: ``auto`` (the first CUDA device if there is one, else the CPU), or any torch device.
         device_map: how to spread the model over devices (needs ``accelerate``); then ``device`` is not used.
+        offload_folder: where the parts that ``device_map`` puts on ``"disk"`` are kept.
+        quantization: ``int8``, ``nf4``, ``fp4`` (bitsandbytes), ``torchao-int8wo``, or a configuration object of
+            transformers; None takes the weights as they are stored.
         attn_implementation: ``eager``, ``sdpa``, … ; None leaves the choice to transformers.
         progress: called with one line of text per slow step.
 
@@ -97,6 +103,13 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if device_map is not None:
         options["device_map"] = device_map
+    if offload_folder is not None:
+        options["offload_folder"] = str(offload_folder)
+    quantizing = quantization_config(quantization, options["dtype"])
+    if quantizing is not None:
+        options["quantization_config"] = quantizing
+        if place is not None:  # quantised weights are put in place while they are read, and some cannot be moved
+            options["device_map"], place = {"": place}, None
     notes = list(source.notes) + [str(note) for note in folder.record.get("notes", [])]
     report(progress, f"loading {source.display_name}")
     with quiet_transformers():
@@ -112,6 +125,8 @@ def load_model(
     notes += tokenizer_notes
     if tokenizer is not None and len(tokenizer) > (rows := _embedding_rows(model)) > 0:
         notes.append(f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows")
+    quantized = quantization_facts(model, quantization)
+    hashes = quantized_hashes(hashes, quantized)
     facts = {
         "model_id": source.weights_id,
         "display_name": source.display_name,
@@ -127,7 +142,8 @@ def load_model(
         "remote_code": scripts,
         "model_class": type(model).__name__,
         "model_type": folder.config.get("model_type"),
-        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "n_parameters": sum(p.numel() for p in model.parameters()) if quantized is None else true_size(model),
+        "quantization": quantized,
         "original_dtype": stored_dtype(folder),
         "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "")).removeprefix("torch."),
         "device": str(getattr(model, "device", place)),
@@ -246,6 +262,8 @@ def _load_error(exc: Exception, source: ModelSource, folder: ModelFolder) -> Mod
         hint = "It does not fit: type --dtype bfloat16, --device cpu, or --device-map auto."
     elif isinstance(exc, ImportError):
         hint = "Install the package it names."
+    elif "offload_folder" in str(exc) or "offload_dir" in str(exc):
+        hint = "Give a folder for the parts on the disk: dp.load(…, device_map=…, offload_folder='offload')."
     elif "weights_only" in first or "UnpicklingError" in name:
         hint = "Its pickle holds more than tensors and is not opened. Convert it to safetensors where you trust it."
     else:

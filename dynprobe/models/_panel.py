@@ -15,6 +15,7 @@ import functools
 import json
 from dataclasses import dataclass
 
+from dynprobe.errors import ModelError
 from dynprobe.models._zoo import zoo_folder
 
 __all__ = ["PanelModel", "panel_models"]
@@ -47,14 +48,21 @@ class PanelModel:
 def panel_models() -> tuple[PanelModel, ...]:
     r"""Return the models of the panel that come with the package, by family, depth, width and seed.
 
+    Raises:
+        ModelError: Their list is not there or damaged: the package was installed without its data.
+
     Example:
         >>> from dynprobe.models import panel_models
         >>> first = panel_models()[0]
         >>> first.name, first.family, first.depth, first.width, first.seed
         ('panel/cem-depth1-width32-seed0', 'cem', 1, 32, 0)
     """
-    table = json.loads((zoo_folder("panel") / "panel.json").read_text())
-    return tuple(
-        PanelModel(**row)
-        for row in sorted(table, key=lambda row: (row["family"], row["depth"], row["width"], row["seed"]))
-    )
+    path = zoo_folder("panel") / "panel.json"
+    try:
+        table = [PanelModel(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"the list of the panel's models, {path}, cannot be read: {error}. The installation is incomplete. Type: "
+            "pip install --force-reinstall --no-deps dynprobe, or remake the panel with examples/train_panel.py"
+        ) from error
+    return tuple(sorted(table, key=lambda cell: (cell.family, cell.depth, cell.width, cell.seed)))

@@ -18,7 +18,8 @@ from typing import Literal
 
 from dynprobe.errors import ModelError, ModelNotFoundError, UsageError, did_you_mean
 from dynprobe.models._folder import inspect_folder
-from dynprobe.models._known import KNOWN, canonical_name
+from dynprobe.models._known import canonical_name, known_model, near_names
+from dynprobe.models._panel import panel_models
 
 __all__ = ["ModelSource", "resolve"]
 
@@ -106,7 +107,7 @@ def resolve(
     if canonical is not None:
         return _known_source(canonical, text, revision)
     if text.startswith("panel/") and not Path(text).exists():
-        panel = [known for known in KNOWN if known.startswith("panel/")]
+        panel = [cell.name for cell in panel_models()]
         raise ModelNotFoundError(
             f"The panel has no model {text!r}.{did_you_mean(text, panel)} dynprobe.models.panel_models() lists its "
             f"{len(panel)} models; for a hub model of an owner called panel, give the path of a local copy."
@@ -125,7 +126,7 @@ def resolve(
     if not _HUB_ID.fullmatch(text):
         raise ModelNotFoundError(
             f"{text!r} is neither a path that exists nor a hub id (ORGANISATION/NAME, letters, digits, '-', '_', '.')."
-            f"{did_you_mean(text, KNOWN)}"
+            f"{did_you_mean(text, near_names())}"
         )
     if trust_remote_code and not (revision and _COMMIT.fullmatch(revision)):
         raise UsageError(
@@ -145,7 +146,7 @@ def resolve(
 
 def _known_source(canonical: str, text: str, revision: str | None) -> ModelSource:
     _refuse_revision(revision, text)
-    known = KNOWN[canonical]
+    known = known_model(canonical)
     folder = known.folder()
     notes = [f"{canonical}: {known.description}"]
     if Path(text).exists():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, SiteError, UsageError
+from dynprobe.probes._backend import on_backend
 from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
 from dynprobe.probes._dispatch import attach_to, calls_of
@@ -106,6 +107,7 @@ def capture(
     chat_template: str = "none",
     row_keys: Sequence[str] | None = None,
     calibration: Calibration | None = None,
+    backend: str | None = None,
 ) -> Tape:
     """Run one forward over prompts and keep the states that ``where`` names.
 
@@ -124,6 +126,7 @@ def capture(
         chat_template: ``"auto"`` wraps texts as a user turn where the tokenizer has a template.
         row_keys: Names of the rows for the noise; default a hash of each row's first tokens.
         calibration: From :func:`dynprobe.calibrate`; needed by the scales ``coordstd`` and ``cov``.
+        backend: What reads and writes: ``"hooks"`` or ``"nnsight"``; None takes the subject's own.
 
     Returns:
         The tape.
@@ -141,7 +144,7 @@ def capture(
     """
     if logits not in ("last", "all", None):
         raise UsageError(f"logits={logits!r}; it is 'last', 'all' or None")
-    subject = as_subject(subject)
+    subject = on_backend(as_subject(subject), backend)
     rows = tokenize(subject, prompts, chat_template=chat_template)
     if row_keys is None and chat_template == "auto":
         # Every templated prompt begins with the same turn markers; its own first tokens are what names it.
@@ -155,7 +158,9 @@ def capture(
         inputs |= last_only(subject)
     found: Tensor | None = None
     with evaluating(subject.model), instrument, nullcontext() if grad else torch.no_grad():
-        if logits is None:
+        if logits is None and instrument.halt():
+            subject.model(**inputs)
+        elif logits is None:
             handle = _halt_after(subject, read)
             try:
                 subject.model(**inputs)

@@ -7,6 +7,7 @@ group it was in, so halving is a matter of record and not of numbers.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -68,10 +69,13 @@ def halving(
                 raise
             if len(group) == 1:
                 raise MemoryError("one row alone does not fit into memory; take shorter texts") from error
-            note(len(group))
-            size = len(group) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        else:
+            yield made
+            done += len(group)
             continue
-        yield made
-        done += len(group)
+        # Only here is the error gone, and with it the frames that held the group's tensors.
+        note(len(group))
+        size = len(group) // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -15,10 +15,25 @@ from dynprobe.probes._noise import NoiseSource, shared
 from dynprobe.probes._perturb import Perturb
 from dynprobe.probes._perturb_values import TAKES_DIRECTION
 
-__all__ = ["GAUSSIAN", "UNIFORM", "Draw", "sine"]
+__all__ = ["GAUSSIAN", "UNIFORM", "Draw", "law_of", "sine"]
 
 UNIFORM: Final = "uniform"
 GAUSSIAN: Final = "gaussian"
+
+
+def law_of(perturb: Perturb) -> str | None:
+    """Return the distribution a perturbation draws its noise from; None where it draws none.
+
+    Example:
+        >>> law_of(Perturb(alpha=0.1)), law_of(Perturb(alpha=0.1, kind="dropout")), law_of(Perturb(kind="scale"))
+        ('gaussian', 'uniform', None)
+    """
+    fixed = perturb.kind in ("direction", "sine", "scale") or (
+        perturb.kind == "impulse" and perturb.direction is not None
+    )
+    if fixed or perturb.scale == "interp":
+        return None
+    return UNIFORM if perturb.kind == "dropout" or perturb.scale == "neftune" else GAUSSIAN
 
 
 def sine(positions: np.ndarray, period: float) -> np.ndarray:

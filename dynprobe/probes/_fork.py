@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import UsageError
+from dynprobe.probes._backend import need_hooks
 from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument
@@ -110,6 +111,7 @@ class Fork:
     ) -> None:
         if logits not in ("all", "last", None):
             raise UsageError(f"logits={logits!r}; it is 'last', 'all' or None")
+        need_hooks(subject, "branching off a forward (sweeps and thresholds)")
         self.subject, self.batch, self.roads = subject, batch, Roads()
         reading = list(dict.fromkeys([*sites_to_read(subject, Where.parse("layers=all")), *read]))
         instrument = Instrument(subject, reading, **batch.rows)

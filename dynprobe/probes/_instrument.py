@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dynprobe.errors import ModelError, SelfTestError
+from dynprobe.errors import ModelError, SelfTestError, UsageError
 from dynprobe.probes._beams import Beams
 from dynprobe.probes._clock import Clock, Step
 from dynprobe.probes._dispatch import Attachment, attach_to, calls_of
 from dynprobe.probes._energies import EnergyTap
 from dynprobe.probes._joined import joined_passport, joined_tape
 from dynprobe.probes._outputs import ordinary
+from dynprobe.probes._ring import Ring
 from dynprobe.probes._roles import HasPassport, Rewinds, Site, Steerer, StepListener, Writer
 from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import Tape
@@ -44,6 +45,7 @@ class Instrument:
         listeners: Called with each forward's output.
         energies: Read the energies of a looped model that has them.
         all_logits: Ask the model for logits at every position, also where its caller asked for the last only.
+        ring: Copy what is recorded into this buffer, begun for the batch; None keeps the model's own tensors.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Instrument:
         listeners: Sequence[StepListener] = (),
         energies: bool = False,
         all_logits: bool = False,
+        ring: Ring | None = None,
     ) -> None:
         self.subject, self.read, self.writers = subject, tuple(read), tuple(writers)
         self.root = root if root is not None else subject.model
@@ -68,7 +71,9 @@ class Instrument:
         self.steps: list[Step] = []
         self.fired: dict[tuple[Site, str], int] = {}
         self._grad, self._listeners = grad, tuple(listeners)
-        self._all_logits = all_logits
+        self._all_logits, self._ring = all_logits, ring
+        if ring is not None and (grad or set(self.read) - set(ring.sites)):
+            raise UsageError("a ring keeps values of its own sites and no graph; read others, or with grad, without it")
         loop = subject.loop
         self._tap = EnergyTap(subject) if energies and loop is not None and loop.energy is not None else None
         self._captured: dict[Site, list[tuple[Tensor, int]]] = {site: [] for site in self.read}
@@ -77,8 +82,11 @@ class Instrument:
         self._attachments: list[Attachment] = []
         self._handles: list[Any] = []
         self._beams = Beams(self.root)
+        self._traces: Any = None  # what carries it where the backend is not hooks
 
     def __enter__(self) -> Instrument:
+        if self.subject.backend != "hooks":
+            return self._open_traces()
         try:
             self._handles.append(self.root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
             self._handles.append(self.root.register_forward_hook(self._end, with_kwargs=True))
@@ -99,6 +107,23 @@ class Instrument:
             self.close()
             raise
         return self
+
+    def _open_traces(self) -> Instrument:
+        from dynprobe.probes._nnsight import Traces  # imports this module
+
+        self._traces = Traces(self)
+        try:
+            self._traces.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def halt(self) -> bool:
+        """Let forwards stop behind the last wanted place; False where the backend leaves that to its caller."""
+        if self._traces is not None:
+            self._traces.halting = True
+        return self._traces is not None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -132,6 +157,8 @@ class Instrument:
         for writer in self.writers:
             for site in writer.sites:
                 self.fired[site, "write"] = self.fired.get((site, "write"), 0) - columns
+        if self._ring is not None:
+            self._ring.rewind(columns)
         if self._tap is not None:
             self._tap.rewind(columns)
         for party in (*self.writers, *self._listeners):
@@ -147,6 +174,8 @@ class Instrument:
         self._attachments.clear()
         self._handles.clear()
         self._beams.release()
+        if self._traces is not None:
+            self._traces.close()
         if self._tap is not None:
             self._tap.close()
         self.clock.release()
@@ -245,7 +274,9 @@ class Instrument:
                 return
             kept = self._shaped(state.detach() if state.requires_grad and not self._grad else state)
             self.fired[site, "read"] = self.fired.get((site, "read"), 0) + 1
-            if state.is_inference() or self.subject.mutates:
+            if self._ring is not None:
+                self._captured[site].append((self._ring.write(site, kept), -1))
+            elif state.is_inference() or self.subject.mutates:
                 kept = ordinary(kept) if state.is_inference() else kept.clone()
                 self._captured[site].append((kept, -1))
             else:

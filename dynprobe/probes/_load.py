@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dynprobe import models
+from dynprobe.errors import UsageError
+from dynprobe.probes._backend import on_backend
 from dynprobe.probes._subject import Subject, discover
 from dynprobe.probes._turns import Loop
 
@@ -19,13 +23,16 @@ def load(
     revision: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
-    device_map: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    quantization: Any = None,
     tokenizer: Any = None,
     layers: str | None = None,
     loop: Loop | str | None = None,
     trial_input: Tensor | None = None,
     trust_remote_code: bool = False,
     allow_bin: bool = False,
+    backend: str | None = None,
 ) -> Subject:
     """Load a model and find its embedding, blocks, final norm and head.
 
@@ -34,7 +41,10 @@ def load(
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of the weights; float32, because bf16 rounds angles by more than a mild perturbation moves them.
         device: ``"auto"`` takes a GPU where there is one.
-        device_map: Handed to transformers.
+        device_map: How to spread it over devices: ``"auto"``, or module path → device, ``"cpu"`` or ``"disk"``.
+        offload_folder: Where the parts on the disk are kept.
+        quantization: ``"int8"``, ``"nf4"``, ``"fp4"`` (bitsandbytes), ``"torchao-int8wo"``, or a configuration object
+            of transformers; see ``docs/devices.md``.
         tokenizer: Used instead of the model's own.
         layers: Pattern of the blocks' names where they should not be searched for: ``"encoder.blocks.*"``.
         loop: Module that runs again and again, whose calls are then the depth axis; CEM, CSM-style and other known
@@ -42,6 +52,7 @@ def load(
         trial_input: Input of the trial forward for a module that does not take token ids.
         trust_remote_code: Run code that comes with the model; needs a pinned ``revision``.
         allow_bin: Load ``.bin`` weights where no safetensors exist.
+        backend: What reads and writes states: ``"hooks"`` (default) or ``"nnsight"``; see ``docs/backends.md``.
 
     Returns:
         The subject, in evaluation mode.
@@ -58,10 +69,13 @@ def load(
         2
     """
     if isinstance(model, Subject):
-        return model
+        return on_backend(model, backend)
+    on_backend(Subject(nn.Identity()), backend)  # what cannot be is refused before anything is fetched
     if isinstance(model, nn.Module):
+        if quantization is not None:
+            raise UsageError("quantization is done while weights are read from files; this model is loaded already")
         facts = {"weights_hash": models.weights_hash(model), "source": "module"}
-        return discover(
+        found = discover(
             model,
             layers=layers,
             loop=loop,
@@ -70,9 +84,17 @@ def load(
             facts=facts,
             trial_input=trial_input,
         )
+        return on_backend(found, backend)
     source = models.resolve(model, revision=revision, trust_remote_code=trust_remote_code, allow_bin=allow_bin)
-    loaded, own_tokenizer, facts = models.load_model(source, dtype=dtype, device=device, device_map=device_map)
-    return discover(
+    loaded, own_tokenizer, facts = models.load_model(
+        source,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        offload_folder=offload_folder,
+        quantization=quantization,
+    )
+    found = discover(
         loaded,
         layers=layers,
         loop=loop,
@@ -81,3 +103,4 @@ def load(
         facts=facts,
         trial_input=trial_input,
     )
+    return on_backend(found, backend)

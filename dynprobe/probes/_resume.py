@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import ModelError, SiteError, UsageError
+from dynprobe.probes._backend import need_hooks
 from dynprobe.probes._dispatch import attach_to
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument
@@ -53,6 +54,7 @@ def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | N
     subject = tape.subject
     if subject is None or tape.token_ids is None:
         raise ModelError("resume needs a tape made by dp.capture or dp.record, with token ids")
+    need_hooks(subject, "resuming a forward from a depth")
     if not 0 <= at <= subject.n_layers:
         raise SiteError(f"depth {at} was asked for; {subject.name} has depths 0…{subject.n_layers}")
     if logits not in ("last", "all", None):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dynprobe.probes._backend import on_backend
 from dynprobe.probes._dispatch import attach_to
 from dynprobe.probes._inputs import Batch, make_batch
 from dynprobe.probes._instrument import Instrument
@@ -98,6 +99,7 @@ def try_road(subject: Subject, batch: Batch) -> RoadTrial:
     Returns:
         The deviations by depth; a forward that fails ends the trial.
     """
+    subject = on_backend(subject, "hooks")  # whether blocks may be left out is the model's, whoever reads it
     twice = Batch(batch.input_ids.repeat(2, 1), batch.mask.repeat(2, 1), batch.row_keys * 2, batch.n_prompt * 2)
     other = Batch((twice.input_ids - 1).clamp_min(0).roll(1, 1), twice.mask, twice.row_keys, twice.n_prompt)
     read: list[Site] = [("resid_pre", 0), *(("resid_post", layer) for layer in range(subject.n_layers))]

@@ -24,6 +24,7 @@ from dynprobe.errors import ModelError, SiteError, UsageError, did_you_mean
 from dynprobe.probes._dispatch import hooks_of_others, live_hooks
 from dynprobe.probes._loops import known_loop, refuse_unreadable
 from dynprobe.probes._outputs import Wrapper
+from dynprobe.probes._placement import device_of, refuse_without_weights
 from dynprobe.probes._trained import warn_beyond
 from dynprobe.probes._trial import TrialError, watch, watch_loop
 from dynprobe.probes._turns import Loop, Place, Turn, sites_of_loop
@@ -72,6 +73,7 @@ class Subject:
         facts: Everything recorded about where the weights came from.
         loop: What is known of a looped model's loops; None where every block runs once.
         turns: Its updates in order, one per entry of ``blocks``, in which a module then stands as often as it runs.
+        backend: What reads and writes its states: ``"hooks"``, or ``"nnsight"`` traces.
     """
 
     model: nn.Module
@@ -93,6 +95,7 @@ class Subject:
     facts: dict[str, Any] = field(default_factory=dict)
     loop: Loop | None = None
     turns: tuple[Turn, ...] = ()
+    backend: str = "hooks"
 
     @property
     def n_layers(self) -> int:
@@ -116,8 +119,8 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        """Device of the input: that of the first parameter, or where an offloaded model is brought to."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -360,6 +363,7 @@ def discover(
             "Pass one half alone: model.get_decoder()"
         )
     refuse_unreadable(model)
+    refuse_without_weights(model, name)
     subject = Subject(model, tokenizer, name, facts=dict(facts or {}))
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, did_you_mean
 from dynprobe.probes._outputs import Wrapper, hidden_argument, hidden_of, wrapper_like
+from dynprobe.probes._placement import device_of
 from dynprobe.probes._turns import Loop, Start, Turn
 
 __all__ = ["Trial", "TrialError", "vocabulary", "watch", "watch_loop"]
@@ -114,7 +115,7 @@ def _record(model: nn.Module, inputs: Tensor | None) -> list[_Call]:
         return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
     ids = inputs if inputs is not None else trial_ids(model)
-    ids = ids.to(next((p.device for p in model.parameters()), torch.device("cpu")))
+    ids = ids.to(device_of(model))
     names = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in names and inputs is None else {}
     handles = [handle for name, module in model.named_modules() if name for handle in note(name, module)]

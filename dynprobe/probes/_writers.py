@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from dynprobe.errors import UsageError
 from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
-from dynprobe.probes._kinds import apply, displacement, realised
+from dynprobe.probes._kinds import Displacement, apply, displacement, realised
 from dynprobe.probes._noise import NoiseSource
 from dynprobe.probes._passport import Passport, passport, spread
 from dynprobe.probes._perturb import Perturb, parse_many
@@ -20,12 +21,27 @@ from dynprobe.probes._roles import Site, Writer
 from dynprobe.probes._scales import SiteStats
 from dynprobe.probes._subject import Subject
 
-__all__ = ["CallableWriter", "Donor", "PerturbWriter", "Perturbs", "make_writers"]
+__all__ = ["CallableWriter", "Donor", "PerturbWriter", "Perturbs", "Update", "make_writers"]
 
 Perturbs = str | Perturb | Callable[[Tensor, str], Tensor] | Sequence[Any] | None
 
 #: Clean states of another prompt at one site, per row: ``[tokens, dim]``.
 Donor = Mapping[Site, Sequence[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one write made of one state.
+
+    Attributes:
+        before: The state.
+        after: The state to use instead; the very same object where nothing is written.
+        shift: The update with its counts; None where no position of the step is written.
+    """
+
+    before: Tensor
+    after: Tensor
+    shift: Displacement | None
 
 
 class PerturbWriter:
@@ -100,6 +116,47 @@ class PerturbWriter:
 
     def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
         """Return the perturbed state; the very same object where no position of this step is written."""
+        made = self.update(state, site, step)
+        self.note(made, site, step)
+        return made.after
+
+    def source(self, site: Site, step: Step) -> NoiseSource:
+        """Return the address of this step's noise at a site."""
+        return NoiseSource(step.row_keys, f"{site[0]}.{site[1]}", step.positions)
+
+    def wanted(self, step: Step) -> np.ndarray:
+        """Return which positions of a step are written, bool ``[batch, columns]``."""
+        return self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
+
+    def update(self, state: Tensor, site: Site, step: Step, source: NoiseSource | None = None) -> Update:
+        """Compute what is written, and keep no book of it; see :meth:`note`.
+
+        Args:
+            state: ``[batch, columns, dim]``.
+            site: Where it is.
+            step: The forward.
+            source: Of the noise, where it was drawn beforehand.
+        """
+        wanted = self.wanted(step)
+        if not wanted.any():
+            return Update(state, state, None)
+        mask = torch.from_numpy(np.ascontiguousarray(wanted)).to(state.device)
+        if self._slots is not None:
+            mask = mask[..., None] & self._slots.to(state.device)
+        shift = displacement(
+            self.perturb,
+            state,
+            noise_source=source if source is not None else self.source(site, step),
+            mask=mask,
+            site_stats=self._stats[site],
+            donor=self._donor(site, step, state),
+            lengths=torch.from_numpy(step.n_prompt.copy()).to(state.device),
+            magnitude=self._strengths(step, state),
+        )
+        return Update(state, apply(state, shift.u, mask), shift)
+
+    def note(self, made: Update, site: Site, step: Step) -> None:
+        """Enter an update into the books: its size in every unit, and what was left alone."""
         if step.index == 0 and step is not self._first:  # a new sequence
             self._first, self._n_rows = step, len(step.positions)
             self._notes.clear()
@@ -108,32 +165,16 @@ class PerturbWriter:
             self._drive.clear()
             self.counts = dict.fromkeys(self.counts, 0)
         self._index = step.index
-        wanted = self.perturb.where.mask(step.positions, step.n_prompt, positions="1:")
-        if not wanted.any():
-            self._keep_drive(state, state)
-            return state
-        mask = torch.from_numpy(np.ascontiguousarray(wanted)).to(state.device)
-        if self._slots is not None:
-            mask = mask[..., None] & self._slots.to(state.device)
-        name = f"{site[0]}.{site[1]}"
-        shift = displacement(
-            self.perturb,
-            state,
-            noise_source=NoiseSource(step.row_keys, name, step.positions),
-            mask=mask,
-            site_stats=self._stats[site],
-            donor=self._donor(site, step, state),
-            lengths=torch.from_numpy(step.n_prompt.copy()).to(state.device),
-            magnitude=self._strengths(step, state),
-        )
-        after = apply(state, shift.u, mask)
+        state, after, shift = made.before, made.after, made.shift
+        self._keep_drive(state, after)
+        if shift is None:
+            return
         found = {"asked": shift.n_asked, "zero": shift.n_zero, "nonfinite": shift.n_nonfinite}
         tally = {key: int(count.sum()) for key, count in found.items()}
         self._tally.append((step.index, tally))
         self.counts = {key: self.counts[key] + tally[key] for key in tally}
         # What was left alone (no norm to be relative to, not finite) has no size; it is counted, not averaged.
         note = passport(state, realised(state, after), shift.written, self._stats[site])
-        self._keep_drive(state, after)
         last = step.positions.max(axis=1)
         asked, alone = shift.n_asked.cpu().numpy(), (shift.n_zero + shift.n_nonfinite).cpu().numpy()
         if step.rows is not None:  # rows that left the batch keep their place in the books
@@ -141,7 +182,6 @@ class PerturbWriter:
             last, asked, alone = (spread(values, step.rows, self._n_rows) for values in (last, asked, alone))
         self._notes.append((step.index, last, note))
         self._asked.append((step.index, last, asked, alone))
-        return after
 
     def _strengths(self, step: Step, state: Tensor) -> Tensor | None:
         if self._magnitude is None:

@@ -25,13 +25,11 @@ from torch import Tensor
 from dynprobe.controllers import AttractorLayer, Controller, Memory, Seen, Steering
 from dynprobe.controllers.attractor import AttractorSite
 from dynprobe.errors import UsageError
-from dynprobe.metrics.statistics._bootstrap import interval, resample
+from dynprobe.metrics.statistics import mean_interval
 from dynprobe.probes import Batch, Instrument, Sampling, Site, Subject, generate, make_batch, tokenize
 from dynprobe.probes._subject import evaluating
 
 __all__ = ["LoopGain", "loop_gain"]
-
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class LoopGain:
     Attributes:
         gain: G = S/(1 + S) of the way through the text; NaN with a reason where it has no meaning.
         response: S, the injections that the kick called for, in units of the kick, mean over texts.
-        low: Lower end of its 95 % interval, bootstrap over texts; NaN below three.
+        low: Lower end of its 95 % interval, expanded percentile bootstrap over texts; NaN below three.
         high: Upper end.
         states: S with the text held fixed.
         n: Texts.
@@ -157,10 +155,7 @@ def loop_gain(
     fixed = [_read(subject, layer, layers, still, size) for size in (0.0, kick)]
     states = float(((fixed[1] - fixed[0]) / kick).mean())
     values = responses.mean(0)
-    low = high = math.nan
-    if len(values) >= 3:
-        draws = values[resample(len(values), _RESAMPLES, 0)].mean(1)
-        low, high = interval(draws, draws, 0.95, len(values))
+    low, high = mean_interval(values)
     mean = float(values.mean())
     gain, reason = (mean / (1 + mean), None) if mean > -1 else (math.nan, "negative")
     return LoopGain(gain, mean, low, high, states, len(rows), reason)

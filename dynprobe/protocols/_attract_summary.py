@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dynprobe.metrics.statistics import proportion_interval
-from dynprobe.metrics.statistics._bootstrap import interval, resample
+from dynprobe.metrics.statistics import mean_interval, proportion_interval
 from dynprobe.protocols._attract_config import AttractConfig
 from dynprobe.protocols._attract_doses import Dose
 from dynprobe.protocols._evaluate_summary import paired_difference
+from dynprobe.protocols._summary import without_remarks
 from dynprobe.runs import Run
 
 __all__ = ["LENGTH_METRICS", "attract_summary", "dose_entries", "dose_table"]
@@ -37,7 +37,6 @@ LENGTH_METRICS = (
     "attention_prompt", "kappa_phase", "kappa_geom", "limen_ratio", "limen_ct", "n_live", "strength_total", "hit_rate",
     "gain", "written",
 )  # fmt: skip
-_CONFIDENCE, _RESAMPLES = 0.95, 2000
 _BROKEN_BY = ("repetition", "nll_bare")
 _QUANTILE = 0.99
 _RULE = (
@@ -80,24 +79,12 @@ def attract_summary(run: Run, config: AttractConfig, doses: Sequence[Dose]) -> d
     names = [d.condition.condition_id for d in doses if d.status != "unreached"]
     if config.task != "generate":
         return said | {"items": _items(run.table("items"), names)}
-    lengths = _without_remarks(run.table("lengths"))
-    lengths["condition_id"] = lengths["condition_id"].astype(str)
-    lengths["prompt_id"] = lengths["prompt_id"].astype(str)
+    lengths = without_remarks(run.table("lengths")).astype({"condition_id": str, "prompt_id": str})
     return said | {
         "lengths": _lengths(lengths, names), "breakdown": _breakdown(lengths, doses, config.read_lengths),
         "attention": _attention(lengths),
         "hit_rate_bare": float(lengths.loc[lengths["condition_id"] == "none", "hit_rate"].mean()),
     }  # fmt: skip
-
-
-def _without_remarks(lengths: pd.DataFrame) -> pd.DataFrame:
-    """Drop values that carry a reason, such as a ratio over one step."""
-    lengths = lengths.copy()
-    for index, text in lengths["reasons"].dropna().items() if "reasons" in lengths else ():
-        for name in json.loads(text) if isinstance(text, str) else text:
-            if name in lengths:
-                lengths.loc[index, name] = np.nan
-    return lengths
 
 
 def _attention(lengths: pd.DataFrame) -> str | None:
@@ -132,11 +119,8 @@ def _lengths(lengths: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]
 def _mean(values: np.ndarray) -> dict[str, Any]:
     kept = values[np.isfinite(values)]
     n = len(kept)
-    found: dict[str, Any] = {"mean": float(kept.mean()) if n else math.nan, "low": math.nan, "high": math.nan, "n": n}
-    if n >= 3:
-        draws = kept[resample(n, _RESAMPLES, 0)].mean(1)
-        found["low"], found["high"] = interval(draws, draws, _CONFIDENCE, n)
-    return found
+    low, high = mean_interval(kept)
+    return {"mean": float(kept.mean()) if n else math.nan, "low": low, "high": high, "n": n}
 
 
 def _breakdown(lengths: pd.DataFrame, doses: Sequence[Dose], at: Sequence[int]) -> dict[str, Any]:
@@ -243,9 +227,5 @@ def _change(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> dict[str,
     clusters = after["cluster"].to_numpy()
     sums = change.groupby(clusters).agg(["sum", "count"]).to_numpy(np.float64)
     found: dict[str, Any] = {**paired_difference(x, y), "n": len(x), "clusters": len(sums)}
-    found |= {"cluster_low": math.nan, "cluster_high": math.nan}
-    if len(sums) >= 3:
-        drawn = sums[resample(len(sums), _RESAMPLES, 0)].sum(1)
-        draws = drawn[:, 0] / drawn[:, 1]
-        found["cluster_low"], found["cluster_high"] = interval(draws, draws, _CONFIDENCE, len(sums))
+    found["cluster_low"], found["cluster_high"] = mean_interval(sums[:, 0] / sums[:, 1], sums[:, 1])
     return found

@@ -138,8 +138,16 @@ _FRACTIONS = {
     "decode_mode": ("", "forced: on a given text; free: on the text it writes."),
     "metric": ("", "Column of the samples that the fraction is of."),
     "rf": ("1", "Recovery fraction (Σ perturbed − Σ recovered)/(Σ perturbed − Σ clean): 1 full, 0 none, below 0 harm."),
-    "low": ("1", "Lower end of the 95 % interval, bootstrap over prompts; −inf where some replicates have no effect."),
-    "high": ("1", "Upper end of the 95 % interval, bootstrap over prompts; +inf where some replicates have no effect."),
+    "low": (
+        "1",
+        "Lower end of the 95 % interval, expanded percentile bootstrap over prompts; −inf where some replicates have "
+        "no effect.",
+    ),
+    "high": (
+        "1",
+        "Upper end of the 95 % interval, expanded percentile bootstrap over prompts; +inf where some replicates have "
+        "no effect.",
+    ),
     "reason": ("", "Why there is no fraction: no-effect, DETECTOR_BLIND, coverage or empty."),
     "clean": ("metric", "Mean of the metric over the clean texts."),
     "perturbed": ("metric", "Mean over the perturbed texts."),

@@ -13,6 +13,7 @@ import torch
 
 from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, PerturbWriter, Site, Subject
+from dynprobe.probes._draw import law_of
 from dynprobe.probes._perturb import parse_many
 from dynprobe.probes._perturb_values import TAKES_DIRECTION
 from dynprobe.protocols._arms import Passage, Text
@@ -84,21 +85,11 @@ def _seeded(item: Perturb | str, perturb: Perturb, seed: int) -> Perturb:
     return perturb.replace(seed=seed) if unnamed else perturb
 
 
-def _law(perturb: Perturb) -> str | None:
-    """The distribution a perturbation draws its noise from, or None: what is drawn from two laws is independent."""
-    fixed = perturb.kind in ("direction", "sine", "scale") or (
-        perturb.kind == "impulse" and perturb.direction is not None
-    )
-    if fixed or perturb.scale == "interp":
-        return None
-    return "uniform" if perturb.kind == "dropout" or perturb.scale == "neftune" else "normal"
-
-
 def _refuse_twins(perturbs: Sequence[Perturb], sites: Sequence[set[Site]]) -> None:
     """Two writes of one seed at one place draw the same noise and would add up as one stronger write."""
     for i, j in itertools.combinations(range(len(perturbs)), 2):
         one, other = perturbs[i], perturbs[j]
-        drawn = _law(one) is not None and (_law(one), one.seed) == (_law(other), other.seed)
+        drawn = law_of(one) is not None and (law_of(one), one.seed) == (law_of(other), other.seed)
         if drawn and sites[i] & sites[j] and _meet(one, other):
             raise UsageError(
                 f"{one} and {other} draw the same noise at the same places; give one of them another seed, "

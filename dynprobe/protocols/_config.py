@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from dynprobe.errors import UsageError, did_you_mean
+from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
 
 __all__ = ["RunConfig", "load_config"]
 
@@ -17,10 +18,11 @@ __all__ = ["RunConfig", "load_config"]
 #: comes from that is part of it (the prompts themselves, the direction itself).
 NOT_IDENTITY = frozenset({
     "out", "batch_size", "quiet", "force", "prompt", "prompts", "category", "limit", "direction", "contrast",
+    *SPREAD,
 })  # fmt: skip
 
 
-class RunConfig(BaseModel):
+class RunConfig(SpreadConfig):
     """Everything that defines a run, with the defaults of the bare command."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +32,7 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field("float32", description="Dtype of the weights.")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     device_map: str | None = Field(None, description="Passed to transformers, e.g. 'auto'.")
+    quantization: str | None = Field(None, description="int8, nf4, fp4 (bitsandbytes), torchao-int8wo.")
     trust_remote_code: bool = Field(False, description="Run the model's own code; needs a pinned revision.")
     allow_bin: bool = Field(False, description="Load .bin weights (with weights_only=True) where no safetensors exist.")
 
@@ -59,6 +62,8 @@ class RunConfig(BaseModel):
         "auto", description="Padding side; 'none' = exact lengths."
     )
     batch_size: int | Literal["auto"] = Field("auto", description="Rows per batch.")
+    backend: Literal["hooks", "nnsight"] = Field("hooks", description="What reads and writes the states.")
+    remote: bool | str = Field(False, description="Run on NDIF (True), on a server (its URL), or try it ('local').")
     out: str = Field("runs", description="Folder of runs, or the run folder to continue.")
     force: bool = Field(False, description="Continue a run of another library version.")
     quiet: bool = Field(False, description="No progress.")
@@ -68,6 +73,13 @@ class RunConfig(BaseModel):
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("batch_size is 'auto' or at least 1")
+        return value
+
+    @field_validator("remote")
+    @classmethod
+    def _somewhere(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and value != "local" and not value.startswith(("http://", "https://")):
+            raise ValueError("remote is true, 'local' (a dry run here) or the URL of a server")
         return value
 
     @field_validator("temperature")
@@ -103,6 +115,11 @@ class RunConfig(BaseModel):
         settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_IDENTITY}
         if not settings["metrics"]:  # asking for nothing more is the run it was before one could ask
             del settings["metrics"]
+        for name, usual in (("backend", "hooks"), ("remote", False)):
+            if settings[name] == usual:
+                del settings[name]
+        if settings["quantization"] is None:
+            del settings["quantization"]
         return settings
 
     @classmethod

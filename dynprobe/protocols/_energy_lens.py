@@ -25,7 +25,8 @@ from torch import nn
 
 from dynprobe.errors import UsageError
 from dynprobe.metrics._result import Array
-from dynprobe.metrics.statistics._bootstrap import check_bootstrap, interval, resample
+from dynprobe.metrics.statistics import mean_interval
+from dynprobe.metrics.statistics._bootstrap import check_bootstrap
 from dynprobe.probes import Subject, as_subject, tokenize
 from dynprobe.probes._inputs import Prompts
 from dynprobe.probes._noise import row_key_from_tokens
@@ -173,11 +174,7 @@ class _Draw:
 
     def __call__(self, name: str, values: Array) -> dict[str, float]:
         """Mean over prompts and its expanded percentile interval; prompts without a value take no part."""
-        values = values[np.isfinite(values)]
-        low = high = float("nan")
-        if len(values) >= 2:
-            drawn = values[resample(len(values), self.n_boot, self.seed)].mean(1)
-            low, high = interval(drawn, drawn, self.confidence, len(values))
+        low, high = mean_interval(values, confidence=self.confidence, n_boot=self.n_boot, seed=self.seed)
         return {name: _mean(values), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -221,7 +218,7 @@ def _reason(row: dict[str, Any], key: tuple[int, int], seen: Seen) -> str | None
     if not row["n_tokens"]:
         return "empty: no prompt has a token at or after first"
     if np.isfinite(row["cos"]):
-        return None if row["n_prompts"] >= 2 else "one prompt: no interval"
+        return None if row["n_prompts"] >= 3 else "prompts<3: no interval"
     return "last" if key[1] == max(k[1] for k in seen.tokens if k[0] == key[0]) and key[1] else "zero-denominator"
 
 

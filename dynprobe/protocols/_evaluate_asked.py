@@ -27,7 +27,7 @@ def subject_of(model: Any, config: EvaluateConfig) -> Subject:
         UsageError: A chat template is asked for and the tokenizer has none.
     """
     if isinstance(model, str | Path):
-        keys = ("revision", "dtype", "device", "device_map", "trust_remote_code", "allow_bin")
+        keys = ("revision", "dtype", "device", "device_map", "quantization", "trust_remote_code", "allow_bin")
         subject = load_subject(str(model), **{key: getattr(config, key) for key in keys})
     else:
         subject = load_subject(model)

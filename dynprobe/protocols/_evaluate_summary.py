@@ -17,14 +17,12 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import ModelError
-from dynprobe.metrics.statistics import proportion_interval
-from dynprobe.metrics.statistics._bootstrap import interval, resample
+from dynprobe.metrics.statistics import mean_interval, proportion_interval
 from dynprobe.protocols._evaluate_rows import ITEM_FACTS
 
 __all__ = ["numbers_of", "paired_difference", "summary_of"]
 
 _CONFIDENCE = 0.95
-_RESAMPLES = 2000
 _LABELS = {"task", "doc_id", "condition_id", "prompt_id", "sample_id", "category", *ITEM_FACTS}
 
 
@@ -126,8 +124,8 @@ def _of_arm(rows: pd.DataFrame, metric: str, share: bool) -> dict[str, Any]:
         entry |= {"low": found.low, "high": found.high, "method": "clopper-pearson", "right": found.k}
         entry["chance"] = float(np.mean(1 / choices)) if (choices > 0).all() else math.nan
     else:
-        low, high = _bootstrap(values)
-        entry |= {"low": low, "high": high, "method": "bootstrap"}
+        low, high = mean_interval(values)
+        entry |= {"low": low, "high": high, "method": "expanded-percentile"}
     if rows["choice_margin"].notna().any():
         entry["choice_margin"] = float(rows["choice_margin"].mean())
     return entry
@@ -138,14 +136,6 @@ def _change(clean: pd.DataFrame, arm: pd.DataFrame, metric: str, share: bool) ->
     before, after = pairs["before"].to_numpy(np.float64), pairs["after"].to_numpy(np.float64)
     if share:
         return {**paired_difference(before > 0, after > 0), "method": "newcombe-10", "n": len(pairs)}
-    low, high = _bootstrap(after - before)
+    low, high = mean_interval(after - before)
     mean = float((after - before).mean()) if len(pairs) else math.nan
-    return {"difference": mean, "low": low, "high": high, "method": "bootstrap", "n": len(pairs)}
-
-
-def _bootstrap(values: np.ndarray) -> tuple[float, float]:
-    n = len(values)
-    if n < 2:
-        return math.nan, math.nan
-    means = values[resample(n, _RESAMPLES, 0)].mean(1)
-    return interval(means, means, _CONFIDENCE, n)
+    return {"difference": mean, "low": low, "high": high, "method": "expanded-percentile", "n": len(pairs)}

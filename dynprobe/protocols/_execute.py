@@ -6,8 +6,8 @@ Units are planned once and stored with the run, so that a continued run does exa
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,17 +15,24 @@ from typing import Any, Protocol
 import pandas as pd
 
 from dynprobe import models
+from dynprobe.engines import Engine, Job
 from dynprobe.errors import CalibrationError, InterruptedRunError, UsageError
+from dynprobe.metrics.statistics import interval_words
 from dynprobe.probes import Calibration, Check, Subject, load_calibration
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._calibrate import calibrated
+from dynprobe.protocols._call import Call, engine_of, job_of
 from dynprobe.protocols._conditions import written_depths, yardstick
+from dynprobe.protocols._halving import Halving
 from dynprobe.protocols._prepare import Prepared
 from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
+from dynprobe.protocols._token_text import TokenTexts
+from dynprobe.protocols._units import Counts, spread, work_through
 from dynprobe.protocols._weights import structure_of
 from dynprobe.runs import Run, RunWriter, open_run
+from dynprobe.runs._find import find_run
 
-__all__ = ["Experiment", "Listener", "Progress", "execute"]
+__all__ = ["Begin", "Experiment", "Listener", "Progress", "execute"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Progress:
         seconds: Seconds since the batches began.
         summary: A first table over the forced arms of the first batch, and the last one over all.
         notes: What a person should know.
+        disk_bound: Whether the work waits for the disk.
     """
 
     stage: str
@@ -51,6 +59,7 @@ class Progress:
     seconds: float = 0.0
     summary: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
+    disk_bound: bool = False
 
 
 Listener = Callable[[Progress], None]
@@ -75,10 +84,15 @@ class Experiment(Protocol):
         """Return the summary of the first samples."""
 
 
+#: Makes the experiment of a calibration and of whether only rows of one length may share a forward.
+Begin = Callable[[Calibration | None, bool], Experiment]
+
+
 def execute(
     ready: Prepared,
-    begin: Callable[[Calibration | None, bool], Experiment],
+    begin: Begin,
     tell: Listener | None = None,
+    call: Call | None = None,
 ) -> Run:
     """Carry out an experiment in its run folder, or find it done.
 
@@ -86,8 +100,10 @@ def execute(
         ready: What was asked for, checked.
         begin: Makes the experiment of a calibration and of whether only rows of one length may share a forward.
         tell: Called with :class:`Progress`.
+        call: How another process makes the same experiment; given where units read nothing that other units wrote.
 
     Raises:
+        EngineError: If the workers that were asked for cannot be had.
         SelfTestError: If a self-test shows that no number could be trusted.
         InterruptedRunError: If it was stopped by the user; the same call continues it.
     """
@@ -107,16 +123,42 @@ def execute(
         raise UsageError("--lens needs the readout self-test to pass, and it failed on this model; leave --lens out")
     exact = ready.config.padding == "none" or "alone" in broken
     experiment = begin(calibration, exact)  # what it refuses leaves no folder behind
-    writer = ready.begin()
-    if writer.status == "complete":  # another process finished it meanwhile
-        return open_run(writer.folder)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_interruption(ready))
+        crew = _crew(ready, call, calibration, exact, say, stack)
+        writer = ready.begin()
+        if writer.status == "complete":  # another process finished it meanwhile
+            return open_run(writer.folder)
         with writer:
             _record(writer, ready, calibration, checks, exact, experiment)
-            _units(writer, ready.subject, experiment, say, tell is not None)
-    except KeyboardInterrupt as stop:
-        raise InterruptedRunError(f"interrupted; the same command continues {writer.folder}") from stop
+            _units(writer, ready, experiment, say, tell is not None, crew, independent=call is not None)
     return open_run(writer.folder)
+
+
+def _crew(
+    ready: Prepared, call: Call | None, calibration: Calibration | None, exact: bool, say: Listener, stack: ExitStack
+) -> tuple[Engine, Job] | None:
+    """The engine that was asked for, its workers ready; None where this process does the work."""
+    found = engine_of(ready.config, call)
+    if found is None or call is None:
+        return None
+    engine, ours = found
+    if ours:
+        stack.enter_context(engine)
+    job = job_of(call, ready, calibration, exact)
+    say(Progress("workers"))
+    engine.begin(job)
+    return engine, job
+
+
+@contextmanager
+def _interruption(ready: Prepared) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        out = Path(ready.config.out)
+        folder = (find_run(out, ready.ident) if out.is_dir() else None) or out
+        raise InterruptedRunError(f"interrupted; the same command continues {folder}") from stop
 
 
 def _nobody(_: Progress) -> None:
@@ -176,7 +218,8 @@ def _record(
     )
     if exact and ready.config.padding != "none":
         writer.event("exact-lengths", why="self-test alone failed; padded rows would differ from rows alone")
-    prompts, rows = ready.prompts, ready.rows
+    prompts, rows, tokenizer = ready.prompts, ready.rows, ready.subject.tokenizer
+    texts = TokenTexts(tokenizer)
     writer.write_table(
         "prompts",
         pd.DataFrame(
@@ -184,51 +227,41 @@ def _record(
                 "prompt_id": [p.prompt_id for p in prompts], "text": [p.text for p in prompts],
                 "token_ids": [list(r) for r in rows], "category": [p.category for p in prompts],
                 "source": [p.source for p in prompts],
-                **_token_texts(ready.subject, rows),
+                **({} if tokenizer is None else {"token_texts": [[t or "" for t in texts.of(row)] for row in rows]}),
             }
         ),
     )  # fmt: skip
     writer.write_table("conditions", experiment.conditions())
+    planned = writer.manifest.batch_plan
+    if isinstance(planned, list):
+        writer.update(memory_plan=Halving(ready, experiment).plan(planned).as_dict())
 
 
-def _token_texts(subject: Subject, rows: Sequence[Sequence[int]]) -> dict[str, list[list[str]]]:
-    """Every token as text, so that a picture over tokens needs no tokenizer; nothing where there is none."""
-    if subject.tokenizer is None:
-        return {}
-    decode = subject.tokenizer.decode
-    return {"token_texts": [[decode([token], clean_up_tokenization_spaces=False) for token in row] for row in rows]}
-
-
-def _units(writer: RunWriter, subject: Subject, experiment: Experiment, say: Listener, heard: bool) -> None:
-    units = writer.manifest.batch_plan
-    assert isinstance(units, list)
-    started, n_rows, n_tokens = time.perf_counter(), 0, 0
-    dtype = str(subject.dtype).removeprefix("torch.")
-    say(Progress("batch", len(writer.finished), len(units)))
+def _units(
+    writer: RunWriter, ready: Prepared, experiment: Experiment, say: Listener, heard: bool,
+    crew: tuple[Engine, Job] | None, *, independent: bool,
+) -> None:  # fmt: skip
+    total = len(writer.manifest.batch_plan or ())
+    say(Progress("batch", len(writer.finished), total))
 
     def first_table(samples: pd.DataFrame) -> None:
         # One table early; the last is made from the disk. In between nothing is kept in memory.
-        say(Progress("batch", len(writer.finished), len(units), summary=experiment.first_look(samples)))
+        say(Progress("batch", len(writer.finished), total, summary=experiment.first_look(samples)))
 
-    early = first_table if heard else None
-    for number, unit in enumerate(units):
-        if number in writer.finished:
-            continue
-        begun = time.perf_counter()
-        made = experiment.work(unit, early)
-        early = None
-        for keys, states in made.states:
-            writer.write_states(number, keys, states, dtype)
-        writer.write_batch(number, made.tables, facts=made.facts or None)
-        rows = len(made.tables.get("samples", ()))
-        n_rows, n_tokens = n_rows + rows, n_tokens + len(made.tables.get("tokens", ()))
-        writer.event("batch", number=number, rows=rows, seconds=round(time.perf_counter() - begun, 3))
-        say(Progress("batch", len(writer.finished), len(units), n_rows, n_tokens, time.perf_counter() - started))
+    def tell(now: Counts) -> None:
+        say(Progress("batch", now.done, now.total, now.rows, now.tokens, now.seconds, disk_bound=now.disk_bound))
+
+    if crew is not None:
+        counts = spread(writer, *crew, tell)
+    else:
+        counts = work_through(
+            writer, ready.subject, Halving(ready, experiment, writer.event), tell, first_table if heard else None,
+            independent=independent,
+        )  # fmt: skip
     final = experiment.summarise(open_run(writer.folder), writer)
     _pictures(writer)
-    writer.finish({**final, "seconds": round(time.perf_counter() - started, 2)})
-    seconds = time.perf_counter() - started
-    say(Progress("done", len(units), len(units), n_rows, n_tokens, seconds, final.get("conditions")))
+    writer.finish({**final, "mean_intervals": interval_words(), "seconds": round(counts.seconds, 2)})
+    say(Progress("done", total, total, counts.rows, counts.tokens, counts.seconds, final.get("conditions")))
 
 
 def _pictures(writer: RunWriter) -> None:

@@ -28,6 +28,7 @@ import torch
 
 from dynprobe import __version__
 from dynprobe.errors import UsageError, did_you_mean
+from dynprobe.metrics.statistics import interval_words
 from dynprobe.protocols._ingest_measure import Track, measure_track
 from dynprobe.protocols._ingest_tables import batch_tables, converged, ingest_facts, state_rows
 from dynprobe.protocols._summary import summarise
@@ -153,6 +154,7 @@ def ingest(
         writer.finish(
             {
                 "protocol": "import", "conditions": summarise(samples), "convergence": converged(samples),
+                "mean_intervals": interval_words(),
                 "remarks": list(found.remarks),
                 "seconds": round(time.perf_counter() - begun, 2),
             }

@@ -83,7 +83,7 @@ def _tokens(
     following = np.concatenate([following[:, 1:], np.full((len(fed), 1), -1)], axis=1)
     table: dict[str, Any] = {
         "sample_id": ids[at[0]], "pos": found.positions[rows][at].astype(np.int32), "phase": "prefill",
-        "token_id": fed[at].astype(np.int32), "target_id": following[at].astype(np.int32),
+        "token_id": fed[at].astype(np.int32), "token_text": None, "target_id": following[at].astype(np.int32),
         **dict.fromkeys((*_READOUT_TOKENS, *_CALIBRATED), np.full(len(at[0]), np.nan, np.float32)),
     }  # fmt: skip
     for name, grid in main.measurement.token.items():

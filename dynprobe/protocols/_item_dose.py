@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dynprobe.metrics.statistics import Refusal, mean_threshold, onsets, proportion_interval
+from dynprobe.metrics.statistics import Refusal, mean_interval, mean_threshold, onsets, proportion_interval
 from dynprobe.probes import Perturb
 from dynprobe.protocols._dissociate_config import DissociateConfig
 from dynprobe.protocols._item_arms import rung
 from dynprobe.protocols._recover_summary import detector_entry
-from dynprobe.protocols._summary import interval
 from dynprobe.runs import Run
 
 __all__ = [
@@ -155,7 +154,7 @@ def means_of(rows: pd.DataFrame, config: DissociateConfig) -> dict[str, Any]:
     out = {}
     for name in (n for n in names if n in rows):
         values = rows[name].astype(float).dropna().to_numpy()
-        low, high = interval(values)
+        low, high = mean_interval(values)
         mean = float(values.mean()) if len(values) else np.nan
         out[name] = {"mean": mean, "low": low, "high": high, "n": len(values)}
     return out

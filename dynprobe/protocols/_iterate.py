@@ -12,8 +12,9 @@ and ``best_iteration`` (where the loss is lowest). A model whose Δ shrinks need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject, make_writers, readout, warn_beyond
 from dynprobe.protocols._arms import Passage, Text, forced
 from dynprobe.protocols._batch import Produced
+from dynprobe.protocols._call import Call
 from dynprobe.protocols._conditions import resolve_perturbations
 from dynprobe.protocols._config import RunConfig
-from dynprobe.protocols._execute import Listener, Progress, execute
+from dynprobe.protocols._execute import Begin, Listener, Progress, execute
 from dynprobe.protocols._iterate_split import difficulty, iteration_summary
 from dynprobe.protocols._iterations import at_iterations, cut, right_answers, with_best
 from dynprobe.protocols._plan import plan_batches
@@ -111,7 +113,13 @@ def iterate(
     """
     if listener is not None:
         listener(Progress("load"))
-    ready = prepare(model, prompts, {"iterations": iterations, **settings}, kind=IterateConfig, resolve=_perturbs)
+    settings = {"iterations": iterations, **settings}
+    return execute(*open_iterate(model, prompts, settings), listener, Call("iterate", model, settings))
+
+
+def open_iterate(model: Any, prompts: Any, settings: Mapping[str, Any]) -> tuple[Prepared, Begin]:
+    """Everything of a study of iterations but its units."""
+    ready = prepare(model, prompts, settings, kind=IterateConfig, resolve=_perturbs)
     subject, config = ready.subject, ready.config
     assert isinstance(config, IterateConfig)
     numbers = config.iterations or (ITERATIONS if subject.loop is not None and subject.loop.prefix else _NESTED)
@@ -119,7 +127,7 @@ def iterate(
     for T in numbers if ready.perturbs else numbers[-1:]:  # what is refused is refused before anything is written
         with at_iterations(subject, T) as other:
             make_writers(other, ready.perturbs)
-    return execute(ready, lambda calibration, exact: _Iterate(ready, calibration, exact, numbers, beyond), listener)
+    return ready, lambda calibration, exact: _Iterate(ready, calibration, exact, numbers, beyond)
 
 
 def _perturbs(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> list[Perturb]:
@@ -182,10 +190,14 @@ class _Iterate:
         answer = () if prompt.answer is None else answer_tokens(self.subject, prompt, row, self.config.chat_template)
         return Text(prompt.prompt_id, tuple(row), answer)
 
+    @cached_property
+    def _span(self) -> str:
+        """Tokens of token-axis metrics: answers where any prompt has one, whoever else is in the batch."""
+        return "new" if any(self._text(i).new for i in range(len(self.ready.rows))) else "prompt"
+
     def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
         """Read a group of prompts at every T."""
         texts = [self._text(i) for i in unit]
-        span = "new" if any(t.new for t in texts) else "prompt"
         tables: dict[str, list[pd.DataFrame]] = {}
         for arm in ("", "|perturbed")[: 1 + bool(self.ready.perturbs)]:
             for T, passage, last in self._passages(texts, bool(arm)):
@@ -193,7 +205,9 @@ class _Iterate:
                 labels = Labels(
                     f"T{T}{arm}", [p.prompt_id for p in prompts], [p.category for p in prompts], 0, [None] * len(unit)
                 )
-                made = passage_tables(passage, labels, span=span, perturbed=bool(arm), calibration=self.calibration)
+                made = passage_tables(
+                    passage, labels, span=self._span, perturbed=bool(arm), calibration=self.calibration
+                )
                 made["samples"] = made["samples"].assign(iterations=T, **self._at_the_end(passage, T))
                 # Clean states of a shorter run are those of the longest, which is stored; a written arm's need not be.
                 if not (arm or last) and self.one_pass:
@@ -216,18 +230,18 @@ class _Iterate:
         which = (*metrics.CORE, *self.config.metrics, *self._convergence)
         if self.loop.prefix and not perturbed:
             with at_iterations(self.subject, self.numbers[-1]) as longest:
-                whole = forced(longest, texts, which=which)
+                whole = forced(longest, texts, span=self._span, which=which)
                 if self._deviation is None and len(self.numbers) > 1:
                     self._deviation = self._check_prefix(whole, texts)
                 if self.one_pass:
                     for T in self.numbers[:-1]:
-                        yield T, cut(whole, T, which), False
+                        yield T, cut(whole, T, which, self._span), False
                     yield self.numbers[-1], whole, True
                     return
         for T in self.numbers:
             with at_iterations(self.subject, T) as subject:
                 writers = make_writers(subject, self.ready.perturbs, calibration=None) if perturbed else []
-                yield T, forced(subject, texts, writers, which=which), self.numbers[-1] == T
+                yield T, forced(subject, texts, writers, span=self._span, which=which), self.numbers[-1] == T
 
     @property
     def _convergence(self) -> tuple[str, ...]:
@@ -265,6 +279,14 @@ class _Iterate:
         if any(t.new for t in passage.texts):
             out["right"] = right_answers(passage)
         return out
+
+    def rows_of(self, unit: Sequence[int]) -> Sequence[int]:
+        """Return the prompts of a unit."""
+        return unit
+
+    def with_rows(self, unit: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """Return the unit of some of its prompts."""
+        return list(rows)
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: one unit holds every T."""

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import UsageError
+from dynprobe.metrics.statistics import mean_interval
 from dynprobe.probes import Subject
 from dynprobe.probes import load as load_subject
 from dynprobe.prompts import Prompt
 from dynprobe.protocols._arms import Text, forced
-from dynprobe.protocols._summary import interval
 from dynprobe.runs import Run
 
 __all__ = ["difficulty", "iteration_summary"]
@@ -113,7 +113,7 @@ def _means(rows: pd.DataFrame) -> dict[str, Any]:
     for name in _MEANS:
         if name in rows and rows[name].notna().any():
             values = rows[name].dropna().to_numpy(np.float64)
-            low, high = interval(values)
+            low, high = mean_interval(values)
             found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
     if "nll" in found:
         found |= {f"ppl{end}": math.exp(found[f"nll{end}"]) for end in ("", "_low", "_high")}
@@ -150,7 +150,7 @@ def _split(wide: pd.DataFrame, numbers: Sequence[int], by: pd.Series, name: str)
         for T in numbers:
             gain = (chosen[T] - chosen[numbers[0]]).groupby(level="prompt_id").agg(["mean", "size"])
             mean, size = gain["mean"].to_numpy(np.float64), gain["size"].to_numpy(np.float64)
-            low, high = interval(mean, size)
+            low, high = mean_interval(mean, size)
             rows.append(
                 {
                     "split": name, "bucket": label, "iterations": T, "n_tokens": len(chosen), "n_prompts": len(gain),

@@ -54,7 +54,7 @@ def at_iterations(subject: Subject, T: int) -> Iterator[Subject]:
         back()
 
 
-def cut(whole: Passage, T: int, which: Sequence[str]) -> Passage:
+def cut(whole: Passage, T: int, which: Sequence[str], span: str = "auto") -> Passage:
     """The first T updates of a passage, as if its run had ended there."""
     long = whole.tape.subject
     assert long is not None
@@ -65,7 +65,6 @@ def cut(whole: Passage, T: int, which: Sequence[str]) -> Passage:
     logits = readout(long, states[T])
     targets = aligned([t.targets for t in whole.texts], whole.mask)
     outputs = metrics.output_metrics(logits, targets.to(logits.device))
-    span = "new" if any(t.new for t in whole.texts) else "prompt"
     found = measured(tape, whole.mask, whole.positions, whole.texts, span, None, which)
     return Passage(whole.texts, tape, whole.mask, whole.positions, found, outputs, logits)
 

@@ -36,6 +36,8 @@ def skeleton_of(subject: Subject) -> dict[str, Any]:
     """
     config = getattr(subject.model, "config", None)
     parameters = sum(p.numel() for p in subject.model.parameters())
+    if subject.facts.get("quantization"):  # packed weights count several to a number
+        parameters = subject.facts["n_parameters"]
     heads = next((v for key in _HEADS if isinstance(v := getattr(config, key, None), int)), None)
     return {
         "log10_parameters": math.log10(parameters) if parameters else None,

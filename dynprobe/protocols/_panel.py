@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dynprobe.engines import Engine
 from dynprobe.errors import DynprobeError, UsageError
 from dynprobe.protocols._execute import Listener, Progress
 from dynprobe.protocols._panel_config import PanelConfig, PanelModelEntry, read_panel
 from dynprobe.protocols._panel_work import PanelWork, as_model, cells_by_key, release
 from dynprobe.protocols._prepare import Held
 from dynprobe.protocols._run import plan
+from dynprobe.protocols._spread_config import in_words
 from dynprobe.runs._panel_folder import PANEL_NAME, Panel, open_panel
 
 __all__ = ["panel", "plan_panel"]
@@ -50,8 +52,10 @@ def panel(
         ...     found.status, len(found.cells), found.table("variance")["term"].nunique()
         ('complete', 4, 6)
     """
-    config, folder = _design(design, settings)
-    work = PanelWork(config, folder, listener if listener is not None else _nobody)
+    handed = settings.get("engine")
+    config, folder = _design(design, in_words(settings))
+    engine = handed if isinstance(handed, Engine) else None
+    work = PanelWork(config, folder, listener if listener is not None else _nobody, engine)
     return work.done() or work.carry_out()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._model_skeleton import COVARIATES
+from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
 
 __all__ = ["DECOMPOSED", "PanelConfig", "PanelModelEntry", "read_panel"]
 
@@ -27,7 +29,7 @@ DECOMPOSED = (
 #: Settings that the design itself sets in each cell.
 _OF_THE_DESIGN = (
     "model", "revision", "prompt", "prompts", "category", "limit", "perturb", "seed", "temperature", "max_new_tokens",
-    "metrics", "out", "force", "quiet", "iterations",
+    "metrics", "out", "force", "quiet", "iterations", *SPREAD,
 )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class PanelModelEntry(BaseModel):
         return self.label or self.model
 
 
-class PanelConfig(BaseModel):
+class PanelConfig(SpreadConfig):
     """Everything that defines a panel."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -136,7 +138,7 @@ class PanelConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return what defines the numbers of the panel."""
         content = self.model_dump(
-            mode="json", exclude={"out", "force", "prompts", "categories", "prompts_per_category"}
+            mode="json", exclude={"out", "force", "prompts", "categories", "prompts_per_category", *SPREAD}
         )
         content["settings"] = {k: v for k, v in content["settings"].items() if k != "batch_size"}
         return content
@@ -155,7 +157,7 @@ class PanelConfig(BaseModel):
         Raises:
             UsageError: Naming the key, the line, what was found and what it may be.
         """
-        values = {str(k).replace("-", "_"): v for k, v in values.items()}
+        values = {str(k).replace("-", "_"): fspath(v) if isinstance(v, PathLike) else v for k, v in values.items()}
         for key in values:
             if key not in cls.model_fields:
                 near = did_you_mean(key, cls.model_fields)
@@ -181,6 +183,8 @@ class PanelConfig(BaseModel):
                 raise UsageError(
                     f"{_at(file, lines, place[:-1])}{key} is missing; type {_EXAMPLE[str(place[-1])]}"
                 ) from error
+            if first["type"] == "too_short":
+                raise UsageError(f"{_at(file, lines, place)}{key} is an empty list; name one at least") from error
             found = first["input"]
             raise UsageError(f"{_at(file, lines, place)}{key}: {said}; found {found!r}") from error
 
@@ -204,12 +208,29 @@ def read_panel(path: str | Path) -> PanelConfig:
         raise UsageError(f"panel file {path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"panel file {path} is not YAML: {error}") from error
+    if values is None:
+        raise UsageError(f"panel file {path} is empty; it must be a mapping with a key models: {_EXAMPLE['models']}")
     if not isinstance(values, dict):
         raise UsageError(f"panel file {path} holds {type(values).__name__}; it must be a mapping with a key models")
+    _once(root, str(path))
     beside = values.get("prompts")
     if isinstance(beside, str) and not Path(beside).is_absolute() and (path.parent / beside).is_file():
         values["prompts"] = str(path.parent / beside)
     return PanelConfig.build(values, _lines(root), str(path))
+
+
+def _once(node: Any, file: str) -> None:
+    """Refuse a key that stands twice in one mapping: YAML would take the last and say nothing."""
+    inside = node.value if isinstance(node, yaml.MappingNode | yaml.SequenceNode) else ()
+    seen: dict[str, int] = {}
+    for item in inside:
+        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        if key is not None:
+            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+            if name in seen:
+                raise UsageError(f"panel file {file}, line {line}: {name} stands there twice (line {seen[name]} too)")
+            seen[name] = line
+        _once(value, file)
 
 
 def _lines(node: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:

@@ -14,12 +14,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynprobe import __version__
+from dynprobe.engines import Engine
 from dynprobe.errors import DynprobeError, InterruptedRunError, RunFolderError, UsageError
 from dynprobe.probes import load as load_subject
 from dynprobe.prompts import content_hash
@@ -28,6 +30,7 @@ from dynprobe.protocols._iterate import iterate
 from dynprobe.protocols._model_skeleton import skeleton_of
 from dynprobe.protocols._panel_cells import Cell, cells_of, prompts_of
 from dynprobe.protocols._panel_config import PanelConfig, PanelModelEntry, check_settings
+from dynprobe.protocols._panel_standing import fault_of, mend
 from dynprobe.protocols._panel_tables import write_tables
 from dynprobe.protocols._prepare import Held
 from dynprobe.protocols._run import run
@@ -43,9 +46,9 @@ __all__ = ["PanelWork", "as_model", "cells_by_key", "release"]
 class PanelWork:
     """A panel at work: its design, its folder and the record of its cells."""
 
-    def __init__(self, config: PanelConfig, folder: Path | None, tell: Listener) -> None:
+    def __init__(self, config: PanelConfig, folder: Path | None, tell: Listener, engine: Engine | None = None) -> None:
         check_settings(config)
-        self.config, self.tell = config, tell
+        self.config, self.tell, self.engine = config, tell, engine
         self.prompts = prompts_of(config)
         self.cells, self.copies = cells_of(config)
         self.ident = identity(
@@ -83,8 +86,11 @@ class PanelWork:
             lock.acquire()
         try:
             self._load_record(folder)
-            for entry in self.config.models:
-                self._model(folder, entry)
+            with ExitStack() as stack:
+                if self.engine is None and not self.config.in_process:  # one crew for all cells
+                    self.engine = stack.enter_context(self.config.make_engine(self.config.out))
+                for entry in self.config.models:
+                    self._model(folder, entry)
             self._finish(folder)
         except (KeyboardInterrupt, InterruptedRunError) as stop:
             self._save(folder, status="interrupted")
@@ -131,20 +137,20 @@ class PanelWork:
                 "--force to continue all the same, or choose another folder with --out FOLDER."
             )
         for cell in self.record["cells"]:
-            if cell["state"] != "done" or not self._stands(cell):
+            why = fault_of(folder, cell) if cell["state"] == "done" else None
+            if why:
+                self.tell(Progress("again", notes=(f"run again: {why}",)))
+            if why or cell["state"] != "done":
                 cell |= {"state": "planned", "error": None}
         self._save(folder, status="running")
 
     def _stands(self, cell: Mapping[str, Any]) -> bool:
         """Whether the run of a cell is there as it was when the cell was done."""
-        if cell["state"] != "done" or self.folder is None:
-            return False
-        file = self.folder / str(cell["run"]) / "manifest.json"
-        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == cell["manifest_sha256"]
+        return cell["state"] == "done" and self.folder is not None and fault_of(self.folder, cell) is None
 
     def load(self, entry: PanelModelEntry) -> Held:
         """Load a model of the design with the settings that all its runs share."""
-        keys = ("dtype", "device", "device_map", "trust_remote_code", "allow_bin")
+        keys = ("dtype", "device", "device_map", "quantization", "trust_remote_code", "allow_bin")
         asked = {key: self.config.settings[key] for key in keys if key in self.config.settings}
         return Held(entry.model, load_subject(entry.model, revision=entry.revision, **{"dtype": "float32", **asked}))
 
@@ -196,9 +202,11 @@ class PanelWork:
         done = sum(c["state"] != "planned" for c in self.record["cells"])
         self.tell(Progress(f"{done + 1} of {len(self.cells)} · {_in_words(cell)}", done, len(self.cells)))
         asked = {**cell.settings(self.config), "out": str(folder / "runs"), "force": self.config.force}
+        asked |= {} if self.engine is None else {"engine": self.engine}
         begun = time.perf_counter()
         protocol: Callable[..., Any] = iterate if self.config.protocol == "iterate" else run
         try:
+            mend(folder, record)
             found = protocol(as_model(held), self.prompts, revision=entry.revision, **asked)
         except Exception as error:
             if isinstance(error, InterruptedRunError):

@@ -82,9 +82,12 @@ class Estimate:
         depth_rows: Rows of the depths table.
         metric_bytes: Size of the tables on disk, compressed (estimate).
         state_bytes: Size of the states on disk; 0 without ``--states``.
-        memory_bytes: States and logits of the largest batch.
+        memory_bytes: States, logits and working memory of the largest batch.
         forward_tokens: Tokens that go through the model in all arms.
         seconds: Estimated time after loading, or None where the speed of the machine is unknown.
+        weight_bytes: The weights, as they are stored in memory.
+        free_bytes: What the device has free now; None where it does not say.
+        rows_at_once: Rows of the largest batch that fit by this count; fewer than it has are done in parts.
     """
 
     samples: int
@@ -95,6 +98,9 @@ class Estimate:
     memory_bytes: int
     forward_tokens: int
     seconds: float | None
+    weight_bytes: int | None = None
+    free_bytes: int | None = None
+    rows_at_once: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as a plain mapping."""

@@ -23,6 +23,7 @@ from dynprobe import __version__
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes import Perturb, Site, Subject, Where, ignored_defaults, sites_to_read
 from dynprobe.probes import load as load_subject
+from dynprobe.probes._backend import on_backend
 from dynprobe.probes._generate import end_tokens
 from dynprobe.probes._perturb import parse_many
 from dynprobe.prompts import Prompt, content_hash
@@ -31,11 +32,17 @@ from dynprobe.protocols._conditions import resolve_perturbations
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._model_skeleton import skeleton_of
 from dynprobe.protocols._prompts import choose_prompts, token_rows
+from dynprobe.protocols._spread_config import in_words
 from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
 from dynprobe.runs import Run, RunWriter, identity, open_run
 from dynprobe.runs._find import find_run
 
-__all__ = ["Held", "Prepared", "prepare"]
+__all__ = ["LOAD_KEYS", "Held", "Prepared", "prepare"]
+
+#: Settings that :func:`dynprobe.load` takes.
+LOAD_KEYS = (
+    "revision", "dtype", "device", "device_map", "quantization", "trust_remote_code", "allow_bin", "backend",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +192,14 @@ def prepare(
         model = str(model)
     if isinstance(prompts, Path):
         prompts, settings = None, {**settings, "prompts": str(prompts)}
-    config, given = _configuration(model, settings, kind)
+    config, given = configured(model, settings, kind)
+    if config.remote:
+        raise UsageError("remote belongs to dynprobe run: it sends the forced arms of a run; leave it out")
+    if config.backend != "hooks" and kind is not RunConfig:
+        raise UsageError(
+            f"backend={config.backend} carries dynprobe run; this protocol resumes forwards, counts a loop's calls or "
+            "lets a controller act, which needs hooks. Leave the backend out"
+        )
     parse_many(given)  # what is no perturbation needs no model to be refused
     chosen = choose_prompts(config, prompts)
     subject = _load(model, config)
@@ -213,10 +227,10 @@ def prepare(
     return ready
 
 
-def _configuration(
+def configured(
     model: Any, settings: Mapping[str, Any], kind: type[RunConfig]
 ) -> tuple[RunConfig, list[Perturb | str]]:
-    """The settings with objects turned into the text they stand for, and the perturbations as they were given."""
+    """Return the settings with objects turned into the text they stand for, and the perturbations as given."""
     values = dict(settings)
     perturb = values.get("perturb")
     if perturb is None:
@@ -228,17 +242,19 @@ def _configuration(
     values["perturb"] = tuple(str(i) for i in items)
     if isinstance(values.get("where"), Where):
         values["where"] = str(values["where"])
+    values = in_words(values)
+    if isinstance(model, Subject):
+        values.setdefault("backend", model.backend)
     name = model.name if isinstance(model, Held) else model if isinstance(model, str) else None
     return kind.build(**{"model": name, **values}), items
 
 
 def _load(model: str | nn.Module | Subject | Held, config: RunConfig) -> Subject:
     if isinstance(model, Held):
-        return model.subject
+        return on_backend(model.subject, config.backend)
     if not isinstance(model, str):
-        return load_subject(model)
-    keys = ("revision", "dtype", "device", "device_map", "trust_remote_code", "allow_bin")
-    return load_subject(model, **{key: getattr(config, key) for key in keys})
+        return load_subject(model, backend=config.backend)
+    return load_subject(model, **{key: getattr(config, key) for key in LOAD_KEYS})
 
 
 def _refuse(run: Prepared) -> None:

@@ -285,6 +285,14 @@ class _Recover:
         power = detector_summary(open_run(folder), self.config, self.ready.perturbs)
         self.listener(Progress("detector", summary={"detector": power}))
 
+    def rows_of(self, unit: Sequence[int]) -> Sequence[int]:
+        """Return the prompts of a unit."""
+        return unit[1:]
+
+    def with_rows(self, unit: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """Return the unit of some of its prompts."""
+        return [unit[0], *rows]
+
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: the detector's power is said when it is known."""
         return {}

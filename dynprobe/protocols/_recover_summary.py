@@ -14,6 +14,7 @@ from dynprobe.metrics.statistics import (
     detector_power,
     iatrogenic_rate,
     kaplan_meier,
+    mean_interval,
     onsets,
     proportion_interval,
     recovery_fraction,
@@ -22,7 +23,6 @@ from dynprobe.probes import Calibration, Perturb
 from dynprobe.protocols._recover_arms import Arm, acts_by_itself
 from dynprobe.protocols._recover_config import RecoverConfig
 from dynprobe.protocols._recover_rows import WINDOWS, first_written
-from dynprobe.protocols._summary import interval
 from dynprobe.runs import Run
 
 __all__ = [
@@ -176,7 +176,7 @@ def _arm_entry(arm: Arm, rows: pd.DataFrame, window: int) -> dict[str, Any]:
     names = FORCED_METRICS if arm.decode == "forced" else FREE_METRICS
     for name in (n for n in (*_HEAD, *names) if n in rows):
         values = rows[name].astype(float).dropna().to_numpy()
-        low, high = interval(values)
+        low, high = mean_interval(values)
         mean = float(values.mean()) if len(values) else np.nan
         entry[name] = {"mean": mean, "low": low, "high": high, "n": len(values)}
     return entry | {"calm": _calm_of(rows, window)}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dynprobe.metrics.statistics import mean_interval
 from dynprobe.runs import Run
 
 __all__ = ["RESPONSES", "response_table"]
@@ -14,7 +15,6 @@ __all__ = ["RESPONSES", "response_table"]
 #: What is averaged, in order.
 RESPONSES = ("kl_clean_pert", "flip_rate", "nll_d", "kappa_phase_d", "diverge_angle", "repetition")
 _KEYS = ("variant", "decode_mode", "arm", "scale", "kind", "layer", "matched", "alpha")
-_RESAMPLES = 2000
 
 
 def response_table(run: Run) -> pd.DataFrame:
@@ -25,7 +25,7 @@ def response_table(run: Run) -> pd.DataFrame:
 
     Returns:
         One row per variant, arm, scale, kind, layer and α (and, where an energy is repeated, per write that is
-        ``matched``): for each response its mean, a 95 % percentile bootstrap interval over prompts (``_low``,
+        ``matched``): for each response its mean, its 95 % interval over prompts (``_low``,
         ``_high``) and ``n`` prompts. NaN where no prompt has a value.
     """
     conditions = run.table("conditions").drop(columns=["seed"], errors="ignore")
@@ -74,9 +74,5 @@ def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     counted = {f"{name}_n": float(finite.sum())}
     if not finite.any():
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan, **counted}
-    kept = values[finite]
-    if len(kept) < 3:
-        return {name: float(kept.mean()), f"{name}_low": np.nan, f"{name}_high": np.nan, **counted}
-    index = np.random.default_rng(0).integers(0, len(kept), (_RESAMPLES, len(kept)))
-    low, high = np.quantile(kept[index].mean(1), [0.025, 0.975])
-    return {name: float(kept.mean()), f"{name}_low": float(low), f"{name}_high": float(high), **counted}
+    low, high = mean_interval(values)
+    return {name: float(values[finite].mean()), f"{name}_low": low, f"{name}_high": high, **counted}

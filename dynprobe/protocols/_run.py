@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch import nn
 
 from dynprobe.probes import Calibration, Subject, logits_of, make_batch
 from dynprobe.protocols._batch import BatchRunner, Produced
+from dynprobe.protocols._call import Call
 from dynprobe.protocols._conditions import Push, conditions_table
-from dynprobe.protocols._execute import Listener, Progress, execute
+from dynprobe.protocols._config import RunConfig
+from dynprobe.protocols._execute import Begin, Listener, Progress, execute
+from dynprobe.protocols._memory import memory_plan
 from dynprobe.protocols._plan import Estimate, estimate, plan_batches
-from dynprobe.protocols._prepare import Prepared, prepare
+from dynprobe.protocols._prepare import Prepared, configured, prepare
 from dynprobe.protocols._summary import summarise
 from dynprobe.runs import Run, RunWriter
 
@@ -61,8 +64,19 @@ def run(
     """
     if listener is not None:
         listener(Progress("load"))
+    if settings.get("remote"):
+        from dynprobe.protocols._remote_run import run_remote
+
+        if isinstance(prompts, Path):
+            prompts, settings = None, {**settings, "prompts": str(prompts)}
+        return run_remote(model, prompts, *configured(model, settings, RunConfig), listener)
+    return execute(*open_run(model, prompts, settings), listener, Call("run", model, settings))
+
+
+def open_run(model: Any, prompts: Any, settings: Mapping[str, Any]) -> tuple[Prepared, Begin]:
+    """Everything of a run but its units."""
     ready = prepare(model, prompts, settings)
-    return execute(ready, lambda calibration, exact: _Arms(ready, calibration, exact), listener)
+    return ready, lambda calibration, exact: _Arms(ready, calibration, exact)
 
 
 @dataclass(eq=False)
@@ -93,6 +107,14 @@ class _Arms:
         """Run all arms of one batch."""
         self.runner.early = early
         return self.runner.run(unit)
+
+    def rows_of(self, unit: Sequence[int]) -> Sequence[int]:
+        """Return the prompts of a batch."""
+        return unit
+
+    def with_rows(self, unit: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """Return the batch of some of its prompts."""
+        return list(rows)
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """Summarise the first forced arms."""
@@ -140,7 +162,7 @@ def plan(
         rows = [ready.rows[i] for i in batches[0]]
         per_token = _seconds(subject, rows) / sum(len(r) for r in rows)
         per_step = _seconds(subject, [r[:1] for r in rows])
-    return estimate(
+    cost = estimate(
         lengths, batches, max_new_tokens=config.max_new_tokens, num_samples=config.num_samples,
         n_layers=n_layers, dim=dim, vocab=vocab,
         forced_arms=3 if perturbed else 1, free_arms=(1 + perturbed) if config.max_new_tokens else 0,
@@ -148,6 +170,12 @@ def plan(
         itemsize=torch.empty(0, dtype=subject.dtype).element_size(),
         tokens_per_second=None if per_token is None else 1 / per_token,
         steps_per_second=None if per_step is None else 1 / per_step,
+    )  # fmt: skip
+    units = [[lengths[i] + config.max_new_tokens for i in batch] for batch in batches]
+    memory = memory_plan(subject, units, generated=config.max_new_tokens > 0)
+    return replace(
+        cost, memory_bytes=memory.unit_bytes, weight_bytes=memory.weight_bytes, free_bytes=memory.free_bytes,
+        rows_at_once=memory.rows_at_once,
     )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ def _cache_file(subject: Subject) -> Path:
         "dtype": str(subject.dtype), "device": str(subject.device),
         "attention": subject.facts.get("attn_implementation"), "dynprobe": __version__, "torch": torch.__version__,
         "transformers": subject.facts.get("versions", {}).get("transformers"), "threads": torch.get_num_threads(),
+        **({} if subject.backend == "hooks" else {"backend": subject.backend}),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return models.cache_root() / "selftests" / f"{digest}.json"

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dynprobe.metrics.statistics import mean_interval
+
 __all__ = ["HEADLINE", "summarise", "without_remarks"]
 
 #: Columns of the summary, in order.
@@ -16,49 +18,44 @@ HEADLINE = (
     "nll_d", "entropy", "limen_ct", "limen_ratio", "delta_rel_prev", "repetition", "n_new", "alpha_relnorm",
     "alpha_coordstd", "alpha_mad", "alpha_cos",
 )  # fmt: skip
-_RESAMPLES = 2000
 #: Rows that were not perturbed as asked: their effect is none of the perturbation's and would thin out its mean.
 _NOT_AS_ASKED = ("not-written", "isokl-unreached")
-
-
-def interval(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over prompts, with a fixed seed; ``weights`` weigh the prompts."""
-    if len(values) < 3:
-        return float("nan"), float("nan")
-    draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
-    means = values[draws].mean(axis=1) if weights is None else np.average(values[draws], axis=1, weights=weights[draws])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def summarise(samples: pd.DataFrame) -> dict[str, Any]:
     """Reduce the samples table to one entry per condition.
 
     Replicates of a prompt are averaged first, so that the unit of the interval is the prompt. Rows that could not be
-    perturbed as asked (their status says so) are counted as missing.
+    perturbed as asked (their status says so) are counted as missing. A column without any value stays, with the reason
+    that most of its rows give; one that the condition does not have is left out.
 
     Args:
         samples: The samples table.
 
     Returns:
-        ``{condition: {column: {mean, sd, low, high, n, missing}}}`` and, per condition, the regimes' shares.
+        ``{condition: {column: {mean, sd, low, high, n, missing, reasons}}}`` (intervals as
+        :func:`~dynprobe.metrics.statistics.mean_interval` has them) and, per condition, the regimes' shares.
     """
     out: dict[str, Any] = {}
     for condition, rows in samples.groupby("condition_id", sort=False, observed=True):
         entry: dict[str, Any] = {"samples": len(rows)}
         every, rows = rows, rows[~rows["status"].isin(_NOT_AS_ASKED)]
         rows = without_remarks(rows)
-        held = [column for column in HEADLINE if column in rows and rows[column].notna().any()]
+        why = _reasons(every)
+        held = [c for c in HEADLINE if c in rows and (rows[c].notna().any() or c in why)]
         per_prompt = rows[held].astype(np.float64).groupby(rows["prompt_id"], observed=True).mean()
         for column in held:
             values = per_prompt[column].dropna().to_numpy()
-            low, high = interval(values)
+            low, high = mean_interval(values)
             entry[column] = {
-                "mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+                "mean": float(values.mean()) if len(values) else float("nan"),
+                "sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
                 "low": low, "high": high, "n": len(values), "missing": every["prompt_id"].nunique() - len(values),
             }  # fmt: skip
             if entry[column]["missing"]:
-                entry[column]["reasons"] = _reasons(every, column)
+                entry[column]["reasons"] = why.get(column, {})
+            if not len(values):
+                entry[column]["reason"] = max(why[column], key=why[column].__getitem__)
         if "limen_regime" in rows and rows["limen_regime"].notna().any():
             entry["regimes"] = rows["limen_regime"].value_counts(normalize=True, sort=True).round(4).to_dict()
         entry["status"] = {str(k): int(v) for k, v in every["status"].value_counts().items() if v}
@@ -81,15 +78,17 @@ def without_remarks(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.copy()
     for name, at in remarked.items():
         rows.loc[at, name] = np.nan
-        if name == "limen_ratio":
+        if name == "limen_ratio" and "limen_regime" in rows:
             rows.loc[at, "limen_regime"] = None
     return rows
 
 
-def _reasons(rows: pd.DataFrame, column: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for text in rows["reasons"].dropna():
-        reason = json.loads(text).get(column)
-        if reason:
-            counts[reason] = counts.get(reason, 0) + 1
+def _reasons(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Column → reason → rows that give it."""
+    counts: dict[str, dict[str, int]] = {}
+    for text in rows["reasons"].dropna() if "reasons" in rows else ():
+        for column, reason in (json.loads(text) if isinstance(text, str) else text).items():
+            if reason:
+                of = counts.setdefault(column, {})
+                of[reason] = of.get(reason, 0) + 1
     return counts

@@ -8,7 +8,7 @@ in one table; what is stored of a row is the same as under :func:`dynprobe.run`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,9 @@ from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject
 from dynprobe.probes._perturb_values import number_text
 from dynprobe.protocols._batch import Produced
+from dynprobe.protocols._call import Call
 from dynprobe.protocols._controls import energy_matched, scrambled, twin_of
-from dynprobe.protocols._execute import Listener, Progress, calibration_of, execute
+from dynprobe.protocols._execute import Begin, Listener, Progress, calibration_of, execute
 from dynprobe.protocols._grid import Cell, GridConfig, cells_table, grid_of, in_order, parse_strengths, updates_of
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
@@ -107,8 +108,13 @@ def sweep(
     if listener is not None:
         listener(Progress("load"))
     settings = {"alphas": alphas, "layers": layers, "seeds": seeds, "scale": scale, **settings}
+    return execute(*open_sweep(model, prompts, settings), listener, Call("sweep", model, settings))
+
+
+def open_sweep(model: Any, prompts: Any, settings: Mapping[str, Any]) -> tuple[Prepared, Begin]:
+    """Everything of a sweep but its units."""
     ready = prepare(model, prompts, settings, kind=SweepConfig, resolve=_writes)
-    return execute(ready, lambda calibration, exact: _Sweep(ready, calibration, exact), listener)
+    return ready, lambda calibration, exact: _Sweep(ready, calibration, exact)
 
 
 def _writes(subject: Subject, config: SweepConfig, given: Sequence[Perturb | str]) -> list[Perturb]:
@@ -291,6 +297,15 @@ class _Sweep:
     def _twin(self) -> tuple[Subject, Calibration | None]:
         twin = twin_of(self.ready.subject)
         return twin, calibration_of(replace(self.ready, subject=twin))
+
+    def rows_of(self, unit: Any) -> Sequence[int]:
+        """Return the prompts of a unit."""
+        rows: Sequence[int] = unit["prompts"]
+        return rows
+
+    def with_rows(self, unit: Any, rows: Sequence[int]) -> Any:
+        """Return the unit of some of its prompts."""
+        return {**unit, "prompts": list(rows)}
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """Summarise the first layer."""

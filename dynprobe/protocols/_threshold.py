@@ -12,7 +12,7 @@ the clean forward and start above the blocks the write leaves alone. Every trial
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,9 @@ from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, Subject
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._batch import Produced
+from dynprobe.protocols._call import Call
 from dynprobe.protocols._criteria import NULL_SEEDS, Criterion, criterion_named, null_level
-from dynprobe.protocols._execute import Listener, Progress, execute
+from dynprobe.protocols._execute import Begin, Listener, Progress, execute
 from dynprobe.protocols._fits import fits_table
 from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
 from dynprobe.protocols._null import numerical_null, paraphrase_null, refuse_without_paraphrases
@@ -81,9 +82,14 @@ def threshold(
     if listener is not None:
         listener(Progress("load"))
     settings = {"criterion": criterion, "layers": layers, **({"scale": scale} if scale else {}), **settings}
+    return execute(*open_threshold(model, prompts, settings), listener, Call("threshold", model, settings))
+
+
+def open_threshold(model: Any, prompts: Any, settings: Mapping[str, Any]) -> tuple[Prepared, Begin]:
+    """Everything of a threshold but its units."""
     ready = prepare(model, prompts, settings, kind=ThresholdConfig, resolve=_writes)
     _refuse(ready)
-    return execute(ready, lambda calibration, exact: _Threshold(ready, calibration, exact), listener)
+    return ready, lambda calibration, exact: _Threshold(ready, calibration, exact)
 
 
 def _writes(subject: Subject, config: ThresholdConfig, given: Sequence[Perturb | str]) -> list[Perturb]:
@@ -162,6 +168,7 @@ class _Threshold:
         self.config: ThresholdConfig = self.ready.config  # type: ignore[assignment]
         self._held: tuple[Any, Trunk] | None = None
         self._levels: dict[tuple[str, str], float] = {}
+        self._most: int | None = None
 
     @cached_property
     def writes(self) -> dict[str, tuple[int, list[Perturb]]]:
@@ -242,6 +249,8 @@ class _Threshold:
         key = (criterion.name, "" if self.config.null == "paraphrase" else write)
         if key not in self._levels:
             groups = list({tuple(unit["prompts"]): None for unit in self.plan()})
+            if self._most is not None:  # what did not fit as a unit does not fit here
+                groups = [g[i : i + self._most] for g in groups for i in range(0, len(g), self._most)]
             if self.config.null == "paraphrase":
                 values = paraphrase_null(
                     self.ready.subject, self.ready.prompts, ((g, self._trunk(criterion, g)) for g in groups),
@@ -276,6 +285,15 @@ class _Threshold:
             self.ready.subject, texts, self.calibration, partners=partners, which=criterion.which,
             most_rows=self.config.batch_size if isinstance(self.config.batch_size, int) else None,
         )  # fmt: skip
+
+    def rows_of(self, unit: Any) -> Sequence[int]:
+        """Return the prompts of a unit; none under ``quest``, whose one posterior learns from all of them."""
+        return () if self.config.placement == "quest" else unit["prompts"]
+
+    def with_rows(self, unit: Any, rows: Sequence[int]) -> Any:
+        """Return the unit of some of its prompts; the null is made in groups of that size too."""
+        self._most = len(rows) if self._most is None else max(min(self._most, len(rows)), 1)
+        return {**unit, "prompts": list(rows)}
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: a search has no means until it is done."""

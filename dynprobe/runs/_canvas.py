@@ -1,26 +1,22 @@
-"""What all figures share: a canvas without global state, colours, intervals, and how a figure is saved.
+"""What all figures share: a canvas without global state, colours, and how a figure is saved.
 
 Figures are made without pyplot, so drawing one neither chooses a backend for the whole process nor keeps it alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from dynprobe.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREY", "RED", "bootstrap", "canvas", "save_figure", "tidy"]
+__all__ = ["BLUE", "GREY", "RED", "canvas", "save_figure", "tidy"]
 
 #: Okabe–Ito: told apart with any colour vision, and in print.
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"
-_RESAMPLES = 2000
 
 
 def canvas(width: float, height: float) -> Figure:
@@ -59,23 +55,3 @@ def save_figure(figure: Figure, target: str | Path) -> Path:
     except (ValueError, OSError) as error:
         raise UsageError(f"{target} cannot be written: {error}") from error
     return target
-
-
-def bootstrap(
-    values: np.ndarray, statistic: Callable[..., np.ndarray], centre: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % bootstrap interval over prompts of a statistic of ``[prompt, …]``; NaN below three prompts.
-
-    Args:
-        values: One row per prompt.
-        statistic: Takes ``[…, prompt, …]`` and ``axis``.
-        centre: Where given, angles are compared with it on the circle.
-    """
-    shape = values.shape[1:]
-    if len(values) < 3:
-        return np.full(shape, np.nan), np.full(shape, np.nan)
-    draws = np.random.default_rng(0).integers(0, len(values), size=(_RESAMPLES, len(values)))
-    found = statistic(values[draws], axis=1)
-    if centre is not None:
-        found = centre + np.angle(np.exp(1j * (found - centre)))
-    return np.quantile(found, 0.025, axis=0), np.quantile(found, 0.975, axis=0)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import UsageError
+from dynprobe.metrics.statistics import interval_words
 from dynprobe.metrics.statistics._bootstrap import check_bootstrap
 from dynprobe.runs._compare_columns import Quantity, common_columns, metric_facts
 from dynprobe.runs._compare_correlation import delta_kappa
@@ -118,16 +119,18 @@ def compare(
         tables["thresholds"], more = threshold_ratios(sides, prompts, how)
     if not any(len(table) for table in (*tables.values(), depth.areas)):
         raise UsageError(_nothing(sides, sampled, notes + more))
-    warned = find_warnings(sides, sampled, pairings, quantities + deep, values, prompts)
+    grave, warned = find_warnings(sides, sampled, pairings, quantities + deep, values, prompts)
     empty = pd.DataFrame()
     return Comparison(
         runs=_runs_table(sides, depth.axes),
         conditions=_conditions_table(sampled, pairings),
         depth_means=depth.areas, depth_pairs=depth.pairs, contrasts=depth.contrasts, profiles=depth.profiles,
         refused=_refused_table(quantities + deep),
-        warnings=[*warned, *few, *notes, *more],
+        warnings=[*grave, *few, *warned, *notes, *more],
+        grave=[*grave, *few],
         facts={
             "prompts": int(prompts["cluster"].nunique()), "confidence": confidence, "n_boot": how.n_boot,
+            "intervals": interval_words(confidence),
             "seed": how.seed, "grid": int(grid),
         },
         **{

@@ -12,6 +12,10 @@ Two questions are kept apart:
 * **depth**: do the two profiles rise and fall together? Spearman's ρ along depth inside each prompt, the finer profile
   read at the steps of the coarser one, then the mean over prompts. Two profiles that both fall with depth have ρ near 1
   whatever the models do, and with S steps at most S numbers are compared, however fine the grid of a picture.
+
+Three ranks can only agree, disagree, or nearly so: ρ of three is ±1 or ±½ and says nothing, so fewer than four prompts
+or four steps have no ρ (``prompts<4``, ``steps<4``). Where every replicate of the bootstrap gives the same ρ there is
+no interval (``no-spread``): it would claim to know ρ without error.
 """
 
 from __future__ import annotations
@@ -34,7 +38,10 @@ __all__ = ["PARTS", "delta_kappa", "rank_correlation"]
 #: Column of Δ → its part.
 PARTS = {"delta_rel_prev": "whole", "delta_angle": "angular", "delta_radial": "radial"}
 _KAPPA = "kappa_phase"
-_FEWEST = 3
+#: Ranks that are compared, at the least.
+_FEWEST = 4
+#: An interval this narrow is rounding.
+_NO_WIDTH = 1e-12
 
 
 def delta_kappa(sides: Sequence[Side], found: Profiles, conditions: Sequence[str], how: Settings) -> pd.DataFrame:
@@ -83,16 +90,27 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _over_prompts(x: np.ndarray, y: np.ndarray, how: Settings) -> dict[str, Any]:
     r = spearman_interval(x, y, **how.boot)
-    return {"rho": r.value, "low": r.low, "high": r.high, "n": r.n, "points": r.n_runs,
-            "reason": r.reason or r.reason_interval}  # fmt: skip
+    if r.reason is None and r.n < _FEWEST:
+        return _missing(r.n, r.n_runs, f"prompts<{_FEWEST}")
+    return _known(r, r.n_runs)
 
 
 def _along_depth(a: DepthProfile, b: DepthProfile, how: Settings) -> dict[str, Any]:
     coarse = a.nodes if len(a.nodes) <= len(b.nodes) else b.nodes
     points = len(coarse)
     if points < _FEWEST:
-        return {"rho": np.nan, "low": np.nan, "high": np.nan, "n": 0, "points": points, "reason": f"steps<{_FEWEST}"}
+        return _missing(0, points, f"steps<{_FEWEST}")
     x, y = (np.array([np.interp(coarse, p.nodes, row) for row in p.values]) for p in (a, b))
-    m = cluster_mean(rank_correlation(x, y), **how.boot)
-    return {"rho": m.value, "low": m.low, "high": m.high, "n": m.n, "points": points,
-            "reason": m.reason or m.reason_interval}  # fmt: skip
+    return _known(cluster_mean(rank_correlation(x, y), **how.boot), points)
+
+
+def _known(found: Any, points: int) -> dict[str, Any]:
+    """A ρ with its interval, without one that has no width."""
+    low, high, why = found.low, found.high, found.reason or found.reason_interval
+    if why is None and high - low <= _NO_WIDTH:
+        low, high, why = np.nan, np.nan, "no-spread"
+    return {"rho": found.value, "low": low, "high": high, "n": found.n, "points": points, "reason": why}
+
+
+def _missing(n: int, points: int, reason: str) -> dict[str, Any]:
+    return {"rho": np.nan, "low": np.nan, "high": np.nan, "n": n, "points": points, "reason": reason}

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.metrics.statistics import adjusted, cluster_means, paired_differences
+from dynprobe.metrics.statistics._sign_flips import least_flip_p
 from dynprobe.runs._compare_columns import Quantity
 from dynprobe.runs._compare_read import Reader
 from dynprobe.runs._compare_sides import Pairing, Side
@@ -153,7 +154,8 @@ class Rows:
         for label, margin, d in zip(self._labels, self._margins, found, strict=True):
             row = {
                 **label, "difference": d.value, "low": d.low, "high": d.high, "effect_dz": d.effect,
-                "effect_low": d.effect_low, "effect_high": d.effect_high, "p": d.p, "n": d.n, "n_asked": d.n_asked,
+                "effect_low": d.effect_low, "effect_high": d.effect_high, "p": d.p, "p_least": least_flip_p(d.n),
+                "n": d.n, "n_asked": d.n_asked,
                 "reason": d.reason or d.reason_interval,
             }  # fmt: skip
             rows.append(row if margin is None else row | {"margin": margin, "equivalent": d.equivalent})

@@ -12,6 +12,7 @@ import pandas as pd
 
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.metrics.statistics import profile_difference, profile_interval
+from dynprobe.metrics.statistics._sign_flips import least_flip_p
 from dynprobe.runs._compare_columns import COMPANIONS, Quantity, common_columns, metric_facts
 from dynprobe.runs._compare_depth import DepthProfile, along_depth, first_state, radial_steps
 from dynprobe.runs._compare_pairs import Rows, Settings, correct
@@ -205,11 +206,13 @@ def _profile_frame(label: dict[str, Any], p: DepthProfile, grid: np.ndarray, how
 def _contrast(a: np.ndarray, b: np.ndarray, grid: np.ndarray, how: Settings) -> dict[str, Any]:
     d = profile_difference(a, b, confidence=how.confidence, n_boot=0, seed=how.seed)
     if not np.isfinite(d.p_max).any():
-        return {"s_largest": np.nan, "difference": np.nan, "p_max": np.nan, "n": d.n, "reason": "coverage"}
+        return {"s_largest": np.nan, "difference": np.nan, "p_max": np.nan, "p_least": np.nan,
+                "n": d.n, "reason": "coverage"}  # fmt: skip
     at = int(np.nanargmax(np.abs(np.where(np.isfinite(d.p_max), d.value, np.nan))))
     alpha = 1 - how.confidence
     return {
         "s_largest": float(grid[at]), "difference": float(d.value[at]), "p_max": float(np.nanmin(d.p_max)),
+        "p_least": least_flip_p(d.n, profile=True),
         "share_of_depth": float((d.p_max <= alpha).sum() / np.isfinite(d.p_max).sum()), "n": d.n, "reason": None,
     }  # fmt: skip
 

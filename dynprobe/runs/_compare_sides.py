@@ -57,6 +57,20 @@ class Side:
         return found if isinstance(found, dict) else {}
 
     @property
+    def weights(self) -> str:
+        """The hash of the weights, empty where the run has none."""
+        weights = self.run.manifest.weights
+        found: Any = weights.get("hash") if isinstance(weights, dict) else weights
+        return str(found) if found else ""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weights and states, empty where the run does not say."""
+        dtypes = self.run.manifest.dtypes
+        found: Any = dtypes.get("weights") if isinstance(dtypes, dict) else dtypes
+        return str(found).removeprefix("torch.") if found else ""
+
+    @property
     def model_type(self) -> str:
         """The architecture, as far as the run knows."""
         return str(self.model.get("model_type") or self.model.get("model_class") or self.run.manifest.model_name)

@@ -1,7 +1,9 @@
 """Where the variance lies between the runs of a comparison: models, categories, prompts, seeds.
 
-Runs of the same weights are one model; where they differ in their seed, they are replicates of it. One value per
-prompt and run goes in, as in every other table of a comparison.
+Runs of the same weights in the same dtype are one model; where they differ in their seed, they are replicates of it.
+Another dtype is another model here: its rounding is no seed, and would hide in that row. It is no further model for a
+statement about skeletons, though, which reads one dtype of each weights. One value per prompt and run goes in, as in
+every other table of a comparison.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def variance_tables(
         wanted: Metrics that were named; default the core ones.
     """
     models = _models(sides)
-    if len(set(models.values())) < 2:
+    kinds = _kinds(sides, models)
+    if len(kinds) < 2:
         return pd.DataFrame(), pd.DataFrame(), []
     held = [q for q in quantities if not q.refused]
     chosen = [q for q in held if q.column in (wanted or CORE)] or held[:8]
@@ -48,8 +51,9 @@ def variance_tables(
     ids = {q.column: q.metric_id for q in chosen}
     variance = variance_rows(frame, ["condition"], names)
     skeleton = pd.DataFrame()
-    by_model = {models[side.number]: side for side in sides}
+    by_model = {models[kind[0].number]: kind[0] for kind in kinds}
     if len(by_model) >= _FEWEST_SKELETON:
+        frame = frame[frame["model"].isin(list(by_model))]
         skeletons = {name: side.model.get("skeleton") or {} for name, side in by_model.items()}
         known = list(dict.fromkeys(key for found in skeletons.values() for key in found))
         covariates = {key: {name: found.get(key) for name, found in skeletons.items()} for key in known}
@@ -62,7 +66,11 @@ def variance_tables(
         table = variance if name == "variance" else skeleton
         if len(table):
             table.insert(list(table.columns).index(column) + 1, "p_holm", adjusted(table[column], "holm"))
-    notes = []
+    notes = [
+        f"{' and '.join(dict.fromkeys(models[side.number] for side in kind))} are one model in several dtypes: each "
+        "stands as a model of its own, and the share of the models holds what the dtype does"
+        for kind in kinds if len({models[side.number] for side in kind}) > 1
+    ]  # fmt: skip
     if len(by_model) < FEWEST:
         notes.append(
             f"variance over {len(by_model)} models ({FEWEST} are the least): the share of the models is about these "
@@ -72,14 +80,22 @@ def variance_tables(
 
 
 def _models(sides: Sequence[Side]) -> dict[int, str]:
-    """Run number → name of its model; runs of the same weights have one name, that of the first."""
-    first: dict[str, str] = {}
-    out = {}
+    """Run number → name of its model; runs of the same weights in one dtype have one name, that of the first."""
+    first: dict[tuple[str, str], str] = {}
+    return {side.number: first.setdefault((_weights(side), side.dtype), side.label) for side in sides}
+
+
+def _kinds(sides: Sequence[Side], models: dict[int, str]) -> list[list[Side]]:
+    """The runs of each weights, one of each dtype."""
+    out: dict[str, dict[str, Side]] = {}
     for side in sides:
-        weights = side.run.manifest.weights
-        known: Any = weights.get("hash") if isinstance(weights, dict) else weights
-        out[side.number] = first.setdefault(str(known) if known else f"run {side.number}", side.label)
-    return out
+        out.setdefault(_weights(side), {})[models[side.number]] = side
+    return [list(found.values()) for found in out.values()]
+
+
+def _weights(side: Side) -> str:
+    """The hash of a run's weights; a run without one is of a model of its own."""
+    return side.weights or f"run {side.number}"
 
 
 def _categories(side: Side, prompts: pd.DataFrame) -> dict[Any, str]:

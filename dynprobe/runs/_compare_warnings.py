@@ -1,7 +1,8 @@
 """What a reader of a comparison must know before believing it.
 
 Every line names the runs, what differs, and what that does to the numbers. Nothing here stops a comparison: what would
-make a number wrong is refused elsewhere.
+make a number wrong is refused elsewhere. Grave is what forbids to read some of the tables as they look: no such number
+means what its heading says. Whoever prints a comparison says it before the tables.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,9 @@ from dynprobe.runs._compare_pairs import SideValues
 from dynprobe.runs._compare_sides import Pairing, Side
 
 __all__ = ["find_warnings"]
+
+#: Whether it is grave, and the text.
+Found: TypeAlias = Iterator[tuple[bool, str]]
 
 _HALF = ("bfloat16", "float16", "bf16", "fp16", "half")
 _ANGLES = ("kappa", "angle", "limen", "curv", "diverge")
@@ -39,40 +43,43 @@ def find_warnings(
     quantities: Sequence[Quantity],
     values: SideValues,
     prompts: pd.DataFrame,
-) -> list[str]:
-    """Return every warning, the most serious first."""
-    return [
+) -> tuple[list[str], list[str]]:
+    """Return the grave warnings, and the others; of both the most serious first."""
+    found = [
         *_weights(sides), *_precision(sides, quantities), *_lengths(sampled, values, quantities),
         *_conditions(sampled, pairings), *_replication(sampled, values, prompts), *_prompts(sides, prompts),
         *_tokenizers(sampled, quantities), *_calibrations(sides), *_versions(sides), *_models(sides),
     ]  # fmt: skip
+    return [text for grave, text in found if grave], [text for grave, text in found if not grave]
 
 
-def _weights(sides: Sequence[Side]) -> Iterator[str]:
+def _weights(sides: Sequence[Side]) -> Found:
     for a, b in combinations(sides, 2):
         x, y = _model_id(a), _model_id(b)
-        if x and x == y and _hash(a) and _hash(b) and _hash(a) != _hash(b):
+        if x and x == y and a.weights and b.weights and a.weights != b.weights:
             yield (
-                f"{a.label} and {b.label} are both called {x} and have other weights ({_hash(a)[-12:]} against "
-                f"{_hash(b)[-12:]}): they are two models"
+                True,
+                f"{a.label} and {b.label} are both called {x} and have other weights ({a.weights[-12:]} against "
+                f"{b.weights[-12:]}): they are two models",
             )
 
 
-def _precision(sides: Sequence[Side], quantities: Sequence[Quantity]) -> Iterator[str]:
-    dtypes = {side.label: _dtype(side) for side in sides}
+def _precision(sides: Sequence[Side], quantities: Sequence[Quantity]) -> Found:
+    dtypes = {side.label: side.dtype for side in sides}
     low = [label for label, d in dtypes.items() if any(word in d for word in _HALF)]
     if low and (not quantities or any(q.column.startswith(_ANGLES) for q in quantities)):
         yield (
+            True,
             f"{_listed(low)}: states are {_listed(sorted({dtypes[x] for x in low}))}, whose rounding alone turns a "
             "state by up to 5e-4 half-turns (bfloat16) or 7e-5 (float16): angles and κ differences of that size mean "
-            "nothing; run with --dtype float32"
+            "nothing; run with --dtype float32",
         )
     known = {d for d in dtypes.values() if d}
     if len(known) > 1:
-        yield "other dtype: " + "; ".join(f"{label} {d}" for label, d in dtypes.items())
+        yield False, "other dtype: " + "; ".join(f"{label} {d}" for label, d in dtypes.items())
 
 
-def _lengths(sides: Sequence[Side], values: SideValues, quantities: Sequence[Quantity]) -> Iterator[str]:
+def _lengths(sides: Sequence[Side], values: SideValues, quantities: Sequence[Quantity]) -> Found:
     grows = _growing(quantities)
     for condition, found in values.items():
         for a, b in combinations([s for s in sides if s.number in found], 2):
@@ -86,8 +93,9 @@ def _lengths(sides: Sequence[Side], values: SideValues, quantities: Sequence[Qua
                     continue
                 more = f" ({', '.join(grows[:6])}{' …' if len(grows) > 6 else ''})" if grows else ""
                 yield (
+                    True,
                     f"unequal T in {condition}: {a.label} read {p[ok].mean():.4g} {word} a prompt and {b.label} "
-                    f"{q[ok].mean():.4g}; metrics that grow with length{more} cannot be compared as they are"
+                    f"{q[ok].mean():.4g}; metrics that grow with length{more} cannot be compared as they are",
                 )
                 break
 
@@ -105,7 +113,7 @@ def _growing(quantities: Sequence[Quantity]) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-def _conditions(sides: Sequence[Side], pairings: Sequence[Pairing]) -> Iterator[str]:
+def _conditions(sides: Sequence[Side], pairings: Sequence[Pairing]) -> Found:
     for pairing in pairings:
         rows = [
             (side.label, side.conditions.loc[i]) for side, i in zip(sides, pairing.ids, strict=True) if i is not None
@@ -114,13 +122,13 @@ def _conditions(sides: Sequence[Side], pairings: Sequence[Pairing]) -> Iterator[
             seen = {label: row[column] for label, row in rows if column in row.index and not pd.isna(row[column])}
             if len({str(v) for v in seen.values()}) > 1:
                 said = "; ".join(f"{label} {_plain(v)}" for label, v in seen.items())
-                yield f"{pairing.name} is not the same in all runs: {column} is {said}"
+                yield True, f"{pairing.name} is not the same in all runs: {column} is {said}"
 
 
-def _replication(sides: Sequence[Side], values: SideValues, prompts: pd.DataFrame) -> Iterator[str]:
+def _replication(sides: Sequence[Side], values: SideValues, prompts: pd.DataFrame) -> Found:
     repeated = len(prompts) - prompts["cluster"].nunique()
     if repeated:
-        yield f"{repeated} prompts have the text of another; prompts with one text are one cluster"
+        yield False, f"{repeated} prompts have the text of another; prompts with one text are one cluster"
     for condition, found in values.items():
         for side in sides:
             frame = found.get(side.number)
@@ -130,82 +138,76 @@ def _replication(sides: Sequence[Side], values: SideValues, prompts: pd.DataFram
             if rows > n:
                 word = "pseudo-replication" if rows > 2 * n else "replicates"
                 yield (
+                    False,
                     f"{word}: {condition} of {side.label} has {rows} rows of {n} prompts; they are averaged inside the "
-                    f"prompt, and n is {n}"
+                    f"prompt, and n is {n}",
                 )
 
 
-def _prompts(sides: Sequence[Side], prompts: pd.DataFrame) -> Iterator[str]:
+def _prompts(sides: Sequence[Side], prompts: pd.DataFrame) -> Found:
     for side in sides:
         if len(side.keys) > len(prompts):
             yield (
-                f"{side.label}: {len(prompts)} of its {len(side.keys)} prompts are in all runs; the others are left out"
+                False,
+                f"{side.label}: {len(prompts)} of its {len(side.keys)} prompts are in all runs; the others are "
+                "left out",
             )
         other = [s.label for s in sides if any(k in s.keys and s.keys[k] != v for k, v in side.keys.items())]
         if other and side is sides[0]:
-            yield f"some prompts of {side.label} have another text in {_listed(other)}; they are left out"
+            yield False, f"some prompts of {side.label} have another text in {_listed(other)}; they are left out"
     nameless = [side.label for side in sides if any(side.keys.get(p) is None for p in prompts["prompt_id"])]
     if nameless:
-        yield f"{_listed(nameless)} hold no text of some prompts, so these are matched by name alone"
+        yield True, f"{_listed(nameless)} hold no text of some prompts, so these are matched by name alone"
     n = prompts["cluster"].nunique()
     if n < 6:
-        yield f"{n} prompts in common: no sign-flip p can be below {2 / 2**n:.3g}; intervals of so few are rough"
+        yield True, f"{n} prompts in common: no sign-flip p can be below {2 / 2**n:.3g}; intervals of so few are rough"
 
 
-def _tokenizers(sides: Sequence[Side], quantities: Sequence[Quantity]) -> Iterator[str]:
+def _tokenizers(sides: Sequence[Side], quantities: Sequence[Quantity]) -> Found:
     shown = [q.column for q in quantities if q.column in _READOUT]
     kinds = {side.label: _tokenizer(side) for side in sides}
     if shown and len({k for k in kinds.values() if k}) > 1:
         yield (
+            True,
             f"the runs have other tokenizers ({'; '.join(f'{k} {v}' for k, v in kinds.items() if v)}): "
-            f"{', '.join(shown)} are per token of different vocabularies"
+            f"{', '.join(shown)} are per token of different vocabularies",
         )
 
 
-def _calibrations(sides: Sequence[Side]) -> Iterator[str]:
+def _calibrations(sides: Sequence[Side]) -> Found:
     for a, b in combinations(sides, 2):
         x, y = a.run.manifest.calibration_hash, b.run.manifest.calibration_hash
-        if x and y and x != y and _hash(a) and _hash(a) == _hash(b):
+        if x and y and x != y and a.weights and a.weights == b.weights:
             yield (
+                True,
                 f"{a.label} and {b.label} are one model under two calibrations ({x} and {y}): calibrated scales "
-                "(coordstd, mad, readiness) are not in one unit"
+                "(coordstd, mad, readiness) are not in one unit",
             )
 
 
-def _versions(sides: Sequence[Side]) -> Iterator[str]:
+def _versions(sides: Sequence[Side]) -> Found:
     for library in ("dynprobe", "torch", "transformers"):
         seen = {side.label: str(v) for side in sides if (v := side.run.manifest.versions.get(library))}
         if len(set(seen.values())) > 1:
-            yield f"other version of {library}: " + "; ".join(f"{label} {v}" for label, v in seen.items())
+            yield False, f"other version of {library}: " + "; ".join(f"{label} {v}" for label, v in seen.items())
 
 
-def _models(sides: Sequence[Side]) -> Iterator[str]:
+def _models(sides: Sequence[Side]) -> Found:
     kinds = {side.model_type for side in sides}
     if len(kinds) < 2:
         return
-    count = Counter(kind for kind, _ in {(side.model_type, _hash(side) or side.label) for side in sides})
+    count = Counter(kind for kind, _ in {(side.model_type, side.weights or side.label) for side in sides})
     few = [f"{n} {kind}" for kind, n in sorted(count.items()) if n < _FEWEST_MODELS]
     if few:
         yield (
+            True,
             f"too few models per architecture ({', '.join(few)}; {_FEWEST_MODELS} of each are the least): these are "
-            "differences of these models and say nothing about their architectures"
+            "differences of these models and say nothing about their architectures",
         )
 
 
 def _model_id(side: Side) -> str:
     return str(side.model.get("model_id") or side.run.manifest.model_name)
-
-
-def _hash(side: Side) -> str:
-    weights = side.run.manifest.weights
-    found: Any = weights.get("hash") if isinstance(weights, dict) else weights
-    return str(found) if found else ""
-
-
-def _dtype(side: Side) -> str:
-    dtypes = side.run.manifest.dtypes
-    found: Any = dtypes.get("weights") if isinstance(dtypes, dict) else dtypes
-    return str(found).removeprefix("torch.") if found else ""
 
 
 def _tokenizer(side: Side) -> str:

@@ -59,7 +59,8 @@ class Comparison:
         variance: Sums of squares, η² and ω² of every term, where the runs are of two models or more.
         skeleton: R² of parameters, depth, width, heads, norm and positions, from four models on.
         refused: Metrics that were not compared.
-        warnings: What a reader must know.
+        warnings: What a reader must know, the grave first.
+        grave: Those of the warnings that forbid to read some of the tables as they look.
         facts: Number of common prompts, confidence, replicates, seed.
     """
 
@@ -80,11 +81,12 @@ class Comparison:
     refused: pd.DataFrame
     warnings: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    grave: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain lists and mappings; a number that is not known is None."""
         tables = {name: _records(getattr(self, name)) for name in TABLES_OF}
-        return {"facts": self.facts, "warnings": list(self.warnings), **tables}
+        return {"facts": self.facts, "warnings": list(self.warnings), "grave": list(self.grave), **tables}
 
     def save(self, target: str | Path) -> Path:
         """Write everything to ``.json`` or ``.md``, or the tables below each other to ``.csv``.

@@ -2,12 +2,12 @@
 
 A picture that is printed and the same picture on a page must never disagree, so neither computes anything itself.
 Frames are long: one row per point, with labels. A curve is a mean over prompts; replicates are averaged inside their
-prompt first. Its interval is the 95 % percentile bootstrap over prompts, missing below three of them.
+prompt first. Its interval is that of every mean over prompts (:func:`~dynprobe.metrics.statistics.mean_interval`),
+missing below three of them and where fewer than half of them reach.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError
-from dynprobe.metrics.statistics import proportion_interval
-from dynprobe.runs._canvas import bootstrap
+from dynprobe.metrics.statistics import interval_words, profile_interval, proportion_interval
 from dynprobe.runs._protocol import protocol_of
 from dynprobe.runs._tables import read_frame
 
@@ -29,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 #: How the intervals of all curves are said.
-INTERVAL = "95 % bootstrap interval of the mean over prompts (2,000 resamples, percentile), pointwise"
+INTERVAL = f"{interval_words()} (2,000 resamples), pointwise"
 _COMPONENTS = ("attn_out", "mlp_out")
 #: Columns that may be drawn against the number of iterations: words, unit, whether the axis is logarithmic.
 ITERATED = {
@@ -54,9 +53,7 @@ def curve(table: pd.DataFrame) -> pd.DataFrame:
     values = table.to_numpy(np.float64)
     if not values.size:
         return pd.DataFrame({name: [] for name in ("x", "mean", "low", "high", "n")})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resample in which no prompt reaches so far
-        low, high = bootstrap(values, np.nanmean)
+    _, low, high = profile_interval(values)
     return pd.DataFrame(
         {"x": table.columns.to_numpy(), "mean": np.nanmean(values, axis=0), "low": low, "high": high,
          "n": np.isfinite(values).sum(axis=0)}

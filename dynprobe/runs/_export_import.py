@@ -56,7 +56,9 @@ def import_export(path: str | Path, out: str | Path = "runs") -> Run:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     side = _sidecar(folder)
     _verify(folder, side)
-    content = {**side["manifest"], "imported_from": {"to": side["to"], "sidecar_sha256": hash_file(folder / SIDECAR)}}
+    content = {**side["manifest"], "imported_from": {
+        "name": folder.resolve().name, "to": side["to"], "sidecar_sha256": hash_file(folder / SIDECAR),
+    }}  # fmt: skip
     advice = "Restore the export from a copy."
     manifest = validated({**content, "parts": []}, str(folder / SIDECAR), advice)
     parent = Path(out)

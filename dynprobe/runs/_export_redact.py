@@ -42,6 +42,7 @@ _NO_TEXTS = frozenset(("params", "reasons", "reason", "cell", "mode", "timing", 
 _EMPTIED = frozenset(
     (
         "token_texts",
+        "token_text",
         "target",
         "responses",
         "filtered_response",
@@ -198,7 +199,7 @@ class Redaction:
         if isinstance(value, str):
             return self.holds(value, not ours)
         if isinstance(value, Mapping):
-            return any(self.holds(str(k)) or self.leaks(v, ours) for k, v in value.items())
+            return any(self.holds(str(k), not ours) or self.leaks(v, ours) for k, v in value.items())
         if isinstance(value, list | tuple):
             return any(self.leaks(item, ours) for item in value)
         if isinstance(value, pa.Table):

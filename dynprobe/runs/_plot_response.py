@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
-from dynprobe.runs._canvas import BLUE, GREY, RED, bootstrap, canvas, tidy
+from dynprobe.metrics.statistics import interval_words, profile_interval
+from dynprobe.metrics.statistics._prompt_means import draw_weights, quantile_ends
+from dynprobe.runs._canvas import BLUE, GREY, RED, canvas, tidy
 from dynprobe.runs._figures import short
 
 if TYPE_CHECKING:
@@ -68,13 +70,13 @@ def bode_figure(run: Run, condition: str = "perturbed.forced") -> Figure:
         (total, GREY, "all directions", loud), (gain, BLUE, "along the drive", seen),
     ):  # fmt: skip
         y = values.to_numpy(np.float64)
-        _curve(upper, depth, np.nanmean(y, axis=0), bootstrap(y, np.nanmean), colour, marks, label)
+        _curve(upper, depth, np.nanmean(y, axis=0), profile_interval(y)[1:], colour, marks, label)
     upper.axhline(0, color=GREY, linewidth=0.6, linestyle=":")
     upper.set_ylabel("gain (dB)")
     upper.legend(frameon=False)
     z = phase.to_numpy(np.complex128)
     centre = _circular_mean(z, axis=0)
-    low, high = bootstrap(z, _circular_mean, centre)
+    low, high = _phase_interval(z, centre)
     turns = _unwrapped(centre)
     band = (np.degrees(turns + low - centre), np.degrees(turns + high - centre))
     _curve(lower, depth, np.degrees(turns), band, BLUE, seen, "along the drive")
@@ -85,7 +87,7 @@ def bode_figure(run: Run, condition: str = "perturbed.forced") -> Figure:
         tidy(panel)
         panel.margins(x=0.03)
     hollow = "" if seen.all() and loud.all() else "; hollow: not above its neighbours in frequency"
-    _title(figure, run, f"{_prompts(n)}, mean and 95 % interval{hollow}")
+    _title(figure, run, f"{_prompts(n)}, mean and {interval_words()}{hollow}")
     return figure
 
 
@@ -201,6 +203,17 @@ def _combined(p: np.ndarray) -> np.ndarray:
 
 def _circular_mean(z: np.ndarray, axis: int) -> np.ndarray:
     return np.angle(np.nanmean(z, axis=axis))
+
+
+def _phase_interval(z: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of the circular mean of ``[prompt, depth]`` around it, on the draws and with the quantiles of a mean."""
+    n, known = len(z), np.isfinite(z)
+    if n < 3:
+        return np.full(z.shape[1], np.nan), np.full(z.shape[1], np.nan)
+    weights = draw_weights(n, 2000, 0)
+    found = np.angle(weights @ np.where(known, z, 0))
+    found[weights @ known == 0] = np.nan  # a replicate that drew no prompt with this depth
+    return quantile_ends(np.sort(centre + np.angle(np.exp(1j * (found - centre))), axis=0), 0.95, n)
 
 
 def _unwrapped(phase: np.ndarray) -> np.ndarray:

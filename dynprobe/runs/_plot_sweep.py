@@ -1,6 +1,6 @@
 """Pictures of a response against the strength of a perturbation.
 
-Every prompt is a thin line, their mean a thick one with its 95 % bootstrap interval over prompts. In a search no two
+Every prompt is a thin line, their mean a thick one with its 95 % interval over prompts. In a search no two
 prompts saw the same strengths; there is no mean to draw then, and each trial is a point. The threshold of the run's own
 fit stands there as a line with its interval, never one that was read off the picture. Prompts that are censored point
 out of the tested range.

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 #: Version of the layout. Another major cannot be read by an older library; a minor only adds.
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 #: What is known of a column, in the order in which it is shown.
 FACTS = ("id", "unit", "digest", "span", "aggregation", "description")
@@ -97,6 +97,9 @@ COLUMNS: dict[str, Column] = {
     "pos": Column("int32", "Number of the token among the real tokens, 0-based.", "tokens"),
     "phase": Column("label", "prefill or decode."),
     "token_id": Column("int32", "Token at this position.", "token id"),
+    "token_text": Column(
+        "label", "The token by itself as text, bytes that are no whole character as \\xNN; missing without tokenizer."
+    ),
     "target_id": Column("int32", "Token at the next position, which the row's distribution predicts.", "token id"),
     "track": Column("label", "State that is refined: the residual stream, or one of a model's several states."),
     "depth": Column("int32", "Number of the state on its track, 0 before the first update.", "updates"),
@@ -174,7 +177,7 @@ TABLES: dict[str, Table] = {
             "tokens",
             "One row per token of a sample.",
             ("sample_id", "pos"),
-            columns=("phase", "token_id", "target_id"),
+            columns=("phase", "token_id", "token_text", "target_id"),
         ),
         Table(
             "depths",

@@ -9,6 +9,7 @@ bits and widened to float32 on reading, which is exact.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -89,12 +90,13 @@ def states_table(keys: Any, states: Any, dtype: str, facts: Mapping[str, Mapping
     return table.append_column(field, column)
 
 
-def write_states_file(path: Path, table: pa.Table, compression: str = "none") -> None:
-    """Write a table of states; ``compression`` is ``none`` or ``lz4``."""
+def write_states_file(target: Any, table: pa.Table, compression: str = "none") -> None:
+    """Write a table of states to a path or an Arrow stream; ``compression`` is ``none`` or ``lz4``."""
     keys = [name for name in table.column_names if name != "state"]
     packed = [k for k in keys if not pa.types.is_floating(table.schema.field(k).type)]
     group = max(1, _ROW_GROUP_BYTES // table.schema.field("state").type.byte_width)
-    with pa.OSFile(str(path), "wb") as sink:
+    opened = pa.OSFile(str(target), "wb") if isinstance(target, Path) else contextlib.nullcontext(target)
+    with opened as sink:
         pq.write_table(
             table,
             sink,

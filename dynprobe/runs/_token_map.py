@@ -1,7 +1,7 @@
 """What happens at every layer and token of one text, as rows that a picture lays out as a map.
 
-A token is labelled with its text where the run stored one. Generated tokens are known by id only; their text is taken
-from prompts that contain the same id, and where none does the id itself is shown.
+A token is labelled with its text as the run stored it. Runs of schema 1.0 stored the texts of prompts only: there a
+generated token has the text of a prompt that contains the same id, and where none does its id is shown.
 """
 
 from __future__ import annotations
@@ -111,19 +111,26 @@ def token_map(run: Run, prompts: Sequence[str], conditions: Sequence[str], colum
 
 def _token_labels(run: Run, labels: pd.DataFrame) -> pd.DataFrame:
     of_prompt, of_id = token_texts(run)
-    tokens = (
-        run.table("tokens", columns=["sample_id", "pos", "token_id"]) if run.manifest.rows().get("tokens") else None
-    )
-    frames = []
-    if tokens is not None:
-        tokens = tokens[tokens["sample_id"].isin(labels.index)].astype({"sample_id": str})
+    frames = [] if (tokens := _stored_texts(run, labels)) is None else [tokens[tokens["token"].notna()]]
     for sample, label in labels.iterrows():
-        texts = dict(enumerate(of_prompt.get(label["prompt_id"], [])[: int(label["n_prompt"]) or None]))
-        own = pd.DataFrame({"pos": list(texts), "token": list(texts.values())}, dtype=object)
-        if tokens is not None:
-            ids = tokens[(tokens["sample_id"] == sample) & ~tokens["pos"].isin(texts)]
-            said = [of_id.get(int(i), f"#{int(i)}") for i in ids["token_id"]]
-            own = pd.concat([own, pd.DataFrame({"pos": ids["pos"].to_numpy(), "token": said})])
+        texts = of_prompt.get(label["prompt_id"], [])[: int(label["n_prompt"]) or None]
+        own = pd.DataFrame({"pos": range(len(texts)), "token": pd.Series(texts, dtype=object)})
         frames.append(own.assign(sample_id=str(sample)))
-    found = pd.concat(frames, ignore_index=True)
-    return found.astype({"pos": np.int64}).drop_duplicates(["sample_id", "pos"])
+    if tokens is not None:
+        ids = tokens.loc[tokens["token_id"].notna(), ["sample_id", "pos", "token_id"]]
+        said = [of_id.get(int(i), f"#{int(i)}") for i in ids["token_id"]]
+        frames.append(ids.assign(token=pd.Series(said, index=ids.index, dtype=object)))
+    found = pd.concat([f[["sample_id", "pos", "token"]] for f in frames], ignore_index=True)
+    return found.astype({"pos": np.int64}).drop_duplicates(["sample_id", "pos"])  # what comes first is surest
+
+
+def _stored_texts(run: Run, labels: pd.DataFrame) -> pd.DataFrame | None:
+    """Return ``sample_id, pos, token_id, token`` of samples, the text missing where the run stored none."""
+    if not run.manifest.rows().get("tokens"):
+        return None
+    facts = run.columns()
+    held = set(facts[facts["table"] == "tokens"]["column"])
+    texts = ["token_text"] if "token_text" in held else []
+    tokens = run.table("tokens", columns=["sample_id", "pos", "token_id", *texts])
+    tokens = tokens[tokens["sample_id"].isin(labels.index)].astype({"sample_id": str})
+    return tokens.assign(token=tokens["token_text"].astype(object) if texts else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["labels_of", "visible"]
 
 _SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+#: Controls, marks that steer the text around them, and spaces that are none of the above.
+_UNSEEN = frozenset(("Cc", "Cf", "Zl", "Zp", "Zs"))
 _LONGEST = 14
 
 
@@ -31,14 +34,21 @@ def labels_of(run: Run, prompt: str) -> tuple[list[str], str]:
 
 
 def visible(token: str) -> str:
-    r"""Return a token as a label: white space as signs, long ones cut, signs the font lacks as boxes.
+    r"""Return a token as a label: white space as signs, what is unseen escaped, long ones cut, unknown signs boxed.
 
     Example:
         >>> visible(" the"), visible("a\n"), visible("incomprehensibilities")
         ('·the', 'a⏎', 'incomprehensi…')
+        >>> print(visible("\x00\u2028"))
+        \x00\u2028
     """
-    shown = "".join(_SIGNS.get(c, c) for c in token)
+    shown = "".join(_SIGNS.get(c) or (_escape(c) if unicodedata.category(c) in _UNSEEN else c) for c in token)
     return _supported(shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…")
+
+
+def _escape(sign: str) -> str:
+    code = ord(sign)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _supported(text: str) -> str:

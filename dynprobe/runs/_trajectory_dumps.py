@@ -110,6 +110,8 @@ def read_folder(path: Path, reading: Reading) -> Raw:
     arrow = [f for f in sorted(path.glob("*.arrow")) if not f.name.startswith("cache-")]
     parquet = [f for f in sorted(path.rglob("*.parquet")) if is_activations(f)]
     if not arrow and not parquet:
+        if (path / "manifest.json").is_file():
+            raise UsageError(f"{path} is a run already; type: dynprobe show {path}")
         raise UsageError(
             f"{path} is a folder without states; name a trajectory file, an export (with dynprobe.json), a folder of "
             "hs_0.safetensors …, or a dataset of activations (*.arrow)"

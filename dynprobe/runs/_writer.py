@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from dynprobe.runs._encode import conform, to_bytes
 from dynprobe.runs._json import dumps, plain
 from dynprobe.runs._manifest import Manifest, Part, validated
 from dynprobe.runs._open import OpenFolder
+from dynprobe.runs._pack import facts_in, n_rows, table_of
 from dynprobe.runs._schema import table_schema
 from dynprobe.runs._secrets import scrub
 from dynprobe.runs._start import RESERVED, Clock, now, start
@@ -167,6 +169,44 @@ class RunWriter:
             if table.num_rows:
                 with writing(self.folder, name):
                     packed.append((name, table.num_rows, to_bytes(table)))
+        self._finish_batch(number, packed, facts)
+
+    def write_files(self, number: int, files: Mapping[str, bytes]) -> dict[str, int]:
+        """Write a batch that was packed elsewhere (:func:`dynprobe.runs.pack`) and call it finished.
+
+        Args:
+            number: Number of the batch in the plan.
+            files: What it was packed into.
+
+        Returns:
+            Rows of each table.
+
+        Raises:
+            RunFolderError: The batch is finished already, a file is none of a batch, or it cannot be written.
+        """
+        tables = {name: table_of(name) for name in files}
+        rows = {name: n_rows(files[name]) for name, table in tables.items() if table is not None}
+        with self._guard:
+            self._open.require()
+            packed = []
+            for name, table in tables.items():
+                if table == "states":
+                    content = files[name]
+                    self._stream_states(number, rows[name], len(content), partial(Path.write_bytes, data=content))
+                elif table is not None:
+                    if not table_schema(table).sharded:
+                        raise RunFolderError(f"Table {table!r} is not written in batches.")
+                    packed.append((table, rows[name], memoryview(files[name])))
+            self._finish_batch(number, packed, facts_in(files))
+        counts: dict[str, int] = {}
+        for name, number_of_rows in rows.items():
+            counts[str(tables[name])] = counts.get(str(tables[name]), 0) + number_of_rows
+        return counts
+
+    def _finish_batch(
+        self, number: int, packed: Sequence[tuple[str, int, memoryview]], facts: Mapping[str, Any] | None
+    ) -> None:
+        """Put packed tables in place and list them, with the states that were streamed before."""
         with self._guard:
             self._open.require()
             if number in self.manifest.finished:
@@ -211,15 +251,20 @@ class RunWriter:
         if compression not in {"none", "lz4"}:
             raise RunFolderError(f"States can be stored with compression 'none' or 'lz4', not {compression!r}.")
         table = states_table(keys, states, dtype, self._columns)
+        self._stream_states(
+            number, table.num_rows, table.nbytes, lambda target: write_states_file(target, table, compression)
+        )
+
+    def _stream_states(self, number: int, rows: int, size: int, produce: Callable[[Path], Any]) -> None:
         with self._guard:
             self._open.require()
             if number in self.manifest.finished:
                 raise RunFolderError(f"Batch {number} is finished; its states must be written before write_batch.")
             path = f"states/part-{number:05d}-{len(self._pending.get(number, [])):02d}.parquet"
-            with writing(self.folder, path, table.nbytes):
+            with writing(self.folder, path, size):
                 (self.folder / "states").mkdir(exist_ok=True)
-                written = write_stream(self.folder / path, lambda target: write_states_file(target, table, compression))
-            part = Part(path=path, table="states", batch=number, rows=table.num_rows, **vars(written))
+                written = write_stream(self.folder / path, produce)
+            part = Part(path=path, table="states", batch=number, rows=rows, **vars(written))
             self._pending.setdefault(number, []).append(part)
 
     def event(self, kind: str, **fields: Any) -> None:

@@ -99,6 +99,18 @@ def test_losses_of_models_with_other_tokens_are_not_compared() -> None:
     assert "different tokens" in found.reason
 
 
+def test_losses_of_a_population_need_the_same_tokens() -> None:
+    claim = claims.find("limen.ratio_perplexity")
+    sides = sides_of(claim, ["true"])
+    for side in sides:
+        side.tables["samples"]["n_prompt"] = 9
+    assert analyse(claim, sides).outcome == "survived"
+    sides[3].tables["samples"]["n_prompt"] = 8
+    found = analyse(claim, sides)
+    assert found.outcome == "inconclusive"
+    assert "different tokens" in found.reason
+
+
 def test_tokens_are_not_judged_by_a_model_that_reads_others(tmp_path: Path) -> None:
     claim = claims.find("csm.hard_improve")
     runs = runs_of(claim, ["true"], tmp_path)

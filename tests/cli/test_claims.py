@@ -56,6 +56,10 @@ def test_a_test_runs_logs_and_verifies(tmp_path: Path, capsys: pytest.CaptureFix
     log.write_text(log.read_text().replace(verdict["outcome"], "survived"))
     assert main(["claims", "log", "--log", str(log), "--verify"]) == 1
     assert "was edited" in capsys.readouterr().err
+    assert main(["claims", "log", "--log", str(log)]) == 1  # printed, and not as if nothing had happened
+    said = capsys.readouterr()
+    assert "registered" in said.out
+    assert "does not hold together" in said.err
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,8 @@ def test_a_sweep_prints_its_responses(cli, model, here):
         "tiny-llama, float32", "sweep   α 0.1, 0.5 × layers 0, 1, resid_post, positions 1:; gaussian, seed 0; controls",
         "relnorm: α is the size of the write", "prompts 3 given in the call, chat template none, prefill only",
         "KL/nats", "Δκ (paired)", "sham rows (α = 0)", "control sign-flip: every write with −α", "control twin",
-        "self-tests: null ok (0)", str(run.path.relative_to(here)),
+        "self-tests: null ok (0)", f"again: dynprobe show {run.path.relative_to(here)}", "with --plot",
+        "KL perturbed", "flips perturbed", "Δκ perturbed", "expanded percentile bootstrap interval over prompts",
     ):  # fmt: skip
         assert part in done.out, part
     assert "Traceback" not in done.out

@@ -48,7 +48,14 @@ def test_three_architectures_have_the_same_columns_and_compare(cli, trio, here):
     assert columns[0] == columns[1] == columns[2]
     done = cli("compare", *trio, "--out", "all.json", "--figure", "profiles.png")
     assert done.code == 0, done.err
-    assert max(len(line) for line in done.out.splitlines() if line[:1] in "│┃┏┌└┡") <= 100
+    tables = [line for line in done.out.splitlines() if line[:1] in "│┃"]
+    assert not any("…" in line.replace(" … ", "") for line in tables)  # nothing is cut
+    grave = done.out.index("do not trust without reading this: too few models per architecture")
+    assert done.out.index("3 runs on 4 common prompts") < grave < done.out.index("clean: means over prompts")
+    said = " ".join(done.out.split())
+    assert "sign flips, at least 0.125 with 4 prompts" in said
+    assert "p: F test under normal errors" in said
+    assert "below: 95 % expanded percentile bootstrap interval over prompts" in said
     for part in ("kappa_phase", "kappa_path", "1 − 2", "Spearman", "too few models", "written: all.json"):
         assert part in done.out, part
     content = json.loads(Path("all.json").read_text())
@@ -73,6 +80,22 @@ def test_three_architectures_have_the_same_columns_and_compare(cli, trio, here):
     for row in along.to_dict("records"):
         column = {"area": "kappa_phase", "path": "kappa_path"}[row["measure"]]
         assert row["mean"] == pytest.approx(said[row["run"], column], rel=1e-5)
+
+    # Along the three steps of the Transformer there is nothing to rank.
+    along = pd.DataFrame(content["correlations"]).query("over == 'depth'")
+    short = along[along["points"] == 3]
+    assert len(short) == 3 * 4  # parts of Δ × pairs with the Transformer
+    assert short["rho"].isna().all()
+    assert set(short["reason"]) == {"steps<4"}
+    assert along[along["points"] == 16]["rho"].notna().all()
+    assert content["grave"] == content["warnings"][: len(content["grave"])]
+
+    # Every mean of the comparison has the interval that the run itself printed.
+    printed = dp.open(trio[2]).summary["conditions"]["perturbed.forced"]["nll_d"]
+    compared = pd.DataFrame(content["means"]).query(
+        "condition == 'perturbed.forced' and metric == 'nll_d' and run == 'tiny-llama'"
+    )
+    assert compared[["low", "high"]].to_numpy(float)[0] == pytest.approx([printed["low"], printed["high"]], rel=1e-6)
 
     # Δ of the looped model over its iterations against κ of the Transformer over its layers, on the same prompts.
     deltas = pd.DataFrame(content["correlations"]).query("delta_of == 'tiny-csm' and kappa_of == 'tiny-llama'")

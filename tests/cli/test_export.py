@@ -35,7 +35,11 @@ def test_a_run_goes_out_and_comes_back(run, tmp_path, capsys):
     assert "self-tests" in repr(back)
     assert "null ok" in repr(back)
     assert main(["show", found["run"]]) == 0
-    assert "tiny-llama" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tiny-llama" in said
+    assert "imported from out (export of a run, format hf)" in said
+    assert main(["show", str(run.path)]) == 0
+    assert "imported from" not in capsys.readouterr().out
 
 
 def test_flags_and_refusals(run, tmp_path, capsys):

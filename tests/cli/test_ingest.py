@@ -63,6 +63,7 @@ def test_import_prints_the_run(cli, states, here):
     assert "contraction 0.5 per update" in made.out
     assert "converge_iterations_influence_block: 1 iterations, 1 of 1 samples" in made.out
     (folder,) = (here / "runs").iterdir()
+    assert "imported from states.npz (trajectory file: full trajectory)" in cli("show", folder).out
     assert "no weights; states of states.npz" in cli("show", folder).out
     assert "import" in cli("ls").out
     data = json.loads(cli("import", states, "--name", "another", "--json").out)

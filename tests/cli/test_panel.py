@@ -46,6 +46,14 @@ def test_dry_run_writes_nothing(design, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_of_a_model_that_is_not_there_fails(design, tmp_path, capsys):
+    design.write_text(DESIGN.replace("llama-depth2-width32-seed1", "lama-depth2-width32-seed1"))
+    assert main(["panel", str(design), "--out", str(tmp_path / "out"), "--dry-run"]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 models would fail: panel/lama-depth2-width32-seed1" in said.err
+    assert "Did you mean 'panel/llama-depth2-width32-seed1'" in (said.out + said.err).replace("\n", " ")
+
+
 def test_exit_codes(design, tmp_path, capsys):
     design.write_text(DESIGN + "seedss: 1\n")
     assert main(["panel", str(design)]) == 2

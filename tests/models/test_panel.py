@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import product
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 
 import dynprobe as dp
-from dynprobe.errors import ModelNotFoundError
-from dynprobe.models import fetch, known_models, load_model, panel_models, resolve, zoo_folder
+from dynprobe.errors import ModelError, ModelNotFoundError
+from dynprobe.models import _panel, fetch, known_models, load_model, panel_models, resolve, zoo_folder
 
 CELLS = panel_models()
 
@@ -75,6 +77,45 @@ def test_known_models_stays_a_short_list_and_a_slip_is_caught() -> None:
     assert not any(name.startswith("panel/") for name in known_models())
     with pytest.raises(ModelNotFoundError, match=r"Did you mean 'panel/cem-depth2-width32-seed[01]'"):
         fetch("panel/cem-depth2-width32-seed")
+
+
+BROKEN = """
+import pathlib, sys
+read = pathlib.Path.read_text
+def read_text(self, *args, **options):
+    if self.name == "panel.json":
+        raise FileNotFoundError(2, "No such file or directory", str(self))
+    return read(self, *args, **options)
+pathlib.Path.read_text = read_text
+from dynprobe.errors import DynprobeError, ModelNotFoundError
+from dynprobe.models import known_models, panel_models, resolve
+assert "tiny-llama" in known_models() and resolve("tiny-llama").kind == "known"
+for asked in (panel_models, lambda: resolve("panel/llama-depth1-width32-seed0")):
+    try:
+        asked()
+    except DynprobeError as error:
+        assert "installation is incomplete" in str(error) and "panel.json" in str(error), error
+        assert not isinstance(error, FileNotFoundError)
+    else:
+        sys.exit("no error")
+try:
+    resolve("tiny lama")
+except ModelNotFoundError as error:
+    assert "Did you mean 'tiny-llama'" in str(error), error
+"""
+
+
+def test_without_its_list_the_room_works_and_the_panel_says_so() -> None:
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", ["{", '[{"name": "x"}]', "5"])
+def test_a_damaged_list_is_a_clear_error(content, tmp_path, monkeypatch) -> None:
+    (tmp_path / "panel.json").write_text(content)
+    monkeypatch.setattr(_panel, "zoo_folder", lambda name: tmp_path)
+    with pytest.raises(ModelError, match=r"panel\.json, cannot be read.*pip install --force-reinstall"):
+        _panel.panel_models.__wrapped__()
 
 
 def test_typing_error_in_a_panel_name_is_not_taken_to_the_hub() -> None:

@@ -231,7 +231,7 @@ def test_few_tokens_and_few_prompts():
     one = energy_lens(subject, ROWS[:1], n_boot=200).table
     assert one["cos"].notna().all()
     assert one["cos_low"].isna().all()
-    assert set(one["reason"]) == {"one prompt: no interval"}
+    assert set(one["reason"]) == {"prompts<3: no interval"}
     short = energy_lens(subject, [[5], [6]], n_boot=200).table
     assert short["energy"].isna().all()
     assert short["reason"].str.startswith("empty").all()

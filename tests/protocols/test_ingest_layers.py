@@ -213,6 +213,9 @@ def test_activations_of_saelens(asked, run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="folder without states"):
         read_trajectory(tmp_path / "empty")
+    (tmp_path / "empty" / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a run already; type: dynprobe show"):
+        read_trajectory(tmp_path / "empty")
 
 
 def test_one_layer_has_what_needs_no_step(asked, run, tmp_path):

@@ -80,6 +80,11 @@ def test_patterns_stand_for_the_shipped_models():
         ("models: [tiny-llama]\niterations: [1]\n", r"line 2: iterations belong to protocol: iterate"),
         ("- tiny-llama\n", r"holds list; it must be a mapping with a key models"),
         ("models: [", r"is not YAML"),
+        ("", r"is empty; it must be a mapping with a key models"),
+        ("models: []\n", r"line 1: models is an empty list; name one at least"),
+        ("models: [tiny-llama]\nseeds: []\n", r"line 2: seeds is an empty list; name one at least"),
+        ("models: [tiny-llama]\nmodels: [tiny-cem]\n", r"line 2: models stands there twice \(line 1 too\)"),
+        ("models:\n- {model: tiny-llama, label: a,\n   label: b}\n", r"line 3: label stands there twice"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_design_is_said_with_its_line(tmp_path, text, said):
@@ -255,6 +260,28 @@ def test_a_lost_run_is_made_again_and_an_edited_one_is_noticed(made, tmp_path):
     assert done.status == "complete"
     assert done.run(lost["key"]).manifest.id8 == lost["id8"]
     assert done.table("variance").equals(made.table("variance"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_lost_or_cut_part_is_made_again(made, tmp_path, damage, monkeypatch):
+    import shutil
+
+    copy = tmp_path / made.path.name
+    shutil.copytree(made.path, copy)
+    hurt = made.manifest["cells"][1]
+    part = next((copy / hurt["run"] / "samples").glob("*.parquet"))
+    whole = part.read_bytes()
+    part.unlink() if damage == "missing" else part.write_bytes(whole[:200])
+    ran, told, run = [], [], _panel_work.run
+    monkeypatch.setattr(_panel_work, "run", lambda *a, **k: ran.append(k["seed"]) or run(*a, **k))
+    done = dp.panel(copy, listener=lambda p: told.extend(p.notes))
+    assert ran == [hurt["seed"]]  # the other five stand
+    assert any(part.name in note for note in told)
+    assert done.status == "complete"
+    assert done.run(hurt["key"]).manifest.status == "complete"
+    assert len(done.run(hurt["key"]).samples) == len(made.run(hurt["key"]).samples)
+    assert done.table("variance").equals(made.table("variance"))
+    assert (copy / hurt["run"] / "damaged").is_dir()  # what was taken out is kept
 
 
 def test_models_are_let_go(tmp_path, monkeypatch):

@@ -577,13 +577,14 @@ def test_the_response_table_averages_seeds_inside_prompts(whole: Any) -> None:
 
 
 def test_intervals_of_responses_with_gaps_are_those_of_the_prompts_that_have_one() -> None:
+    from dynprobe.metrics.statistics._bootstrap import expanded_level
     from dynprobe.protocols._responses import _interval
 
     values = np.array([1.0, 2.0, 3.0, 10.0, np.nan])
     with_gap, without = _interval("x", values), _interval("x", values[:4])
     assert with_gap == without
     draws = np.random.default_rng(1).choice(values[:4], (200_000, 4)).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.quantile(draws, [expanded_level(0.95, 4), 1 - expanded_level(0.95, 4)])
     assert with_gap["x_low"] == pytest.approx(low, abs=0.3)
     assert with_gap["x_high"] == pytest.approx(high, abs=0.3)
     assert np.isnan(_interval("x", np.full(3, np.nan))["x"])

@@ -15,11 +15,13 @@ import pytest
 
 import dynprobe as dp
 from dynprobe.errors import MetricError, RunFolderError, UsageError
+from dynprobe.metrics.statistics import cluster_mean
 from dynprobe.runs import RunWriter, register_converter
 from dynprobe.runs._compare_columns import _CONVERTERS
-from dynprobe.runs._compare_correlation import rank_correlation
+from dynprobe.runs._compare_correlation import _known, _over_prompts, rank_correlation
 from dynprobe.runs._compare_depth import along_depth, first_state
 from dynprobe.runs._compare_matched import at_equal_kl
+from dynprobe.runs._compare_pairs import Settings
 from dynprobe.runs._compare_thresholds import mover
 
 TEXTS = {f"p{i}": f"text {i}" for i in range(5)}
@@ -608,3 +610,16 @@ def test_runs_of_one_model_get_labels_of_their_own(tmp_path):
     labels = dp.compare(made).runs["run"].tolist()
     assert len(set(labels)) == 2
     assert all(label.startswith("m ") for label in labels)
+
+
+@pytest.mark.parametrize(("n", "rho", "reason"), [(3, None, "prompts<4"), (6, 1.0, "no-spread")])
+def test_a_rank_correlation_of_few_or_without_spread(n, rho, reason):
+    """Three prompts have no ρ; identical ranks in every replicate have no interval."""
+    how = Settings(n_boot=50)
+    found = _over_prompts(np.arange(3.0), np.arange(3.0) ** 2, how) if n == 3 else _known(
+        cluster_mean(np.full(n, rho), n_boot=50), 4
+    )  # fmt: skip
+    assert found["reason"] == reason
+    assert math.isnan(found["low"])
+    assert math.isnan(found["high"])
+    assert math.isnan(found["rho"]) if rho is None else found["rho"] == rho

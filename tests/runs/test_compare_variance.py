@@ -19,12 +19,15 @@ CATEGORY = dict(zip(["p0", "p1", "p2", "p3", "p4", "p5"], ["x", "x", "x", "y", "
 FACTS = {"nll": {"id": "output.nll/1", "unit": "nat", "digest": "ee", "span": "new"}}
 
 
-def write(out: Path, name: str, nll: Any, *, weights: str = "", skeleton: dict[str, Any] | None = None) -> Path:
+def write(
+    out: Path, name: str, nll: Any, *, weights: str = "", skeleton: dict[str, Any] | None = None,
+    dtype: str = "float32",
+) -> Path:  # fmt: skip
     """A finished run with one number per prompt."""
     model = {"model_id": name, "model_type": name[:1]} | ({} if skeleton is None else {"skeleton": skeleton})
     writer = RunWriter.begin(
         out, ident=f"{zlib.crc32(f'{name}{list(nll)}'.encode()):08x}", model_name=name, config={}, columns=FACTS,
-        manifest_fields={"model": model, "weights": {"hash": weights or name}, "dtypes": {"weights": "float32"}},
+        manifest_fields={"model": model, "weights": {"hash": weights or name}, "dtypes": {"weights": dtype}},
     )  # fmt: skip
     with writer:
         prompts = pd.DataFrame({"prompt_id": list(CATEGORY), "category": list(CATEGORY.values())})
@@ -68,6 +71,42 @@ def test_runs_of_one_model_are_its_seeds(tmp_path, values):
     assert copies.variance["copies"].iloc[0] == 12
     one = dp.compare([runs[0], runs[2]], n_boot=50)
     assert one.variance.empty
+
+
+def test_dtypes_are_no_seeds_of_a_model(tmp_path, values):
+    """Four runs of two weights; where one of each is in bfloat16, nothing is left that could be called a seed."""
+    where = [("w0", "float32"), ("w1", "float32"), ("w0", "bfloat16"), ("w1", "bfloat16")]
+    mixed = [
+        write(tmp_path, f"a{i}", row, weights=w, dtype=d)
+        for i, (row, (w, d)) in enumerate(zip(values, where, strict=False))
+    ]
+    found = dp.compare(mixed, n_boot=50)
+    table = found.variance.set_index("term")
+    assert table["n_models"].iloc[0] == 4
+    assert table.loc["seed", "reason"] == "df<1"
+    assert any("a0 and a2 are one model in several dtypes" in text for text in found.grave)
+    assert any(text.startswith("variance over 2 models") for text in found.warnings)  # and not over four
+    assert found.skeleton.empty  # two models are too few for one, however many dtypes
+    assert dp.compare([mixed[0], mixed[2]], n_boot=50).variance.empty
+    again = write(tmp_path, "b", values[4], weights="w0", dtype="bfloat16")
+    seeds = dp.compare([*mixed, again], n_boot=50).variance.set_index("term")
+    assert seeds["n_models"].iloc[0] == 4
+    assert seeds.loc["seed", "df"] > 0  # a second run of one dtype is a seed
+
+
+def test_a_skeleton_reads_one_dtype_of_each_weights(tmp_path, values):
+    depths = [1, 2, 3, 5]
+    runs = [
+        write(tmp_path, f"a{i}", row, skeleton={"depth": d})
+        for i, (row, d) in enumerate(zip(values, depths, strict=False))
+    ]
+    alone = dp.compare(runs, n_boot=50).skeleton.iloc[0]
+    half = write(tmp_path, "half", values[4], weights="a1", skeleton={"depth": 2}, dtype="bfloat16")
+    beside = dp.compare([*runs, half], n_boot=50).skeleton.iloc[0]
+    assert (alone["n_models"], beside["n_models"]) == (4, 4)
+    assert beside["r2"] == pytest.approx(alone["r2"], rel=1e-12)
+    assert alone["p_least"] == pytest.approx(1 / 24)  # no order of uneven depths gives the same R²
+    assert alone["p_permutation"] >= alone["p_least"]
 
 
 def test_skeletons_from_the_manifests(tmp_path, values):

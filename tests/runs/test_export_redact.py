@@ -43,7 +43,8 @@ def private(out, texts=SECRETS):
         writer.write_batch(0, {
             "samples": pd.DataFrame({"sample_id": ids, "prompt_id": ["p0", "p1"], "condition_id": "clean",
                                      "nll": [1.0, 2.0], "text": [WRITTEN, None], "n_new": 3}),
-            "tokens": tokens.assign(token_id=[11, 12, 13, 21, 22, 23], target_id=7, nll=1.5),
+            "tokens": tokens.assign(token_id=[11, 12, 13, 21, 22, 23], target_id=7, nll=1.5,
+                                    token_text=["My", " neighbour", " keeps", "The", " ans", "swordfish"]),
             "depths": keys.assign(norm=2.5, layer=keys["depth"] - 1),
             "items": pd.DataFrame({"task": "t", "doc_id": ["0", f"about: {texts[0]}"], "condition_id": "clean",
                                    "target": ["yes", "no"], "text": [WRITTEN, ""], "cluster": ["c0", WRITTEN],
@@ -80,7 +81,8 @@ def test_nothing_of_a_text_is_left(tmp_path, tables, to):
     assert back.prompts["token_ids"].isna().all()
     assert back.samples["nll"].tolist() == [1.0, 2.0]
     if tables is not None:
-        assert back.tokens[["token_id", "target_id"]].isna().all().all()
+        assert "tokens.token_text: emptied" in done.removed
+        assert back.tokens[["token_id", "target_id", "token_text"]].isna().all().all()
         assert (back.tokens["nll"] == 1.5).all()
         depths = back.depths.set_index("depth")["norm"]
         assert depths.loc[0].isna().all()  # the norm of an embedding is the token
@@ -190,6 +192,17 @@ def test_token_ids_and_json_cells_of_a_whole_export(tmp_path, to):
     back = import_export(done.path, tmp_path / "back")
     assert json.loads(back.conditions["params"][0]) == {"alpha": 0.1, "about": hashed_text(AWKWARD)}
     assert back.manifest.config["prompts"] == [[], []]
+
+
+@pytest.mark.parametrize("word", ["perturbed", "category", "protocol", "output.nll/1", "conditions", "schema_version"])
+def test_a_prompt_that_is_a_word_of_dynprobe_leaves_too(tmp_path, word):
+    """Such a word stands in every page and in the names of columns; what is removed is the prompt."""
+    run = private(tmp_path / "runs", [word, SECRETS[1]])
+    done = run.export("hf", tmp_path / "out", redact_text=True)
+    back = import_export(done.path, tmp_path / "back")
+    assert next(iter(back.table("prompts")["text"])) == hashed_text(word, [11, 12, 13])
+    assert word not in (back.manifest.command or [word])
+    assert SECRETS[1] not in everything(done.path)
 
 
 @pytest.mark.parametrize("where", ["dynprobe.json", "README.md", "table conditions"])

@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from dynprobe.errors import RunFolderError, UsageError
+from dynprobe.metrics.statistics import mean_interval
 from dynprobe.runs import RunWriter, open_run, report
 from dynprobe.runs._curves import curve, profile_numbers, regime_numbers, shown_conditions
 from dynprobe.runs._pca import pca_numbers
@@ -26,14 +28,18 @@ def number(*key):
     return float(np.random.default_rng([ord(c) for c in "|".join(map(str, key))]).normal())
 
 
-def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True, poison="plain", **config):
+def made(
+    out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True, poison="plain", arms=ARMS, prompts=PROMPTS,
+    new=None, versions="0.1.0", **config,
+):  # fmt: skip
+    """A run; ``new`` are the texts of generated tokens, which runs of schema 1.0 did not store."""
     writer = RunWriter.begin(
         out, ident="0123abcd", model_name=name, config={"perturb": ["alpha=0.1"], **config},
         columns={"nll": {"id": "output.nll/1", "unit": "nat", "digest": "aa", "span": "all", "aggregation": "mean"},
                  "kappa_phase": {"id": "kappa.phase/1", "unit": "half-turns", "digest": "bb", "span": "all"},
                  "norm": {"id": "resid.norm/1", "unit": "state", "digest": "cc", "span": "all"}},
         manifest_fields={
-            "batch_plan": [0], "versions": {"dynprobe": "0.1.0"},
+            "batch_plan": [0], "versions": {"dynprobe": versions},
             "command": ["dynprobe", "run", "--token", "hf_secretsecretsecret"],
             "self_tests": {
                 "null": {"name": "null", "passed": False, "value": 0.5, "limit": 0.0, "unit": "max", "detail": {}}
@@ -41,13 +47,13 @@ def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True
             "noise_floor": {"noise_floor": 1e-6},
         },
     )  # fmt: skip
-    rows = [(f"{p}|{c}|0", p, c) for c in ARMS for p in PROMPTS]
+    rows = [(f"{p}|{c}|0", p, c) for c in arms for p in prompts]
     samples = pd.DataFrame(rows, columns=["sample_id", "prompt_id", "condition_id"])
     samples = samples.assign(
         replicate=0, n_prompt=N_PROMPT, n_new=N_NEW, text=poison, status="ok",
         nll=np.array([number(s) for s in samples["sample_id"]], dtype=np.float32),
-        limen_regime=["HIGH" if p in ("p0", "p1") else "LOW" for p in samples["prompt_id"]],
-        reasons=['{"limen_ratio":"steps"}' if p == "p3" else None for p in samples["prompt_id"]],
+        limen_regime=["HIGH" if p in prompts[:2] else "LOW" for p in samples["prompt_id"]],
+        reasons=['{"limen_ratio":"steps"}' if p == prompts[3] else None for p in samples["prompt_id"]],
     )  # fmt: skip
     ids = {t: i for i, t in enumerate(dict.fromkeys(t for ts in texts.values() for t in ts))}
     tokens = pd.DataFrame(
@@ -55,6 +61,10 @@ def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True
           "token_id": ids[texts[p][i]] if i < N_PROMPT else (1 if i == N_PROMPT else 999)}
          for s, p, _ in rows for i in range(N_PROMPT + N_NEW)]
     )  # fmt: skip
+    if new is not None:
+        tokens["token_text"] = [
+            (texts[p][i] if i < N_PROMPT else new[i - N_PROMPT]) for _, p, _ in rows for i in range(N_PROMPT + N_NEW)
+        ]
     depths = pd.DataFrame(
         [{"sample_id": s, "pos": i, "track": "resid", "depth": d, "layer": d - 1, "norm": 1.0 + d,
           "angle": np.nan if d == 0 else abs(number(s, i, d))}
@@ -68,12 +78,12 @@ def made(out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True
     with writer:
         writer.write_table(
             "prompts",
-            pd.DataFrame({"prompt_id": PROMPTS, "text": ["".join(texts[p]) for p in PROMPTS],
+            pd.DataFrame({"prompt_id": prompts, "text": ["".join(texts[p]) for p in prompts],
                           "category": ["x", "x", "y", "y"],
-                          "token_ids": [[ids[t] for t in texts[p]] for p in PROMPTS],
-                          "token_texts": [pd.Series(texts[p]).to_json(orient="values") for p in PROMPTS]}),
+                          "token_ids": [[ids[t] for t in texts[p]] for p in prompts],
+                          "token_texts": [pd.Series(texts[p]).to_json(orient="values") for p in prompts]}),
         )  # fmt: skip
-        writer.write_table("conditions", pd.DataFrame({"condition_id": list(ARMS), "arm": list(ARMS.values())}))
+        writer.write_table("conditions", pd.DataFrame({"condition_id": list(arms), "arm": list(arms.values())}))
         if states:
             keys = depths[["sample_id", "pos", "track", "depth", "layer"]]
             writer.write_states(0, keys, state_of(keys), "float32")
@@ -91,6 +101,14 @@ def state_of(keys):
     return out
 
 
+def slow_interval(values):
+    """Expanded percentiles of a bootstrap, from the definition: prompts are drawn, and few of them widen the tails."""
+    n = len(values)
+    draws = [np.mean([values[i] for i in pick]) for pick in np.random.default_rng(0).integers(0, n, (2000, n))]
+    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
+    return [np.quantile(draws, tail, method="lower"), np.quantile(draws, 1 - tail, method="higher")]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return made(tmp_path_factory.mktemp("made"))
@@ -106,8 +124,7 @@ def test_a_profile_is_the_mean_over_prompts_with_its_interval(run):
                 [np.float32(number("k", f"{p}|{condition}|0", int(row["depth"]))) for p in PROMPTS], dtype=float
             )
             assert row["mean"] == pytest.approx(values.mean(), rel=1e-12)
-            draws = values[np.random.default_rng(0).integers(0, 4, size=(2000, 4))].mean(axis=1)
-            assert [row["low"], row["high"]] == pytest.approx(list(np.quantile(draws, [0.025, 0.975])), rel=1e-12)
+            assert [row["low"], row["high"]] == pytest.approx(slow_interval(values), rel=1e-12)
             assert row["n"] == 4
 
 
@@ -140,6 +157,14 @@ def test_the_map_holds_what_is_stored_and_labels_tokens(run):
     assert list(rows.drop_duplicates("pos")["new"]) == [False, False, False, True, True]
     with pytest.raises(UsageError, match="no prompt 'p9'"):
         token_map(run, ["p9"], ["clean"], ["angle"])
+
+
+def test_the_map_labels_generated_tokens_with_their_own_texts(tmp_path):
+    run = made(tmp_path, new=["\n", None], states=False)
+    rows = token_map(run, ["p0"], ["clean"], ["angle"]).drop_duplicates("pos")
+    assert list(rows["token"]) == ["<b>", " x", "</script>", "\n", "#999"]  # without a text of its own, by its id
+    labels = run.plot.heatmap_tokens("angle", prompt="p0", condition="clean").axes[0].get_xticklabels()
+    assert [t.get_text() for t in labels] == ["<b>", "·x", "</script>", "⏎", "#999"]
 
 
 def test_principal_components_leave_position_0_out_and_have_a_fixed_sign(run):
@@ -523,3 +548,146 @@ def test_themes_and_a_phone(loaded, tmp_path):
     wait(loaded, lambda: loaded.execute_script("return document.documentElement.scrollWidth") <= 390, 10)
     loaded.save_screenshot(str(tmp_path / "phone.png"))
     assert (tmp_path / "phone.png").stat().st_size > 5000
+
+
+# ---- hostile values -------------------------------------------------------------------------------------------------
+
+SCRIPT = "</script><script>alert(1)</script>"
+IMAGE = '"><img src=x onerror=window.hurt=1>'
+HOSTILE = (SCRIPT, IMAGE, "{{ 7*7 }} %{y} ${x}", "a\u2028b\u2029'\"`<!--")
+HOSTILE_ARMS = {"clean": "clean", IMAGE: "perturbed", "'\"{{ 7*7 }}\u2028<b>": "perturbed", SCRIPT: SCRIPT}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    texts = {p: [SCRIPT, IMAGE, "{{ 7*7 }}"] for p in HOSTILE}
+    return made(
+        tmp_path_factory.mktemp("hostile"), texts=texts, name=f"{IMAGE}{SCRIPT}", poison=f"{SCRIPT}{IMAGE}\u2028'\"",
+        arms=HOSTILE_ARMS, prompts=HOSTILE, new=["<i>\u2028", "'\"\x00"], versions=f"{SCRIPT}{IMAGE}",
+        note=f"{IMAGE}{SCRIPT}",
+    )  # fmt: skip
+
+
+def test_hostile_values_are_shown_as_they_are_and_do_nothing(browser, hostile):
+    from selenium.common.exceptions import NoAlertPresentException
+
+    browser.get_log("browser")
+    browser.get(hostile.report().as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    for opener in browser.find_elements("css selector", "details[data-numbers]"):
+        browser.execute_script("arguments[0].open = true", opener)
+    with pytest.raises(NoAlertPresentException):
+        _ = browser.switch_to.alert.text
+    assert browser.execute_script("return window.hurt") is None
+    made_of = browser.execute_script(
+        "return ['img', 'i', 'b', 'script'].map(tag => document.querySelectorAll(tag).length)"
+    )
+    assert made_of == [0, 0, 0, 3]  # the data, plotly, and the page's own script
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+    def texts(selector):
+        return browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map(n => n.textContent)", selector
+        )
+
+    assert texts("h1") == [f"{IMAGE}{SCRIPT}: run"]
+    assert texts("[data-figure=run1-tokens] select[data-column=prompt_id] option") == list(HOSTILE)
+    assert texts("[data-figure=run1-tokens] select[data-column=condition_id] option") == list(HOSTILE_ARMS)
+    assert texts("[data-figure=run1-tokens] .xtick text") == [
+        "</script><scr…", "\"><img·src=x·…", "{{·7*7·}}", "<i>\\u2028", "'\"\\x00",
+    ]  # fmt: skip
+    legend = set(texts("[data-figure=run1-profiles] .legendtext"))
+    assert legend == {"clean", IMAGE, "'\"{{ 7*7 }}\u2028<b>", SCRIPT}
+    assert set(texts("[data-figure=run1-regimes] .ytick text")) == legend
+    cells = texts("[data-table=run1-samples] tbody td")
+    assert {*HOSTILE, *HOSTILE_ARMS, f"{SCRIPT}{IMAGE}\u2028'\""} <= set(cells)
+    assert {*HOSTILE} <= set(texts("[data-table=run1-prompts] tbody td"))
+    provenance = texts("#run1-provenance dd")
+    assert f"{SCRIPT}{IMAGE}" in provenance
+    shown = json.loads(texts("#run1-provenance pre")[0])
+    assert shown["note"] == f"{IMAGE}{SCRIPT}"
+
+
+# ---- axes, strokes and intervals ------------------------------------------------------------------------------------
+
+
+def test_what_is_counted_has_whole_ticks_and_a_logarithmic_axis_says_so(loaded):
+    ticks = loaded.execute_script(
+        """return [...document.querySelectorAll('[data-figure=run1-profiles] .xtick text'),
+                   ...document.querySelectorAll('[data-figure=run1-tokens] .ytick text')].map(t => t.textContent)"""
+    )
+    assert len(ticks) > 8
+    assert [t for t in ticks if not re.fullmatch(r"\d+", t)] == []
+    titles = loaded.execute_script(
+        """return [...document.querySelectorAll('[data-figure=run1-profiles] .js-plotly-plot')].map(
+            p => [p._fullLayout.yaxis.type, p._fullLayout.yaxis.title.text])"""
+    )
+    assert ["log", "norm (state, log scale)"] in titles
+    assert all(("log scale" in text) == (kind == "log") for kind, text in titles)
+
+
+def test_arms_are_told_apart_by_colour_and_stroke_and_their_bands_by_their_edges(loaded):
+    found = loaded.execute_script(
+        """const p = document.querySelector('[data-figure=run1-profiles] .js-plotly-plot');
+        return p.data.map(t => [t.legendgroup, t.fill ?? '', t.line.color, t.line.dash, t.line.width])"""
+    )
+    lines = {name: (colour, dash) for name, fill, colour, dash, _ in found if not fill}
+    bands = {name: (dash, width) for name, fill, _, dash, width in found if fill}
+    assert set(lines) == set(bands) == set(ARMS)
+    assert len(set(lines.values())) == len({c for c, _ in lines.values()}) == len({d for _, d in lines.values()}) == 3
+    assert all(bands[name] == (lines[name][1], 1) for name in ARMS)
+    legend = loaded.execute_script(
+        """return [...document.querySelector('[data-figure=run1-profiles] .js-plotly-plot').querySelectorAll(
+            '.legendtext')].map(t => t.textContent)"""
+    )
+    assert legend == list(ARMS)
+
+
+def test_interval_bars_of_means_are_those_of_the_numbers(browser, run, tmp_path):
+    pytest.importorskip("duckdb")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    other = made(tmp_path, name="org/other", states=False)
+    browser.get(report([run, other], out=tmp_path / "both.html").as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    figure = browser.find_element(By.CSS_SELECTOR, "[data-figure=compare-means]")
+    condition = Select(figure.find_element(By.CSS_SELECTOR, "select[data-column=condition]"))
+    for name in ARMS:
+        condition.select_by_visible_text(name)
+        mean, above, below = browser.execute_script(
+            """const t = arguments[0].querySelector('.js-plotly-plot').data[0];
+            return [t.x[0], t.error_x.array[0], t.error_x.arrayminus[0]]""",
+            figure,
+        )
+        values = run.samples[run.samples["condition_id"] == name]["nll"].to_numpy(np.float64)
+        assert mean == pytest.approx(values.mean(), rel=1e-12)
+        assert [mean - below, mean + above] == pytest.approx(slow_interval(values), rel=1e-9)
+        assert list(mean_interval(values)) == pytest.approx(slow_interval(values), rel=1e-9)
+
+
+def test_the_keyboard_alone_reaches_a_header_and_sorts(loaded):
+    from selenium.webdriver.common.keys import Keys
+
+    assert loaded.execute_script("return [...document.querySelectorAll('[tabindex]')].every(n => n.tabIndex <= 0)")
+    table = loaded.find_element("css selector", "[data-table=run1-samples]")
+    here = table.find_element("css selector", "input[type=search]")
+    seen = []
+    for _ in range(12):
+        here.send_keys(Keys.TAB)
+        here = loaded.switch_to.active_element
+        seen.append(here.tag_name)
+        if here.tag_name == "button":
+            break
+    assert seen[-2:] == ["div", "button"]  # menus, then the table, which scrolls, then its first header
+    head = here.find_element("xpath", "..")
+    assert (head.tag_name, head.get_attribute("aria-sort")) == ("th", "none")
+    here.send_keys(Keys.ENTER)
+    assert head.get_attribute("aria-sort") == "ascending"
+    here.send_keys(Keys.ENTER)
+    assert head.get_attribute("aria-sort") == "descending"
+    here.send_keys(Keys.TAB)
+    other = loaded.switch_to.active_element
+    other.send_keys(Keys.SPACE)
+    assert head.get_attribute("aria-sort") == "none"
+    assert other.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"

@@ -33,9 +33,16 @@ def test_numbers_that_json_lacks(tmp_path, make):
     assert manifest.model_extra["bound"] == "Infinity"
 
 
+def test_an_older_minor_opens(run_folder):
+    edit(run_folder, schema_version="1.0")
+    run = open_run(run_folder)
+    assert run.manifest.schema_version == "1.0"
+    assert len(run.samples) == run.manifest.rows()["samples"]
+
+
 def test_newer_major_is_refused(run_folder):
     edit(run_folder, schema_version="2.0")
-    with pytest.raises(RunFolderError, match=r"schema 2\.0; this dynprobe reads up to 1\.0.*pip install --upgrade"):
+    with pytest.raises(RunFolderError, match=r"schema 2\.0; this dynprobe reads up to 1\.1.*pip install --upgrade"):
         open_run(run_folder)
 
 

@@ -10,8 +10,10 @@
 - Kinks: :func:`broken_stick`, :func:`nonlinear`.
 - Recovery: :func:`recovery_fraction`, :func:`dissociation` and :func:`dissociation_verdict`,
   :func:`semantic_refusal`, :func:`iatrogenic_rate`, :func:`spearman_interval`.
-- Two sides of the same prompts: :func:`paired_difference`, :func:`profile_difference`, :func:`cluster_mean`,
-  :func:`profile_interval`, :func:`adjusted` (Holm, Benjamini–Hochberg).
+- A mean over prompts: :func:`mean_interval`, which every command uses, inside :func:`cluster_mean` and, along an axis,
+  :func:`profile_interval`; :func:`interval_words` is its name.
+- Two sides of the same prompts: :func:`paired_difference`, :func:`profile_difference`, :func:`adjusted` (Holm,
+  Benjamini–Hochberg).
 - Panels of models: :func:`variance_table` (η², ω², each term by itself), :func:`variance_components` (ANOVA, REML) and
   :func:`nakagawa_r2`, :func:`icc1`, :func:`lmg_shares`, :func:`skeleton_r2`, :func:`adjusted_rand`,
   :func:`stable_clusters`, :func:`regime_shares`.
@@ -65,7 +67,14 @@ from dynprobe.metrics.statistics._paired_difference import (
 from dynprobe.metrics.statistics._partitions import RandIndex, Topology, adjusted_rand, stable_clusters
 from dynprobe.metrics.statistics._population import Threshold, prompt_threshold
 from dynprobe.metrics.statistics._posterior import Answer, PosteriorSearch, PosteriorThreshold
-from dynprobe.metrics.statistics._prompt_means import ClusterMean, cluster_mean, cluster_means, profile_interval
+from dynprobe.metrics.statistics._prompt_means import (
+    ClusterMean,
+    cluster_mean,
+    cluster_means,
+    interval_words,
+    mean_interval,
+    profile_interval,
+)
 from dynprobe.metrics.statistics._psychometric import PsychometricFit, fit_psychometric
 from dynprobe.metrics.statistics._rates import EventRate, event_rate, iatrogenic_rate
 from dynprobe.metrics.statistics._ratio import Ratio, ratio_threshold
@@ -138,10 +147,12 @@ __all__ = [
     "fit_psychometric",
     "iatrogenic_rate",
     "icc1",
+    "interval_words",
     "isotonic_threshold",
     "kaplan_meier",
     "lmg_shares",
     "mann_kendall",
+    "mean_interval",
     "mean_threshold",
     "monotonicity_test",
     "nakagawa_r2",

@@ -125,7 +125,7 @@ def _rand(x: NDArray[np.int64], y: NDArray[np.int64]) -> float:
 
     cells = np.bincount(x * (int(y.max()) + 1) + y)
     both, rows, columns = pairs(cells), pairs(np.bincount(x)), pairs(np.bincount(y))
-    # Numerator and denominator are both multiplied by C(n, 2): whole and half numbers, so no rounding before the quotient.
+    # Numerator and denominator are both multiplied by C(n, 2): whole and half numbers, not rounded before the quotient.
     pairs_in_all = len(x) * (len(x) - 1) / 2
     expected = rows * columns
     most = (rows + columns) / 2 * pairs_in_all

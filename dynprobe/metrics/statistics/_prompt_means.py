@@ -1,5 +1,9 @@
 """Means over prompts with a cluster bootstrap, one number or a whole table of them on the same draws.
 
+Every interval of a mean over prompts that dynprobe prints, stores or draws comes from here, whichever command asked for
+it, and is of one kind: the expanded percentile interval of :mod:`._bootstrap`, missing below three prompts.
+:func:`interval_words` is its name in captions, summaries and docs.
+
 A comparison asks for hundreds of means over the same prompts. The draws are made once and every column is multiplied
 by them, which is what lets the same statistics serve one number and ten million rows.
 """
@@ -13,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dynprobe.metrics.statistics._bootstrap import check_bootstrap, expanded_level, multiplicity, resample
+from dynprobe.errors import MetricError
+from dynprobe.metrics.statistics._bootstrap import check_bootstrap, expanded_level, interval, multiplicity, resample
 from dynprobe.metrics.statistics._clusters import cluster_index, cluster_sums, column
 from dynprobe.metrics.statistics._crossing import Array, Status
 
@@ -23,6 +28,8 @@ __all__ = [
     "cluster_mean",
     "cluster_means",
     "draw_weights",
+    "interval_words",
+    "mean_interval",
     "per_prompt",
     "profile_interval",
     "quantile_ends",
@@ -120,12 +127,66 @@ def cluster_means(x: Any, *, confidence: float = 0.95, n_boot: int = 2000, seed:
     return out
 
 
+def mean_interval(
+    x: Any, weights: Any = None, *, confidence: float = 0.95, n_boot: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    r"""Interval of a mean over prompts: expanded percentiles of a bootstrap that draws prompts.
+
+    The mean is :math:`\sum_p w_p x_p / \sum_p w_p`; a prompt that is drawn brings its value and its weight.
+
+    Args:
+        x: One number per prompt. A value that is NaN takes no part.
+        weights: Weight of each prompt, such as its number of tokens; default equal.
+        confidence: Nominal coverage.
+        n_boot: Replicates.
+        seed: Seed of the resampling.
+
+    Returns:
+        Lower and upper end; NaN below three prompts with a value.
+
+    Raises:
+        MetricError: The settings give no interval, or weights and values differ in number.
+
+    Source:
+        Reference §10.4; Hesterberg, The American Statistician 69:371 (2015).
+
+    Example:
+        >>> low, high = mean_interval([1.0, 2.0, 3.0, 4.0])
+        >>> low < 2.5 < high, mean_interval([1.0, 2.0])
+        (True, (nan, nan))
+    """
+    check_bootstrap(n_boot, confidence)
+    values = column(x, "x")
+    w = np.ones(len(values)) if weights is None else column(weights, "weights")
+    if len(w) != len(values):
+        raise MetricError(f"a prompt has one value and one weight, found {len(values)} values and {len(w)} weights.")
+    ok = np.isfinite(values) & np.isfinite(w)
+    values, w = values[ok], w[ok]
+    if weights is None or len(values) < 3 or not n_boot:
+        low, high, _ = bootstrap_ends(values[:, None], confidence, n_boot, seed)
+        return float(low[0]), float(high[0])
+    drawn = draw_weights(len(values), n_boot, seed)
+    with np.errstate(invalid="ignore"):
+        draws = (drawn @ (w * values)) / (drawn @ w)
+    return interval(draws, draws, confidence, len(values))
+
+
+def interval_words(confidence: float = 0.95, over: str = "prompts") -> str:
+    """Name of the interval of a mean, as it stands in captions and summaries.
+
+    Example:
+        >>> interval_words()
+        '95 % expanded percentile bootstrap interval over prompts'
+    """
+    return f"{100 * confidence:g} % expanded percentile bootstrap interval over {over}"
+
+
 def profile_interval(
     x: Any, *, confidence: float = 0.95, n_boot: int = 2000, seed: int = 0
 ) -> tuple[Array, Array, Array]:
     """Pointwise mean and bootstrap interval of profiles ``[prompt, point]``.
 
-    A point that fewer than half of the prompts have is NaN.
+    A point that fewer than half of the prompts have is NaN; one that fewer than three have has no interval.
 
     Example:
         >>> profile_interval([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])[0].tolist()
@@ -146,7 +207,7 @@ def profile_interval(
             draws = np.sort((weights @ filled) / drawn, axis=0)
             for n in np.unique(known.sum(0)[enough]):
                 some = enough & (known.sum(0) == n) & np.isfinite(draws[-1])
-                if n > 1:
+                if n > 2:
                     low[some], high[some] = quantile_ends(draws[:, some], confidence, int(n))
     return mean, low, high
 

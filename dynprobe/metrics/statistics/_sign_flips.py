@@ -16,7 +16,7 @@ import numpy as np
 
 from dynprobe.metrics.statistics._crossing import Array
 
-__all__ = ["flip_p", "flip_p_max"]
+__all__ = ["flip_p", "flip_p_max", "least_flip_p"]
 
 _EXACT, _DRAWN, _DRAWN_PROFILE = 13, 9999, 1999
 #: Two test statistics closer than this, relative, are equal: the sum over another order of the prompts.
@@ -54,6 +54,18 @@ def flip_p_max(delta: Array) -> Array:
     found = size(delta[:, live].mean(0)) * (1 - _TIE)
     out[live] = 1 - np.searchsorted(np.sort(largest), found, side="left") / len(largest)
     return out
+
+
+def least_flip_p(n: int, *, profile: bool = False) -> float:
+    """Smallest p that sign flips of n prompts can give; no data, however clear, can go below it.
+
+    Example:
+        >>> least_flip_p(4), least_flip_p(20), least_flip_p(20, profile=True)
+        (0.125, 0.0001, 0.0005)
+    """
+    if n < 2:
+        return float("nan")
+    return 2.0 ** (1 - n) if n <= _EXACT else 1 / ((_DRAWN_PROFILE if profile else _DRAWN) + 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,9 @@ five covariates of pure noise explain 5/16 = 0.31 on average. So the number neve
 - the **null expectation** p/(n − 1) and the adjusted R²;
 - a **permutation p**: covariates are dealt to the models at random, all orders where they are few. Where models share
   their covariates (two seeds of one architecture), whole groups are dealt, for the models of a group are no independent
-  evidence about the covariates;
+  evidence about the covariates. Only groups of one size change places: their values are exchangeable as blocks when the
+  covariates mean nothing, so the p is exact (Winkler et al. 2015, exchangeability blocks); dealing single models, or
+  groups of different sizes, is not. Where no order gives another R², p is NaN and ``reason_p`` says so;
 - **leave-one-model-out** R² = 1 − PRESS/SS_total, and **leave-one-family-out** R², where a family is predicted from the
   others; both may be negative: then the mean of all models predicts better than the skeleton;
 - the **check** R² ≤ η²_model on the same runs. A covariate is a function of the model, so it cannot explain more of the
@@ -23,7 +25,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from math import factorial
+from math import factorial, prod
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ NAN = float("nan")
 #: At most so many orders are all taken.
 _EXACT = 5040
 _TIE = 1e-9
+#: Numbers that are held at once where every order is looked at.
+_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,13 @@ class Skeleton:
         r2_adjusted: 1 − (1 − R²)(n − 1)/(n − p − 1).
         null: p/(n − 1), R² of covariates that mean nothing.
         p_value: Share of permutations with an R² as large.
+        p_least: The smallest that it can be with these models and covariates, whatever the response.
         permutations: Permutations taken, the observed order among them; all there are where ``exact``.
         exact: Whether all were taken.
-        permuted: ``models``, or ``groups`` of models with one skeleton.
+        permuted: ``models``; ``groups`` of models with one skeleton; ``groups of one size`` where sizes differ.
+        reason_p: Why ``p_value`` is missing: ``skeletons<=p+1`` where the covariates tell all groups apart and every
+            order explains as much, ``sizes`` where no two groups are of one size, ``symmetric`` where the orders that
+            are allowed leave the covariates as they are.
         r2_leave_model: Leave-one-model-out R².
         r2_leave_skeleton: The same with all models of one skeleton left out together, so that no seed of an
             architecture is predicted from another; NaN where it cannot be.
@@ -90,6 +98,8 @@ class Skeleton:
     p: int = 0
     n_skeletons: int = 0
     reason: str | None = None
+    p_least: float = NAN
+    reason_p: str | None = None
 
 
 def skeleton_r2(
@@ -152,6 +162,7 @@ def skeleton_r2(
         return _missing("zero-denominator", *counts, dropped)
     r2 = _explained(q, centred) / total
     orders, exact, permuted = _orders(groups, n_permutations, seed)
+    least = _least(q, orders)
     drawn = (centred[orders] @ q) ** 2
     hits = int((drawn.sum(1) / total >= r2 * (1 - _TIE)).sum())
     residual = centred - q @ (q.T @ centred)
@@ -160,10 +171,12 @@ def skeleton_r2(
     press = NAN if alone else float(((residual / (1 - leverage)) ** 2).sum())
     family, why = _leave_out(X, mean, [None if families is None else families.get(m) for m in names])
     runs, eta2 = _over_runs(X, values, index)
+    p_value = NAN if least == 1 else hits / len(orders)
     return Skeleton(
-        r2, 1 - (1 - r2) * (n - 1) / (n - p - 1), p / (n - 1), hits / len(orders), len(orders), exact, permuted,
+        r2, 1 - (1 - r2) * (n - 1) / (n - p - 1), p / (n - 1), p_value, len(orders), exact, permuted,
         1 - press / total, _leave_out(X, mean, [int(g) for g in groups])[0], family, why, runs, eta2,
         bool(runs <= eta2 + 1e-9), lmg_shares(mean, kept) if len(kept) <= 12 else {}, dropped, *counts,
+        p_least=least, reason_p=None if least < 1 else _why_no_p(orders, counts),
     )  # fmt: skip
 
 
@@ -222,18 +235,40 @@ def _explained(q: Array, centred: Array) -> float:
 
 
 def _orders(groups: NDArray[np.int64], n_permutations: int, seed: int) -> tuple[NDArray[np.int64], bool, str]:
-    """Orders of the models [permutation, model], the given one first."""
+    """Orders of the models [permutation, model], the given one first: groups of one size change places as wholes."""
     n, sizes = len(groups), np.bincount(groups)
-    whole = len(sizes) < n and sizes.min() == sizes.max() and len(sizes) > 2
-    k = len(sizes) if whole else n
-    exact = k <= 7 and factorial(k) <= _EXACT
-    drawn = _all_orders(k) if exact else _drawn_orders(k, int(n_permutations), int(seed))
-    if not whole:
-        return drawn, exact, "models"
-    members = np.argsort(groups, kind="stable").reshape(k, -1)  # [group, member]
-    out = np.empty((len(drawn), n), dtype=np.int64)
-    out[:, members.ravel()] = members[drawn].reshape(len(drawn), n)
-    return out, exact, "groups"
+    alike = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]  # groups that may change places
+    exact = max(map(len, alike)) <= 7 and prod(factorial(len(k)) for k in alike) <= _EXACT
+    if exact:
+        parts = [_all_orders(len(k)) for k in alike]
+        which = np.indices([len(part) for part in parts]).reshape(len(parts), -1)
+        dealt = [part[i] for part, i in zip(parts, which, strict=True)]
+    else:
+        dealt = [_drawn_orders(len(k), int(n_permutations), int(seed) + i) for i, k in enumerate(alike)]
+    out = np.empty((len(dealt[0]), n), dtype=np.int64)
+    for among, order in zip(alike, dealt, strict=True):
+        members = np.array([np.flatnonzero(groups == group) for group in among])  # [group, member]
+        out[:, members.ravel()] = members[order].reshape(len(order), -1)
+    if sizes.max() == 1:
+        return out, exact, "models"
+    return out, exact, "groups" if len(alike) == 1 else "groups of one size"
+
+
+def _why_no_p(orders: NDArray[np.int64], counts: tuple[int, int, int]) -> str:
+    _, p, skeletons = counts
+    if skeletons <= p + 1:
+        return "skeletons<=p+1"
+    return "sizes" if len(orders) == 1 else "symmetric"
+
+
+def _least(q: Array, orders: NDArray[np.int64]) -> float:
+    """Share of the orders that leave the space of the covariates as it is: every response ties with itself there."""
+    hat, ties = q @ q.T, 0
+    step = max(1, _AT_ONCE // hat.size)
+    for i in range(0, len(orders), step):
+        some = orders[i : i + step]
+        ties += int((np.abs(hat[some[:, :, None], some[:, None, :]] - hat).max((1, 2)) < 1e-9).sum())
+    return ties / len(orders)
 
 
 @functools.lru_cache(maxsize=8)

@@ -53,7 +53,8 @@ def reml_of_cells(design: CrossedDesign, terms: Sequence[str], fixed: NDArray[np
         terms: Terms that have a component, the innermost last.
         fixed: Group of each row that has a mean of its own.
     """
-    from scipy.linalg import cho_factor, cho_solve
+    from scipy.linalg import cho_factor
+    from scipy.linalg.lapack import dpotri
 
     group = np.zeros(len(design.count), dtype=np.int64)
     group[design.cell] = fixed
@@ -63,22 +64,26 @@ def reml_of_cells(design: CrossedDesign, terms: Sequence[str], fixed: NDArray[np
     seeds = "seed" in terms
     within = float(((design.y - design.mean[design.cell]) ** 2).sum()) / scale**2 if seeds else 0.0
     df_within = design.n - len(design.count) if seeds else 0
-    same = {t: _same(design, t) for t in terms}
+    roots = [_root(design, t) for t in terms]
+    same = [np.diag(r) if r.ndim == 1 else r @ r.T for r in roots]
 
     def variance(theta: Array) -> Array:
-        return np.asarray(sum(value * same[t] for value, t in zip(theta, terms, strict=True)))
+        return np.asarray(sum(value * part for value, part in zip(theta, same, strict=True)))
 
     def derivatives(theta: Array) -> tuple[float, Array, Array]:
         chol = cho_factor(variance(theta), lower=True)
-        inverse = cho_solve(chol, np.eye(len(mean)))
+        half = np.tril(dpotri(chol[0], lower=1)[0])  # the inverse, of which LAPACK fills one triangle
+        inverse = half + np.tril(half, -1).T
         A = inverse @ X
         C = X.T @ A
         P = inverse - A @ np.linalg.solve(C, A.T)
         Py = P @ mean
         value = 2 * np.log(np.diag(chol[0])).sum() + np.linalg.slogdet(C)[1] + mean @ Py
-        products = [P @ same[t] for t in terms]
-        score = np.array([-0.5 * (np.trace(B) - Py @ same[t] @ Py) for B, t in zip(products, terms, strict=True)])
-        information = np.array([[0.5 * float((a * b.T).sum()) for b in products] for a in products])
+        # S = Z Zᵀ has few columns: tr(P S) and tr(P S P S') need P Z and not P S.
+        moved = [None if r.ndim == 1 else P @ r for r in roots]
+        score = np.array([-0.5 * (_trace(P, r, w) - _square(r, Py)) for r, w in zip(roots, moved, strict=True)])
+        pairs = list(zip(roots, moved, strict=True))
+        information = np.array([[0.5 * _between(P, *a, *b) for b in pairs] for a in pairs])
         if seeds:
             at = list(terms).index("seed")
             value += df_within * np.log(theta[at]) + within / theta[at]
@@ -128,13 +133,33 @@ def _codes(design: CrossedDesign, term: str) -> NDArray[np.int64]:
     return cells[term]
 
 
-def _same(design: CrossedDesign, term: str) -> Array:
-    """Z Zᵀ over the cells: 1 where two cells share a level of the term; 1/n on the diagonal for seeds."""
+def _root(design: CrossedDesign, term: str) -> Array:
+    """Z with Z Zᵀ 1 where two cells share a level of the term; the diagonal alone where no two do (1/n for seeds)."""
     if term == "seed":
-        return np.diag(1 / design.count)
+        return 1 / design.count.astype(np.float64)
     codes = _codes(design, term)
+    levels = np.unique(codes)
     # A design without replicates has no seeds: what is left is the innermost term, whose cells are the rows.
-    return (codes[:, None] == codes[None, :]).astype(np.float64)
+    return np.ones(len(codes)) if len(levels) == len(codes) else (codes[:, None] == levels[None, :]).astype(np.float64)
+
+
+def _trace(P: Array, root: Array, moved: Array | None) -> float:
+    """tr(P S)."""
+    return float(np.diag(P) @ root) if moved is None else float((moved * root).sum())
+
+
+def _square(root: Array, x: Array) -> float:
+    """xᵀ S x."""
+    return float(root @ x**2) if root.ndim == 1 else float(((root.T @ x) ** 2).sum())
+
+
+def _between(P: Array, a: Array, moved_a: Array | None, b: Array, moved_b: Array | None) -> float:
+    """tr(P S_a P S_b)."""
+    if moved_a is None and moved_b is None:
+        return float(a @ P**2 @ b)
+    if moved_b is None:
+        return _between(P, b, moved_b, a, moved_a)
+    return float(a @ (moved_b**2).sum(1)) if moved_a is None else float(((a.T @ moved_b) ** 2).sum())
 
 
 def _climb(derivatives: Callable[[Array], tuple[float, Array, Array]], n: int, scale: float) -> Array:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from dynprobe.runs._comparison import TABLES_OF
-from dynprobe.runs._report._looks import curves, in_order
+from dynprobe.runs._report._looks import bands_said, curves, in_order
 from dynprobe.runs._report._parts import Chart, Figure, Frame, Section, Table, axis, points
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def comparison_section(found: Comparison) -> Section:
         ("common prompts", str(found.facts["prompts"])),
         (
             "intervals",
-            f"{found.facts['confidence']:.0%}, {found.facts['n_boot']} bootstrap replicates over prompts, "
-            f"seed {found.facts['seed']}",
+            f"{found.facts['intervals']}, {found.facts['n_boot']} replicates, seed {found.facts['seed']}",
         ),
     ]
     return Section("compare", "Comparison", facts, figures, tables, warnings=found.warnings)
@@ -53,7 +52,7 @@ def _profiles(found: Comparison) -> Figure | None:
         return None
     rows = table.reset_index(drop=True)
     names = {run: {"run": run} for run in in_order(rows["run"])}
-    confidence, n = found.facts["confidence"], found.facts["prompts"]
+    n = found.facts["prompts"]
     charts = [
         Chart(
             curves("s", names, marker=0),
@@ -95,7 +94,7 @@ def _profiles(found: Comparison) -> Figure | None:
         + "."
     )
     caption = (
-        f"Means over {n} common prompts; bands: {confidence:.0%} bootstrap interval over prompts, pointwise. "
+        f"Means over {n} common prompts; {bands_said(found.facts['intervals'], len(names))}, pointwise. "
         f"Steps: {steps}. Metric ids: {', '.join(in_order(rows['metric_id']))}."
     )
     first = "kappa_phase" if (rows["metric"] == "kappa_phase").any() else str(rows["metric"].iloc[0])
@@ -120,7 +119,7 @@ def _means(found: Comparison) -> Figure | None:
     own = rows[(rows["metric"] == first) & (rows["condition"] == rows["condition"].iloc[0])]
     alt = f"{first}: " + ", ".join(f"{r} {m:.3g}" for r, m in zip(own["run"], own["mean"], strict=True)) + "."
     caption = (
-        f"Mean over common prompts; bars: {found.facts['confidence']:.0%} bootstrap interval over prompts. Whether two "
+        f"Mean over common prompts; bars: {found.facts['intervals']}. Whether two "
         "runs differ stands in the table of paired differences, not in overlapping bars."
     )
     return Figure(

@@ -18,7 +18,7 @@ from dynprobe.runs._curves import (
 from dynprobe.runs._pca import MEAN_UNIT, pca_numbers
 from dynprobe.runs._quantity import prompts_text
 from dynprobe.runs._report._looks import COLOURS, INK, SHAPES, curves, facts_for, ids, in_order, style_of
-from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, bars, diamonds, grid, line, points
+from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, band, bars, diamonds, grid, line, points
 from dynprobe.runs._token_map import MAPPED, map_columns, token_map
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _PROFILES = {
     "norm": ("norm", True), "kappa_geom": ("κ geom", False), "curv_depth": ("turn between steps", False),
     "cka": ("CKA", False), "erank_rv": ("effective rank", False), "energy": ("energy", False),
 }  # fmt: skip
+#: Ticks of an axis of shares; left alone, Plotly omits the one at the very end.
+_SHARES = [0, 0.25, 0.5, 0.75, 1]
 
 
 def depth_label(run: Run, track: str) -> str:
@@ -69,7 +71,7 @@ def profile_figure(run: Run, key: str) -> Figure:
             order = {diamonds(c): i for i, c in enumerate(conditions)}
             traces = [_recoloured(t, style_of(order[str(t["legendgroup"])])) for t in traces]
         layout = {
-            "xaxis": axis(x),
+            "xaxis": axis(x, whole=True),
             "yaxis": axis(f"{words} ({unit})" if unit else words, type="log" if log else "linear"),
         }
         charts.append(Chart(traces, layout, heading))
@@ -89,7 +91,8 @@ def profile_figure(run: Run, key: str) -> Figure:
 def _recoloured(trace: dict, style: tuple[str, str]) -> dict:
     colour, dash = style
     if "$band" in trace:
-        return {**trace, "fillcolor": colour}
+        where, group = trace["$where"], trace["legendgroup"]
+        return band(**trace["$band"], colour=colour, where=where, group=group, dash=dash)
     return {
         **trace,
         "line": {**trace["line"], "color": colour, "dash": dash},
@@ -130,15 +133,18 @@ def token_figure(run: Run, key: str, most_rows: int) -> Figure:
     measures = [{"column": c, "log": MAPPED[c][1]} for c in columns]
     track = main_track(run, "depths")
     layout = {
-        "xaxis": axis("token", type="linear", showgrid=False), "yaxis": axis(depth_label(run, track), showgrid=False),
+        "xaxis": axis("token", type="linear", showgrid=False),
+        "yaxis": axis(depth_label(run, track), whole=True, showgrid=False),
         "$tokens": {"at": "pos", "text": "token", "part": "new"},
     }  # fmt: skip
     some = "" if len(fits) == len(every) else f" {len(fits)} of {len(every)} prompts are shown."
     some += "" if len(conditions) == n_conditions else f" {len(conditions)} of {n_conditions} conditions are shown."
+    by_id = rows["token"].astype(str).str.fullmatch(r"#\d+") & (rows["new"] == "new")
+    unknown = "; a generated token whose text the run did not store is shown by its id" if by_id.any() else ""
     caption = (
         "One cell per token and depth, as stored, without any averaging; empty where a step has no state before it. "
-        "The dashed line marks where the prompt ends and generated tokens begin; a generated token whose text is not "
-        f"known is shown by its id. Metrics: {ids(said, columns)}.{some}"
+        f"The dashed line marks where the prompt ends and generated tokens begin{unknown}. "
+        f"Metrics: {ids(said, columns)}.{some}"
     )
     alt = (
         f"Heat map of {rows['pos'].nunique()} token positions by {rows['depth'].nunique()} depths; choose prompt, "
@@ -210,7 +216,7 @@ def regime_figure(run: Run, key: str) -> Figure:
         for i, regime in enumerate(regimes)
     ]  # fmt: skip
     layout = {
-        "barmode": "stack", "xaxis": axis("share of texts", range=[0, 1], tickformat=".0%"),
+        "barmode": "stack", "xaxis": axis("share of texts", range=[0, 1.004], tickformat=".0%", tickvals=_SHARES),
         "yaxis": {"automargin": True, "categoryorder": "array", "categoryarray": order[::-1], "type": "category"},
     }  # fmt: skip
     first = numbers[numbers["condition"] == order[0]].sort_values("share").iloc[-1]
@@ -239,7 +245,7 @@ def accuracy_figure(run: Run, key: str) -> Figure:
         for i, task in enumerate(tasks)
     ]  # fmt: skip
     layout = {
-        "xaxis": axis("share of right answers", range=[0, 1]),
+        "xaxis": axis("share of right answers", range=[-0.02, 1.02], tickformat=".0%", tickvals=_SHARES),
         "yaxis": {"automargin": True, "type": "category", "categoryorder": "array", "categoryarray": order[::-1]},
     }
     first = numbers.iloc[0]

@@ -43,11 +43,10 @@ def response_figure(run: Run, key: str, most_rows: int) -> Figure:
         for write in in_order(run, rows["write"]):
             where = {"response": what.column, "write": write}
             traces = _traces(key, own, where, searched, level, rows)
+            exponents: dict[str, Any] = {"exponentformat": "e"} if what.log else {}
             layout = {
                 "xaxis": axis(alpha_label(write), type="log"),
-                "yaxis": axis(
-                    what.label, type="log" if what.log else "linear", **({"exponentformat": "e"} if what.log else {})
-                ),
+                "yaxis": axis(what.label, type="log" if what.log else "linear", **exponents),
             }
             charts.append(Chart(traces, layout, f"{what.words}, {write}" if len(blocks) > 1 else write))
     whole = pd.concat(every, ignore_index=True)
@@ -86,7 +85,7 @@ def _traces(
     said = {**where, "series": "perturbed"}
     thin = line(
         "alpha", "value", "trial of a prompt" if searched else "each prompt", COLOURS[0], width=0.8,
-        marker=4 if searched else 0, where=said, opacity=0.45,
+        marker=4 if searched else 0, where=said, opacity=0.8 if searched else 0.45,
     )  # fmt: skip
     traces = [{**thin, "$frame": f"{key}-responses", "$gaps": "curve"}]
     if not searched:
@@ -194,10 +193,13 @@ def thresholds_figure(run: Run, key: str) -> Figure:
             on="criterion",
         )["level"].unique()
         said = f" ≥ {what.with_unit(float(levels[0]))}" if len(levels) == 1 and math.isfinite(levels[0]) else ""
-        few = {"tickvals": layers} if len(layers := sorted(map(int, own["layer"].unique()))) <= 16 else {}
+        layers = sorted(map(int, own["layer"].unique()))
+        few: dict[str, Any] = {"tickvals": layers} if len(layers) <= 16 else {}
+        if len(layers) == 1:
+            few["range"] = [layers[0] - 1, layers[0] + 1]
         layout = {
-            "xaxis": axis("layer written (block)", **few),
-            "yaxis": axis("α50, in units of its scale", type="log"),
+            "xaxis": axis("layer written (block)", whole=True, **few),
+            "yaxis": axis("α50, in units of its scale", type="log", **_roomy(own)),
         }
         charts.append(Chart(traces, layout, f"{what.words}{said}"))
     confidence, n = 100 * float(fits["confidence"].iloc[0]), int(fits["n"].max())
@@ -208,15 +210,23 @@ def thresholds_figure(run: Run, key: str) -> Figure:
         if lowest is None
         else (
             f"Thresholds along {fits['layer'].nunique()} layers; the lowest, {lowest['alpha50']:.3g} "
-            f"({lowest['write']}), is at layer {lowest['layer']:g}, {confidence:g} % interval {lowest['low']:.3g} to "
-            f"{lowest['high']:.3g}."
+            f"({lowest['write']}), is at layer {lowest['layer']:g}, "
+            + (
+                f"{confidence:g} % interval {lowest['low']:.3g} to {lowest['high']:.3g}."
+                if pd.notna(lowest["low"])
+                else "without an interval."
+            )
         )
     )
     median = str(fits["estimator"].iloc[0]).startswith("threshold.prompt")
     caption = (
         f"α50: {'median of the first crossings of' if median else 'crossing of the mean response over'} "
-        f"{prompts_text(n)} ({fits['estimator'].iloc[0]}); stems: {confidence:g} % interval over prompts; triangles "
-        "lead out of the range that was tested."
+        f"{prompts_text(n)} ({fits['estimator'].iloc[0]}); "
+        + (
+            f"stems: {confidence:g} % interval over prompts; triangles lead out of the range that was tested."
+            if fits["low"].notna().any()
+            else f"no {confidence:g} % interval: {prompts_text(n)} are too few for one."
+        )
     )
     return Figure(
         f"{key}-thresholds",
@@ -226,6 +236,17 @@ def thresholds_figure(run: Run, key: str) -> Figure:
         [Frame(f"{key}-thresholds", fits, {"write": ("scale", "", "")})],
         charts,
     )
+
+
+def _roomy(fits: pd.DataFrame) -> dict[str, Any]:
+    """A range for thresholds that lie close together, so that a difference of a percent does not fill the picture."""
+    drawn = fits[[c for c in ("alpha50", "shown_low", "shown_high", "arrow_low", "arrow_high") if c in fits]]
+    values = drawn.to_numpy(np.float64)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not values.size or values.max() > 2 * values.min():
+        return {}
+    middle = 0.5 * (math.log10(values.max()) + math.log10(values.min()))
+    return {"range": [middle - 0.3, middle + 0.3]}
 
 
 def fragility_figure(run: Run, key: str, most_rows: int) -> Figure:
@@ -259,7 +280,7 @@ def fragility_figure(run: Run, key: str, most_rows: int) -> Figure:
     censored = int(fits["status"].astype(str).str.endswith("-censored").sum())
     layout = {
         "xaxis": axis("token written, alone", showgrid=False),
-        "yaxis": axis("layer written (block)", showgrid=False),
+        "yaxis": axis("layer written (block)", whole=True, showgrid=False),
         "$tokens": {"at": "pos", "text": "token"},
     }
     known = fits[fits["alpha50"].notna()]

@@ -10,7 +10,18 @@ from dynprobe.runs._curves import INTERVAL, ITERATED, iteration_numbers
 from dynprobe.runs._plot_attract import MEASURES, length_numbers, slot_numbers
 from dynprobe.runs._plot_recover import METRICS, SIGNALS, fraction_numbers, signal_numbers
 from dynprobe.runs._quantity import prompts_text
-from dynprobe.runs._report._looks import COLOURS, INK, MUTED, curves, facts_for, ids, in_order, row_of, style_of
+from dynprobe.runs._report._looks import (
+    COLOURS,
+    INK,
+    MUTED,
+    bands_said,
+    curves,
+    facts_for,
+    ids,
+    in_order,
+    row_of,
+    style_of,
+)
 from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, diamonds, grid, line, points
 
 if TYPE_CHECKING:
@@ -42,7 +53,7 @@ def iteration_figure(run: Run, key: str) -> Figure:
         ]  # fmt: skip
         log = log and bool((own["mean"] > 0).all())
         layout = {
-            "xaxis": axis("iterations T"),
+            "xaxis": axis("iterations T", whole=True),
             "yaxis": axis(unit or words, type="log" if log else "linear"),
             "shapes": shapes,
         }
@@ -88,19 +99,21 @@ def signal_figure(run: Run, key: str) -> Figure:
                      "x": [0, last], "y": [float(band_of[end])] * 2, "hoverinfo": "skip",
                      "line": {"color": INK, "dash": dash, "width": 1}}
                 )  # fmt: skip
-        charts.append(Chart(traces, {"xaxis": axis("new token"), "yaxis": axis(unit)}, f"signal, {_ROAD[road]}"))
+        layout = {"xaxis": axis("new token", whole=True), "yaxis": axis(unit)}
+        charts.append(Chart(traces, layout, f"signal, {_ROAD[road]}"))
         acting = [
             line("token", "acting", name, style_of(i)[0], dash=style_of(i)[1], marker=0, where=where, showlegend=False)
             for i, (name, where) in enumerate(names.items()) if "+" in name
         ]  # fmt: skip
         if acting:
-            layout = {"xaxis": axis("new token"), "yaxis": axis("share of texts", range=[-0.02, 1.02])}
+            layout = {"xaxis": axis("new token", whole=True), "yaxis": axis("share of texts", range=[-0.02, 1.02])}
             charts.append(Chart(acting, layout, f"mode acting, {_ROAD[road]}", 260))
     n = int(numbers["n"].max())
+    lines = max(sum(c.endswith(f".{road}") for c in kept) for road in roads)
     some = f" {len(kept)} of {total} conditions are shown." if len(kept) < total else ""
     caption = (
-        f"Mean over {prompts_text(n)}; bands: {INTERVAL}. Lines across: the band that switches the detector on and "
-        f"off.{some}"
+        f"Mean over {prompts_text(n)}; {bands_said(INTERVAL, lines)}. Lines across: the band that switches the "
+        f"detector on and off.{some}"
     )
     alt = f"The signal {unit} over {int(numbers['token'].max()) + 1} new tokens for {len(kept)} conditions."
     return Figure(f"{key}-signal", "Detector and action", caption, alt, [Frame(f"{key}-signal", numbers)], charts)
@@ -153,7 +166,8 @@ def recovery_figure(run: Run, key: str) -> Figure:
     caption = (
         "0 is as perturbed, 1 as clean, below 0 harm; bars: 95 % interval over prompts, cut at the ends of the axis. "
         "Hollow: the controller acts on that metric, so it recovers by construction. Points outside −1 … 2 stand at "
-        f"the end. Estimator: {numbers['estimator'].iloc[0]}."
+        "the end; where no fraction could be formed there is no point, and the reason stands in the numbers. "
+        f"Estimator: {numbers['estimator'].iloc[0]}."
     )
     return Figure(
         f"{key}-recovery",
@@ -174,7 +188,8 @@ def length_figure(run: Run, key: str) -> Figure:
         own = numbers[numbers["measure"] == measure]
         names = {diamonds(c): {"measure": measure, "condition": c} for c in in_order(own["condition"])}
         words = words.replace("\n", " ")
-        charts.append(Chart(curves("length", names), {"xaxis": axis("new tokens"), "yaxis": axis(words)}, words, 380))
+        layout = {"xaxis": axis("new tokens", whole=True), "yaxis": axis(words)}
+        charts.append(Chart(curves("length", names), layout, words, 380))
     n = int(numbers["n"].max())
     own = numbers[numbers["measure"] == "repetition"]
     last = own[own["length"] == own["length"].max()]
@@ -184,7 +199,8 @@ def length_figure(run: Run, key: str) -> Figure:
         + "."
     )
     few = " — missing below three prompts" if n < 3 else ""
-    caption = f"Mean over {prompts_text(n)} by length of the text; bands: {INTERVAL}{few}."
+    lines = int(numbers.groupby("measure", observed=True)["condition"].nunique().max())
+    caption = f"Mean over {prompts_text(n)} by length of the text; {bands_said(INTERVAL, lines)}{few}."
     return Figure(f"{key}-lengths", "How texts go on", caption, alt, [Frame(f"{key}-lengths", numbers)], charts)
 
 
@@ -206,7 +222,10 @@ def slot_figure(run: Run, key: str, most_rows: int) -> Figure:
             f"{top['pos']}: {top['strength']:.3g}."
         )
     caption = f"Strength of every slot at {site} while a text is written; a slot that is not alive is empty.{some}"
-    layout = {"xaxis": axis("position of the token", showgrid=False), "yaxis": axis("slot", showgrid=False)}
+    layout = {
+        "xaxis": axis("position of the token", whole=True, showgrid=False),
+        "yaxis": axis("slot", whole=True, showgrid=False),
+    }
     measures = [{"column": c, "log": False} for c in ("strength", "hits", "cos") if c in rows]
     return Figure(
         f"{key}-slots", "Slots of the attractor layer", caption, alt,

@@ -16,8 +16,10 @@ __all__ = [
     "COLOURS",
     "DASHES",
     "INK",
+    "MOST_BANDS",
     "MUTED",
     "SHAPES",
+    "bands_said",
     "curves",
     "facts_for",
     "ids",
@@ -29,6 +31,8 @@ __all__ = [
 #: Okabe–Ito without black and yellow, which are lost on one of the two backgrounds.
 COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot")
+#: Lines of one chart that have their bands; more of them would be one grey area.
+MOST_BANDS = 6
 SHAPES = ("", "/", "x", "-", ".", "|", "+", "\\")
 #: Replaced by the page with a colour of its theme.
 INK, MUTED = "var:ink", "var:muted"
@@ -41,20 +45,40 @@ _WORDS = {
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Return colour and stroke of the n-th line; neighbours differ in both, so that lines on top of each other show."""
-    return COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+    """Return colour and stroke of the n-th line; neighbours differ in both, so that lines on top of each other show.
+
+    The first 24 are all different: six colours and four strokes would repeat after twelve, so strokes move on there.
+
+    Example:
+        >>> style_of(0), style_of(12), len({style_of(n) for n in range(24)})
+        (('#0072B2', 'solid'), ('#0072B2', 'dash'), 24)
+    """
+    return COLOURS[number % len(COLOURS)], DASHES[(number + number // 12) % len(DASHES)]
 
 
 def curves(x: str, names: Mapping[str, Mapping[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    """Return a line with its band for each name → which rows are its own."""
+    """Return a line with its band for each name → which rows are its own; of more than :data:`MOST_BANDS` no band."""
     from dynprobe.runs._report._parts import band, line
 
     found = []
     for number, (name, where) in enumerate(names.items()):
         colour, dash = style_of(number)
-        found.append(band(x, "low", "high", colour, where=where, group=name))
+        if len(names) <= MOST_BANDS:
+            found.append(band(x, "low", "high", colour, where=where, group=name, dash=dash))
         found.append(line(x, "mean", name, colour, dash=dash, where=where, legendgroup=name, **more))
     return found
+
+
+def bands_said(interval: str, lines: int) -> str:
+    """Return what a caption says of the bands of a chart with so many lines.
+
+    Example:
+        >>> bands_said("95 % interval", 2), bands_said("95 % interval", 9)
+        ('bands: 95 % interval', 'bands are drawn for up to 6 lines; the numbers have the ends: 95 % interval')
+    """
+    if lines <= MOST_BANDS:
+        return f"bands: {interval}"
+    return f"bands are drawn for up to {MOST_BANDS} lines; the numbers have the ends: {interval}"
 
 
 def facts_for(run: Run, table: str, columns: Sequence[str]) -> dict[str, tuple[str, str, str]]:

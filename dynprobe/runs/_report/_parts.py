@@ -17,7 +17,7 @@ import pandas as pd
 
 __all__ = [
     "Chart", "Figure", "Frame", "Report", "Section", "Table", "axis", "band", "bars", "column", "diamonds", "encoded",
-    "grid", "line", "points",
+    "faded", "grid", "line", "points",
 ]  # fmt: skip
 
 
@@ -149,13 +149,28 @@ def line(x: str, y: str, name: str, colour: str, *, dash: str = "solid", **more:
     }  # fmt: skip
 
 
-def band(x: str, low: str, high: str, colour: str, *, where: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """Return the area between two columns; rows without both ends are left out."""
+def band(
+    x: str, low: str, high: str, colour: str, *, where: Mapping[str, Any], group: str, dash: str = "solid"
+) -> dict[str, Any]:
+    """Return the area between two columns, with an edge in the stroke of its line; rows without both ends are left out.
+
+    Where areas lie on each other their colours mix, so it is the edges that tell whose area reaches how far.
+    """
     return {
-        "type": "scatter", "$band": {"x": x, "low": low, "high": high}, "fill": "toself", "fillcolor": colour,
-        "opacity": 0.2, "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip", "showlegend": False,
-        "legendgroup": group, "$where": where,
+        "type": "scatter", "$band": {"x": x, "low": low, "high": high}, "fill": "toself",
+        "fillcolor": faded(colour, 0.13), "line": {"width": 1, "color": faded(colour, 0.6), "dash": dash},
+        "mode": "lines", "hoverinfo": "skip", "showlegend": False, "legendgroup": group, "$where": where,
     }  # fmt: skip
+
+
+def faded(colour: str, part: float) -> str:
+    """Return a colour that lets through what is behind it.
+
+    Example:
+        >>> faded("#0072B2", 0.5)
+        'rgba(0,114,178,0.5)'
+    """
+    return f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},{part:g})"
 
 
 def points(x: str, y: str, name: str, colour: str, **more: Any) -> dict[str, Any]:
@@ -205,9 +220,21 @@ def grid(x: str, y: str, z: str, *, log: bool | str = False, title: str = "", **
     }  # fmt: skip
 
 
-def axis(title: str, **more: Any) -> dict[str, Any]:
-    """Return an axis with a title."""
-    return {"title": {"text": title}, "automargin": True, **more}
+def axis(title: str, *, whole: bool = False, **more: Any) -> dict[str, Any]:
+    """Return an axis with a title, which says where the axis is logarithmic.
+
+    Args:
+        title: Words, with the unit in brackets where there is one.
+        whole: Whether it counts something, so that there is nothing between two whole numbers to put a tick at.
+        **more: Further settings.
+
+    Example:
+        >>> axis("α50 (relnorm)", type="log")["title"]["text"], axis("Δ", type="log")["title"]["text"]
+        ('α50 (relnorm, log scale)', 'Δ (log scale)')
+    """
+    if more.get("type") == "log":
+        title = f"{title[:-1]}, log scale)" if title.endswith(")") else f"{title} (log scale)"
+    return {"title": {"text": title}, "automargin": True, **({"$whole": True} if whole else {}), **more}
 
 
 def diamonds(name: str) -> str:

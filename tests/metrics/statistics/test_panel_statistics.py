@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dynprobe.errors import MetricError
 from dynprobe.metrics.statistics import adjusted_rand, regime_shares, skeleton_r2, stable_clusters
 
-NAMES = "abcdefghij"
+NAMES = "abcdefghijklmnop"
 
 
 def named(values):
@@ -27,7 +27,8 @@ def test_skeleton_vectors():
     assert (whole.r2, whole.r2_adjusted) == pytest.approx((1, 1), rel=1e-9)
     none = skeleton_r2([0, 0, 2, 2], "abcd", {"x": named([0, 1, 0, 1])})
     assert (none.r2, none.r2_adjusted) == pytest.approx((0, -0.5), abs=1e-9)
-    assert none.p_value == 1.0
+    assert np.isnan(none.p_value)  # two skeletons: to change their places changes nothing
+    assert (none.reason_p, none.p_least) == ("skeletons<=p+1", 1.0)
     three = {"x": named([0, 0, 1, 1]), "y": named([0, 1, 0, 1]), "z": named([1, 0, 0, 1])}
     refused = skeleton_r2([0, 0, 2, 2], "abcd", three)
     assert refused.reason == "n<=p+2"
@@ -86,6 +87,70 @@ def test_seeds_of_one_architecture_are_dealt_together():
     apart = skeleton_r2([0, 0.1, 1, 1.1, 2, 2.1], NAMES[:6], {"depth": named([1, 1.01, 2, 2.01, 3, 3.01])})
     assert apart.permuted == "models"
     assert apart.p_value < found.p_value
+
+
+def test_groups_of_other_sizes_keep_their_places():
+    """Skeletons of 1, 1, 1, 2 and 2 models: 3! · 2! orders of blocks, here counted one by one."""
+    groups, x = [0, 1, 2, 3, 3, 4, 4], np.array([0.0, 2.0, 5.0, 1.0, 1.0, 3.0, 3.0])
+    y = np.array([0.3, 1.9, 4.1, 1.2, 0.7, 2.2, 3.4])
+    found = skeleton_r2(y, NAMES[:7], {"x": named(x)})
+    assert (found.permuted, found.permutations, found.exact, found.reason_p) == ("groups of one size", 12, True, None)
+    blocks = [y[[g == k for g in groups]] for k in range(5)]
+    orders = [
+        np.concatenate([blocks[i] for i in (*one, *two)])
+        for one in itertools.permutations(range(3)) for two in itertools.permutations((3, 4))
+    ]  # fmt: skip
+    r2 = np.array([np.corrcoef(x, order)[0, 1] ** 2 for order in orders])
+    assert found.p_value == pytest.approx(np.mean(r2 >= r2[0] * (1 - 1e-9)), rel=1e-12)
+    assert found.p_least <= found.p_value
+
+
+def test_no_p_where_all_skeletons_differ_in_size():
+    found = skeleton_r2([0, 1, 1.2, 3, 3.1, 2.9], NAMES[:6], {"depth": named([1, 2, 2, 3, 3, 3])})
+    assert np.isnan(found.p_value)
+    assert (found.reason_p, found.permutations) == ("sizes", 1)
+    assert found.r2 > 0.9
+
+
+def test_drawn_orders_know_what_ties():
+    """The corners of a cube: 48 of the 8! orders turn it into itself, so no p of theirs is below 1/840."""
+    corners = np.array(list(itertools.product([0.0, 1.0], repeat=3)))
+    cube = {name: named(column) for name, column in zip("xyz", corners.T, strict=True)}
+    found = skeleton_r2(corners @ [1, 2, 4], NAMES[:8], cube)
+    assert not found.exact
+    assert 0.0004 < found.p_least < 0.0025
+    assert found.p_value == found.p_least  # R² is 1, and what ties is these orders alone
+    skeletons = {"width": named(np.repeat(np.arange(8), 2)), "kind": named([w for w in "stuvwxyz" for _ in "ab"])}
+    whole = skeleton_r2(np.arange(16.0), NAMES[:16], skeletons)  # eight pairs, seven columns: every order is as good
+    assert (whole.p, whole.exact, whole.reason_p, whole.p_least) == (7, False, "skeletons<=p+1", 1.0)
+    assert np.isnan(whole.p_value)
+
+
+def test_no_p_where_the_covariates_are_as_they_were_in_any_other_order():
+    """Pairs at 0 and 2 may change places, the one model at 1 may not: the line through them is turned round, no more."""
+    found = skeleton_r2([0, 0.2, 1, 2, 2.4], NAMES[:5], {"depth": named([0, 0, 1, 2, 2])})
+    assert (found.permutations, found.reason_p, found.n_skeletons) == (2, "symmetric", 3)
+    assert np.isnan(found.p_value)
+
+
+def test_skeletons_of_unequal_size_reject_no_more_than_they_say():
+    """Models of one skeleton are alike and covariates mean nothing: 5 % of panels may look as if they did."""
+    sizes, panels = [1, 1, 1, 1, 1, 1, 3, 3, 3, 3], 250
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    names = [f"m{i}" for i in range(len(groups))]
+    generator = np.random.default_rng(3)
+    hits = [0, 0]
+    for seed in range(panels):
+        x = generator.normal(size=len(sizes))[groups]
+        y = generator.normal(size=len(sizes))[groups] + 0.3 * generator.normal(size=len(groups))
+        apart = x + 1e-6 * generator.normal(size=len(groups))  # as if every model were a skeleton of its own
+        for which, covariate in enumerate((x, apart)):
+            found = skeleton_r2(
+                y, names, {"x": dict(zip(names, covariate, strict=True))}, n_permutations=199, seed=seed
+            )
+            hits[which] += found.p_value <= 0.05
+    assert 0.02 <= hits[0] / panels <= 0.07
+    assert hits[1] / panels > 0.12  # dealing single models would be wrong here
 
 
 @settings(max_examples=30, deadline=None)

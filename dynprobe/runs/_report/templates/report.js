@@ -75,13 +75,27 @@
 
   // ---- pictures -----------------------------------------------------------------------------------------------------
   const SIGNS = { " ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍" };
+  // Controls, marks that steer the text around them, and other spaces: nobody would see them, and some hide others.
+  const UNSEEN = /[\p{Cc}\p{Cf}\p{Z}]/u;
+  const escape = (code) => (code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : code < 0x10000 ? `\\u${code.toString(16).padStart(4, "0")}` : `\\U${code.toString(16).padStart(8, "0")}`);
   const label = (text) => {
-    const shown = [...text].map((c) => SIGNS[c] ?? c).join("");
-    return escaped(shown.length > 14 ? shown.slice(0, 13) + "…" : shown);
+    const shown = [...text].map((c) => SIGNS[c] ?? (UNSEEN.test(c) ? escape(c.codePointAt(0)) : c)).join("");
+    const signs = [...shown];
+    return escaped(signs.length > 14 ? signs.slice(0, 13).join("") + "…" : shown);
   };
   // Plotly reads a little markup in texts; none of ours is meant as markup.
   const escaped = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-  const short = (value) => (Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(Number(value.toPrecision(4))));
+  const short = (value) => (Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(4))));
+
+  // Steps of 1, 2, 5, 10 … for what is counted, as many as have room; Plotly alone would put ticks at halves.
+  const whole = (values, room) => {
+    const known = values.filter((v) => Number.isFinite(v));
+    const span = known.reduce((a, b) => Math.max(a, b), -Infinity) - known.reduce((a, b) => Math.min(a, b), Infinity);
+    if (!(span >= 0)) return {};
+    let step = 1;
+    for (let k = 0; span / step > Math.max(2, room); k++) step = [2, 5, 10][k % 3] * 10 ** Math.floor(k / 3);
+    return { tickmode: "linear", tick0: 0, dtick: step };
+  };
 
   class Picture {
     constructor(node, spec) {
@@ -151,7 +165,8 @@
       }
       const trace = this.fill(rest, frame, rows, theme);
       if (typeof trace.name === "string") trace.name = escaped(trace.name);
-      if (trace.legendgroup) trace.legendgroup = escaped(trace.legendgroup);
+      // One group for each name: Plotly lays out groups side by side, and lone entries below each other.
+      trace.legendgroup = trace.legendgroup ? escaped(trace.legendgroup) : trace.name;
       const get = (name) => frame.columns.get(name).values;
       if ($band) {
         const [x, low, high] = [get($band.x), get($band.low), get($band.high)];
@@ -191,7 +206,8 @@
       trace.z = matrix;
       trace.text = text;
       trace.hoverinfo = "text";
-      const title = spec.title || titleOf(frame.columns.get(z));
+      const named = spec.title || titleOf(frame.columns.get(z));
+      const title = log ? (named.endsWith(")") ? `${named.slice(0, -1)}, log scale)` : `${named} (log scale)`) : named;
       trace.colorbar = { title: { text: escaped(title), side: "right" }, thickness: 14, outlinewidth: 0 };
       if (log) {
         const seen = matrix.flat().filter((v) => v !== null);
@@ -213,10 +229,11 @@
         autosize: true, height: chart.height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { color: theme.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
         margin: { l: 10, r: 10, t: 30, b: 10 }, hoverlabel: { font: { size: 12 } },
-        showlegend: shown > 1, legend: { entrywidth: 0, orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, bgcolor: "rgba(0,0,0,0)", font: { size: 11 } },
+        showlegend: shown > 1 || traces.some((t) => t.type === "bar"), legend: { entrywidth: 0, orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, bgcolor: "rgba(0,0,0,0)", font: { size: 11 } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.muted, activecolor: theme.ink },
       };
       const merged = { ...base, ...layout };
+      const plotted = Math.max(120, width - 90);
       for (const name of ["xaxis", "yaxis"]) {
         const axis = merged[name] ?? {};
         const text = axis.title?.text;
@@ -229,7 +246,9 @@
         }
         for (const list of ["categoryarray", "ticktext"]) if (axis[list]) axis[list] = axis[list].map(escaped);
         if (text && text !== "@measure") axis.title.text = escaped(text);
-        merged[name] = { gridcolor: theme.grid, linecolor: theme.line, zerolinecolor: theme.line, tickfont: { size: 11 }, ...axis };
+        if (axis.$whole && !axis.tickvals) Object.assign(axis, whole(traces.flatMap((t) => t[name[0]] ?? []), name === "xaxis" ? plotted / 44 : chart.height / 40));
+        delete axis.$whole;
+        merged[name] = { gridcolor: theme.grid, linecolor: theme.line, zerolinecolor: theme.line, zeroline: axis.showgrid !== false, tickfont: { size: 11 }, ...axis };
         if (merged[name].title?.text) merged[name].title = { ...merged[name].title, font: { size: 12 }, standoff: layout.$tokens && name === "xaxis" ? 16 : 8 };
       }
       const map = traces.find((t) => t.type === "heatmap");

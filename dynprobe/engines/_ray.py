@@ -1,0 +1,188 @@
+"""Ray actors: from a laptop to a cluster with the same command.
+
+An actor keeps its model loaded and does one item after another. What it made comes back through Ray's object store, so
+no folder need be shared; dynprobe and the model's files must be there on every node. A share of a GPU packs several
+small models onto one; Ray only counts such shares, so the worker also limits the memory it takes. An actor that dies is
+replaced by a new one, which opens the job again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynprobe.engines._contract import Done, Engine, Item, Job, Seat, Worker
+from dynprobe.engines._schedule import Schedule
+from dynprobe.errors import EngineError, UsageError
+
+__all__ = ["Ray"]
+
+
+@dataclass(eq=False)
+class _Actor:
+    name: str
+    handle: Any
+    job: str | None = None
+
+
+class Ray(Engine):
+    """Actors of a Ray cluster, or of one that is started here.
+
+    Args:
+        workers: Number of actors, or ``"auto"``: as many as the cluster's GPUs (or, without any, its cores) hold.
+        address: ``"auto"`` or ``ray://…`` joins a running cluster; None starts one on this machine and ends it after.
+        gpus: GPUs per actor, e.g. 0.25; None takes one where the cluster has any.
+        threads: Cores, and threads, of each actor.
+        max_restarts: Workers that one item may cost before the run ends.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self, workers: int | str = "auto", *, address: str | None = None, gpus: float | None = None,
+        threads: int | None = None, max_restarts: int = 3,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError("the engine ray needs Ray; type: pip install 'dynprobe[ray]'") from error
+        self._ray: Any = ray
+        self._owns = not ray.is_initialized()
+        self._max_restarts = max_restarts
+        if self._owns:
+            self._connect(address)
+        resources = ray.cluster_resources()
+        self._gpus = (1.0 if resources.get("GPU") else 0.0) if gpus is None else gpus
+        self._threads = threads or 1
+        self.workers = self._room(resources) if workers == "auto" else int(workers)
+        self._refuse_too_many(resources)
+        self._crew: dict[int, _Actor] = {}
+        self._started = 0
+
+    def begin(self, job: Job) -> None:
+        """Start the actors that are missing and open the job in all of them, side by side."""
+        for seat in range(self.workers):
+            if seat not in self._crew:
+                self._crew[seat] = self._actor()
+        asked = [actor for actor in self._crew.values() if actor.job != job.key]
+        sent = self._ray.put(job) if asked else None
+        for actor, reference in [(actor, actor.handle.open.remote(sent)) for actor in asked]:
+            self._opened(actor, reference, job)
+
+    def map(self, job: Job, items: Sequence[Item]) -> Iterator[Done]:
+        """Yield the items as they are done."""
+        self.begin(job)
+        schedule = Schedule(items, self.workers, self._max_restarts)
+        held: dict[Any, tuple[int, Item]] = {}
+        try:
+            for seat in range(self.workers):
+                self._next(seat, schedule, held)
+            while held:
+                (ready, *_), _ = self._ray.wait(list(held), num_returns=1)
+                seat, item = held.pop(ready)
+                actor = self._crew[seat]
+                try:
+                    files, seconds = self._get(ready)
+                except self._ray.exceptions.RayActorError as gone:
+                    self._replace(seat, job, schedule, item, gone)
+                    self._next(seat, schedule, held)
+                    continue
+                self._next(seat, schedule, held)
+                yield self._did(Done(item, files, actor.name, seconds))
+        finally:
+            for reference in held:
+                self._ray.cancel(reference)
+
+    def close(self) -> None:
+        """End the actors, and the cluster where it was started here."""
+        for actor in self._crew.values():
+            self._ray.kill(actor.handle)
+        self._crew.clear()
+        if self._owns and self._ray.is_initialized():
+            self._ray.shutdown()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run records."""
+        return {**super().facts(), "version": self._ray.__version__}
+
+    def _connect(self, address: str | None) -> None:
+        try:
+            self._ray.init(
+                address=address, log_to_driver=False, logging_level="error", configure_logging=False,
+                **({} if address else {"include_dashboard": False}),
+            )  # fmt: skip
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"no Ray cluster answers at --address {address}" if address else "Ray could not be started here"
+            raise EngineError(
+                f"{where}: {error}. Start one with: ray start --head, or leave --address out to start one here"
+            ) from error
+
+    def _room(self, resources: dict[str, float]) -> int:
+        by_cores = int(resources.get("CPU", 1) / self._threads)
+        by_gpus = int(resources.get("GPU", 0) / self._gpus) if self._gpus else by_cores
+        return max(1, min(by_cores, by_gpus))
+
+    def _refuse_too_many(self, resources: dict[str, float]) -> None:
+        """More actors than fit would wait for ever."""
+        needed = {"CPU": self.workers * self._threads, "GPU": self.workers * self._gpus}
+        for kind, number in needed.items():
+            there = resources.get(kind, 0)
+            if number > there + 1e-9:
+                close_here = self._ray.shutdown if self._owns else None
+                if close_here is not None:
+                    close_here()
+                raise UsageError(
+                    f"{self.workers} workers need {number:g} {kind}, and the cluster has {there:g}. Ask for fewer "
+                    "--workers, fewer --worker-threads, or a smaller --worker-gpus"
+                )
+
+    def _actor(self) -> _Actor:
+        share = self._gpus if 0 < self._gpus < 1 else None
+        seat = Seat("auto", self._threads, share)
+        kind = self._ray.remote(num_cpus=self._threads, num_gpus=self._gpus, max_restarts=0)(_RayWorker)
+        name = f"ray-{self._started}"
+        self._started += 1
+        return _Actor(name, kind.remote(seat))
+
+    def _opened(self, actor: _Actor, reference: Any, job: Job) -> None:
+        try:
+            facts = self._get(reference)
+        except self._ray.exceptions.RayActorError as gone:
+            raise EngineError(f"{actor.name} ended while it loaded its model: {gone}") from gone
+        actor.job = job.key
+        self._joined(actor.name, facts)
+
+    def _get(self, reference: Any) -> Any:
+        """What an actor answers; its own error is raised as it was."""
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            raise (cause if isinstance(cause, Exception) else error) from None
+
+    def _next(self, seat: int, schedule: Schedule, held: dict[Any, tuple[int, Item]]) -> None:
+        item = schedule.take(seat)
+        if item is not None:
+            held[self._crew[seat].handle.work.remote(item.unit)] = (seat, item)
+
+    def _replace(self, seat: int, job: Job, schedule: Schedule, item: Item, gone: Exception) -> None:
+        why = " ".join(str(gone).split()[:12])
+        self._died(self._crew[seat].name, why, item)
+        schedule.give_back(seat, item, why)
+        self._crew[seat] = actor = self._actor()
+        self._opened(actor, actor.handle.open.remote(job), job)
+
+
+class _RayWorker:
+    """The worker inside an actor."""
+
+    def __init__(self, seat: Seat) -> None:
+        self._worker = Worker(seat)
+
+    def open(self, job: Job) -> dict[str, Any]:
+        return self._worker.open(job)
+
+    def work(self, unit: Any) -> Any:
+        return self._worker.work(unit)

@@ -1,0 +1,219 @@
+"""What a unit of work needs in memory, against what is free where it will run.
+
+The need is counted, not measured: two passages are held at once (the clean one and the arm that is compared with it),
+each with its states at every depth and its logits; a forward needs room of its own beside them; and a text that is
+written needs its key–value cache. It is an estimate for choosing how many rows go together, and it is checked against
+the resident memory of real runs in ``docs/devices.md``. What is free is asked of the device at that moment.
+
+A CPU under Linux seldom says that memory ran out: it lends more than it has and then ends the process. So a unit that
+would not fit by this count is cut into groups before it is begun, and only what the count missed is left to the
+halving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynprobe.errors import ModelError
+from dynprobe.probes import Subject
+
+__all__ = ["MemoryPlan", "free_memory", "memory_plan", "row_bytes", "too_large", "weight_bytes"]
+
+#: Share of the free memory that a group of rows may take by the estimate.
+_SHARE = 0.8
+#: Widths of the residual stream that one token needs inside a block (MLP inner states, queries, keys, values, norms).
+_INNER = 16
+_PASSAGES = 2
+#: Logits in float32 that stand beside those that are kept: those being made, their exponentials, a comparison.
+_OUTPUTS = 3
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the largest unit of a run needs.
+
+    Attributes:
+        device: Where.
+        free_bytes: What was free when the run began; None where the device does not say.
+        weight_bytes: The weights, which are in place already.
+        row_bytes: The longest row.
+        unit_bytes: The largest unit, all its rows at once.
+        rows: Rows of that unit.
+        rows_at_once: How many of them fit by this count.
+    """
+
+    device: str
+    free_bytes: int | None
+    weight_bytes: int
+    row_bytes: int
+    unit_bytes: int
+    rows: int
+    rows_at_once: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a plain mapping."""
+        return asdict(self)
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Return the bytes that can still be taken on a device, or None where it does not say.
+
+    On CUDA the blocks that torch holds and does not use count as free. On the CPU the limit of the container counts
+    where it is below what the machine has.
+
+    Example:
+        >>> found = free_memory("cpu")
+        >>> found is None or found > 0
+        True
+        >>> free_memory("meta") is None
+        True
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(place)
+        return int(free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place))
+    if place.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if place.type != "cpu":
+        return None
+    known = [room for room in (_machine_memory(), _container_memory()) if room is not None]
+    return min(known, default=None)
+
+
+def _machine_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):  # no Linux: psutil knows, where it is installed
+        pass
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the memory controller of the container leaves, or None without a limit; cached files can be given back."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = int((root / limit).read_text(encoding="ascii"))
+            now = int((root / used).read_text(encoding="ascii"))
+            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii").splitlines()
+        except (OSError, ValueError):  # not this version of the controller, or "max": no limit
+            continue
+        given_back = sum(int(line.split()[1]) for line in stat if line.split()[0] == cached)
+        if most < 2**60:  # version 1 writes a huge number for no limit
+            return max(most - now + given_back, 0)
+    return None
+
+
+def weight_bytes(subject: Subject) -> int:
+    """Return the bytes of parameters and buffers, as they are stored (quantised weights count what they take)."""
+    model = subject.model
+    if hasattr(model, "get_memory_footprint"):
+        return int(model.get_memory_footprint())  # type: ignore[operator]
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def row_bytes(subject: Subject, tokens: int, *, generated: bool = False) -> int:
+    """Return what one row of a text needs while it is run, compared and measured.
+
+    Args:
+        subject: The subject.
+        tokens: Tokens of the text, those that will be written included.
+        generated: Whether it is written token by token, which needs a key–value cache.
+
+    Example:
+        >>> from dynprobe.testing import tiny_llama
+        >>> row_bytes(tiny_llama(), 20) == 2 * row_bytes(tiny_llama(), 10)
+        True
+    """
+    item = torch.empty(0, dtype=subject.state_dtype or subject.dtype).element_size()
+    vocab, width = subject.vocab_size or 1, subject.width
+    held = _PASSAGES * ((subject.n_layers + 1) * width + vocab) * item
+    inside = _INNER * width * item + _OUTPUTS * 4 * vocab
+    cache = 2 * _cache_width(subject) * subject.n_layers * item if generated else 0
+    return tokens * (held + inside + cache)
+
+
+def _cache_width(subject: Subject) -> int:
+    """Width of the keys of one layer."""
+    config = getattr(subject.model, "config", None)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None)
+    if size is None and getattr(config, "num_attention_heads", None):
+        size = subject.width // config.num_attention_heads  # type: ignore[union-attr]
+    return int(heads * size) if heads and size else subject.width
+
+
+def memory_plan(subject: Subject, units: Sequence[Sequence[int]], *, generated: bool = False) -> MemoryPlan:
+    """Say what the largest of several units needs.
+
+    Args:
+        subject: The subject.
+        units: Tokens of each row of each unit.
+        generated: Whether texts are written.
+    """
+    widest = max(units, key=lambda lengths: len(lengths) * max(lengths, default=0), default=())
+    longest = max((max(lengths, default=0) for lengths in units), default=0)
+    one, free = row_bytes(subject, max(widest, default=0), generated=generated), free_memory(subject.device)
+    return MemoryPlan(
+        str(subject.device), free, weight_bytes(subject), row_bytes(subject, longest, generated=generated),
+        len(widest) * one, len(widest), rows_that_fit(len(widest), one, free),
+    )  # fmt: skip
+
+
+def rows_that_fit(rows: int, each: int, free: int | None) -> int:
+    """Return how many of ``rows`` rows go together; one at least, since the count may be wrong.
+
+    Example:
+        >>> rows_that_fit(8, 100, 500), rows_that_fit(8, 100, None), rows_that_fit(8, 100, 10)
+        (4, 8, 1)
+    """
+    if free is None or each <= 0:
+        return rows
+    return max(1, min(rows, int(free * _SHARE) // each))
+
+
+def too_large(subject: Subject, rows: Sequence[int], *, whole: bool = False) -> ModelError:
+    """Return the error of a row that does not fit by itself: what was asked, what there is, what to type.
+
+    Args:
+        subject: The subject.
+        rows: Tokens of the rows that were tried.
+        whole: They have to go together; else one of them alone did not fit.
+    """
+    free, tokens = free_memory(subject.device), max(rows, default=0)
+    together = len(rows) if whole else 1
+    what = f"one row of {tokens} tokens does"
+    if whole:
+        what = f"{together} rows of up to {tokens} tokens, which have to go together, do"
+    need = together * row_bytes(subject, tokens)
+    there = "" if free is None else f"; {_size(free)} are free there now"
+    dtype = str(subject.dtype).removeprefix("torch.")
+    fewer = "fewer (--limit) or " if whole else ""
+    elsewhere = "" if subject.device.type == "cpu" else " or --device cpu"
+    narrower = "" if dtype in ("bfloat16", "float16") else "--dtype bfloat16 (half the memory; angles are flagged), "
+    return ModelError(
+        f"{what} not fit into the memory of {subject.device} beside {subject.name} in {dtype} (weights "
+        f"{_size(weight_bytes(subject))}, the text about {_size(need)}{there}). Take {fewer}shorter prompts or a "
+        f"smaller --max-new-tokens, or type {narrower}--device-map auto (spread over several devices, "
+        f"the rest on the CPU){elsewhere}"
+    )
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"

@@ -1,0 +1,118 @@
+"""What is printed around the numbers: widths, reasons, names of what a number is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.table import Table
+
+import dynprobe.cli
+from dynprobe.cli import _console, _render, _render_diff, _render_grid, _render_head
+from dynprobe.protocols._summary import summarise, without_remarks
+from dynprobe.runs import open_run
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_its_content(capsys):
+    table = Table(title="wide")
+    for number in range(40):
+        table.add_column(f"column {number}", no_wrap=number % 2 == 0)
+    table.add_row(*[f"{number} " + "word " * 8 for number in range(40)])
+    _console.console().print(table)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for number in range(40):
+        assert f"column {number} " in out
+        assert f"{number} " + "word " * 8 in out
+
+
+def test_no_command_sets_a_width_of_its_own():
+    for file in Path(dynprobe.cli.__file__).parent.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "console.width" not in text, file.name
+        if file.name not in ("_console.py", "_progress.py"):  # standard error is no place for tables
+            assert not re.search(r"(?<!_)\bConsole\(", text), file.name
+
+
+def samples(reasons):
+    return pd.DataFrame({
+        "prompt_id": ["a", "b", "c"], "condition_id": "clean", "status": "ok", "kappa_phase": np.nan,
+        "nll": [1.0, 2, 3], "reasons": reasons,
+    })  # fmt: skip
+
+
+def test_a_column_without_a_value_keeps_its_place_with_the_reason_of_most_rows():
+    rows = samples([json.dumps({"kappa_phase": why}) for why in ("depth<2", "coverage", "depth<2")])
+    entry = summarise(rows)["clean"]["kappa_phase"]
+    assert np.isnan(entry["mean"])
+    assert (entry["n"], entry["missing"], entry["reason"]) == (0, 3, "depth<2")
+    assert entry["reasons"] == {"depth<2": 2, "coverage": 1}
+    assert "kappa_phase" not in summarise(samples([None] * 3))["clean"]  # nothing was measured, so nothing is missing
+    for mean in (float("nan"), None):  # as made, and as read from JSON
+        assert _render._number({**entry, "mean": mean}, 4, False) == "– depth<2"
+
+
+def test_remarks_are_dropped_also_where_no_regime_was_called():
+    rows = pd.DataFrame({"limen_ratio": [1.0, 2.0], "reasons": [None, json.dumps({"limen_ratio": "steps<2"})]})
+    kept = without_remarks(rows)
+    assert kept["limen_ratio"].isna().tolist() == [False, True]
+    assert list(kept.columns) == ["limen_ratio", "reasons"]
+    called = without_remarks(rows.assign(limen_regime=["LOW", "HIGH"]))
+    assert called["limen_regime"].isna().tolist() == [False, True]
+
+
+def test_a_model_of_one_layer_says_why_it_has_no_kappa(cli, tmp_path):
+    done = cli(
+        "run", "--model", "panel/llama-depth1-width32-seed0", "--limit", "1", "--max-new-tokens", "2", "--perturb",
+        "alpha=0.1", "--out", tmp_path, "--quiet",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "κ phase" in done.out
+    assert re.search(r"│ clean +│ +– depth<2 │", done.out)
+    assert "expanded percentile bootstrap interval over prompts" in done.out
+    run = open_run(next(tmp_path.glob("*depth1*")))
+    assert run.summary["mean_intervals"] == "95 % expanded percentile bootstrap interval over prompts"
+    assert f"again: dynprobe show {run.path}" in done.out
+
+
+def test_intervals_of_older_runs_are_not_called_by_a_new_name():
+    assert "did not record its kind" in _render_head.mean_intervals({"seconds": 1.0})
+    assert _render_head.mean_intervals({}).startswith("95 % expanded percentile")  # a run that still goes on
+    said = {"seconds": 1.0, "mean_intervals": "95 % other interval over prompts"}
+    assert _render_head.mean_intervals(said, "items") == "95 % other interval over items"
+
+
+@pytest.mark.parametrize(
+    ("name", "test", "said"),
+    [
+        ("resume", {"passed": False, "value": 0.7612}, "the logits would be off by 0.76 SD"),
+        ("resume", {"passed": False, "value": None}, "without the lower ones the forward fails"),
+        ("resume", {"passed": True, "value": 0.0}, "ok (0)"),
+        ("alone", {"passed": False, "value": 0.5}, "FAILED (0.5)"),
+    ],
+)
+def test_the_number_of_a_self_test_says_what_it_is(name, test, said):
+    assert said in _render._verdict(name, test)
+
+
+def test_headings_of_a_control_are_told_apart():
+    headings = _render_grid._CONTROL_HEADINGS
+    assert len(set(headings)) == len(headings)
+    assert [h for h in headings if "perturbed" in h] == ["KL perturbed", "flips perturbed", "Δκ perturbed"]
+
+
+def difference(tracks, grown):
+    rows = pd.DataFrame({"condition_id": ["clean"] * len(grown), "growth_track": grown})
+    return SimpleNamespace(samples=rows, depths=pd.DataFrame({"track": tracks}))
+
+
+def test_growth_names_its_track_where_there_are_several():
+    assert _render_diff._growing(difference(["resid"], ["resid", "resid"])) == {}
+    assert _render_diff._growing(difference(["z_L", "z_H"], ["z_H", None])) == {"clean": " on z_H"}
+    mixed = _render_diff._growing(difference(["z_L", "z_H"], ["z_H", "z_L", "z_H"]))
+    assert mixed == {"clean": " on z_H (2), z_L (1)"}

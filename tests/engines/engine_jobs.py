@@ -1,0 +1,38 @@
+"""What the workers of these tests open; imported by name in processes of their own."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from dynprobe.errors import PromptError
+
+
+class UnpicklableError(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def open_job(payload, seat):
+    scratch = Path(payload["scratch"])
+    with (scratch / f"opened-{payload.get('name', '')}").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if payload.get("broken"):
+        raise PromptError("there is nothing to open")
+
+    def work(unit):
+        deadly = payload["deadly"].get(unit, 0)
+        begun = scratch / f"begun-{unit}"
+        before = len(begun.read_text()) if begun.exists() else 0
+        with begun.open("a") as file:
+            file.write(".")
+        if before < deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if unit == payload.get("wrong"):
+            raise PromptError(f"unit {unit} has no prompt")
+        if unit == payload.get("defect"):
+            raise UnpicklableError("this", "that")
+        time.sleep(payload.get("sleep", 0.0))
+        return {"square.txt": str(unit * unit).encode(), "threads.txt": str(seat.threads).encode()}
+
+    return work

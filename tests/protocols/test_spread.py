@@ -1,0 +1,202 @@
+"""The same run, whoever does its units."""
+
+import os
+import signal
+from contextlib import ExitStack
+
+import pandas as pd
+import pytest
+import torch
+
+import dynprobe as dp
+from dynprobe.engines import Local, Ray, Slurm
+from dynprobe.errors import EngineError, InterruptedRunError, UsageError
+from dynprobe.testing import tiny_llama
+
+SWEEP = {"layers": "all", "alphas": "0.1,1", "limit": 6, "batch_size": 2, "tables": "all"}
+CALLS = {
+    "run": lambda **s: dp.run(
+        "tiny-llama", limit=5, batch_size=2, max_new_tokens=3, perturb="alpha=0.2", states=True, **s
+    ),
+    "sweep": lambda **s: dp.sweep("tiny-llama", **SWEEP, **s),
+    "threshold": lambda **s: dp.threshold("tiny-llama", scale="relnorm", limit=4, batch_size=2, **s),
+    "iterate": lambda **s: dp.iterate("tiny-cem", limit=4, batch_size=2, iterations=[1, 3], **s),
+}
+TABLES = ("samples", "tokens", "depths", "profiles", "trials", "fits", "prompts", "conditions")
+
+
+@pytest.fixture(scope="module")
+def crew():
+    with Local(2, threads=1) as engine:
+        yield engine
+
+
+def equal(a, b):
+    """Every table and every state of two runs, label by label, is the same bit for bit."""
+    assert a.manifest.id8 == b.manifest.id8
+    assert a.manifest.finished == b.manifest.finished
+    compared = 0
+    for name in TABLES:
+        ours, theirs = a.table(name), b.table(name)
+        assert list(ours.columns) == list(theirs.columns)
+        keys = [c for c in ("sample_id", "condition_id", "prompt_id", "write", "criterion", "layer", "seed", "pos",
+                            "track", "depth", "alpha", "phase") if c in ours]  # fmt: skip
+        if len(ours):
+            compared += 1
+            pd.testing.assert_frame_equal(
+                ours.astype(dict.fromkeys(keys, str)).sort_values(keys, kind="stable").reset_index(drop=True),
+                theirs.astype(dict.fromkeys(keys, str)).sort_values(keys, kind="stable").reset_index(drop=True),
+                check_exact=True, check_categorical=False,
+            )  # fmt: skip
+    assert compared >= 3
+    assert sorted(p.sha256 for p in a.manifest.parts if p.batch is not None) == sorted(
+        p.sha256 for p in b.manifest.parts if p.batch is not None
+    )
+
+
+@pytest.mark.parametrize("protocol", CALLS)
+def test_workers_give_the_tables_of_one_process(protocol, crew, tmp_path):
+    here = CALLS[protocol](out=tmp_path / "here")
+    there = CALLS[protocol](out=tmp_path / "there", engine=crew)
+    equal(here, there)
+    (told,) = there.manifest.model_extra["engine"]
+    assert told["name"] == "local"
+    assert sum(worker["items"] for worker in told["workers"]) == len(there.manifest.finished)
+    assert len(told["workers"]) == 2
+    if protocol == "run":
+        a, b = here.states(layer=1), there.states(layer=1)
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)) if not isinstance(a, tuple) else True
+
+
+def test_a_worker_killed_in_mid_sweep_loses_nothing(crew, tmp_path):
+    here = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "here")
+    killed = []
+
+    def listener(progress):
+        if progress.stage == "batch" and progress.done == 2 and not killed:
+            killed.append(crew._crew[0].process.pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    there = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there", engine=crew, listener=listener)
+    assert killed
+    equal(here, there)
+    (told,) = there.manifest.model_extra["engine"]
+    assert [lost["why"] for lost in told["lost"]] == ["signal SIGKILL (out of memory?)"]
+
+
+def test_what_one_engine_left_another_goes_on_with(crew, tmp_path):
+    here = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "here")
+
+    def stop(progress):
+        if progress.stage == "batch" and progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match="the same command continues"):
+        dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there", engine=crew, listener=stop)
+    left = next((tmp_path / "there").glob("*_tiny-llama_*"))
+    assert dp.open(left).status == "interrupted"
+    assert 3 <= len(dp.open(left).manifest.finished) < len(here.manifest.finished)
+    there = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there")
+    assert there.path == left
+    equal(here, there)
+
+
+@pytest.mark.slow
+def test_ray_and_slurm_give_the_tables_of_one_process(tmp_path):
+    here = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "here")
+    settings = {"folder": tmp_path / "shared", "cluster": "local", "poll_seconds": 0.2}
+    with ExitStack() as stack:
+        for engine in (stack.enter_context(Ray(2)), stack.enter_context(Slurm(2, **settings))):
+            there = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / engine.name, engine=engine)
+            equal(here, there)
+            (told,) = there.manifest.model_extra["engine"]
+            assert len(told["workers"]) == 2
+
+
+@pytest.mark.slow
+def test_a_ray_actor_killed_in_mid_sweep_loses_nothing(tmp_path):
+    here = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "here")
+    with Ray(2) as engine:
+        killed = []
+
+        def listener(progress):
+            if progress.stage == "batch" and progress.done == 2 and not killed:
+                killed.append(engine._facts["ray-0"]["pid"])
+                os.kill(killed[0], signal.SIGKILL)
+
+        there = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there", engine=engine, listener=listener)
+    assert killed
+    equal(here, there)
+    assert there.manifest.model_extra["engine"][0]["lost"]
+
+
+def test_one_crew_does_all_cells_of_a_panel(crew, tmp_path):
+    design = {
+        "models": ["panel/llama-depth1*", "panel/cem-depth1*"], "categories": ["factual"], "prompts_per_category": 2,
+        "seeds": [0, 1], "temperatures": [0.7], "max_new_tokens": 2, "settings": {"batch_size": 1},
+    }  # fmt: skip
+    here = dp.panel(**design, out=tmp_path / "here")
+    there = dp.panel(**design, out=tmp_path / "there", engine=crew)
+    assert (here.status, there.status) == ("complete", "complete")
+    assert here.manifest["id8"] == there.manifest["id8"]
+    assert list(here.cells["id8"]) == list(there.cells["id8"])
+    pd.testing.assert_frame_equal(here.table("variance"), there.table("variance"))
+    for one in there.cells["run"]:
+        assert dp.open(there.path / one).manifest.model_extra["engine"][0]["name"] == "local"
+
+
+def test_settings_make_the_engine(tmp_path):
+    run = dp.run(
+        "tiny-llama", limit=4, batch_size=2, max_new_tokens=0, out=tmp_path, workers=2, worker_threads=1, engine="local"
+    )
+    (told,) = run.manifest.model_extra["engine"]
+    assert {worker["threads"] for worker in told["workers"]} == {1}
+    alone = dp.run("tiny-llama", limit=4, batch_size=2, max_new_tokens=0, out=tmp_path / "alone")
+    assert alone.manifest.id8 == run.manifest.id8  # who did it is not what was asked
+
+
+def test_an_object_cannot_be_sent(crew, tmp_path):
+    with pytest.raises(UsageError, match=r"workers load the model themselves, by its name.*Subject"):
+        dp.run(tiny_llama(), [[5, 6, 7]], max_new_tokens=0, out=tmp_path, engine=crew)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_protocol_whose_units_need_each_other_is_refused(crew, tmp_path):
+    with pytest.raises(UsageError, match="later units read what earlier ones found"):
+        dp.recover("tiny-llama", mode="none", limit=2, max_new_tokens=8, workers=2, out=tmp_path)
+    with pytest.raises(UsageError, match="later units read what earlier ones found"):
+        dp.recover("tiny-llama", mode="none", limit=2, max_new_tokens=8, engine=crew, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_of_other_weights_is_refused(crew, tmp_path, monkeypatch):
+    """The files change between the caller's loading and the workers'."""
+    from dynprobe.protocols import _call
+    from dynprobe.testing import save_tiny_model
+
+    model = save_tiny_model(tmp_path / "model", seed=1)
+    real = _call.content_key
+
+    def swap(*parts):
+        save_tiny_model(tmp_path / "other", seed=2)
+        for file in (tmp_path / "other").iterdir():
+            (model / file.name).write_bytes(file.read_bytes())
+        return real(*parts)
+
+    monkeypatch.setattr(_call, "content_key", swap)
+    with pytest.raises(EngineError, match=r"the worker comes to another run.*Give all machines the same files"):
+        dp.run(model, [[5, 6, 7], [8, 9]], max_new_tokens=0, out=tmp_path / "runs", engine=crew)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"engine": "spark"}, "engine='spark'"),
+        ({"workers": 0}, "workers is 'auto' or at least 1"),
+        ({"engine": "slurm", "slurm": "timeout"}, "'timeout' is no name=value"),
+    ],
+)
+def test_settings_that_make_no_engine(settings, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        dp.run("tiny-llama", limit=2, out=tmp_path, **settings)
