@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from _loops import Batched, LastOnly, Loop
-from _sides import COMPLETE, TOLERANCE, Table, directions, verdict
-from _timing import spread, timed
+from _sides import COMPLETE, TOLERANCE, Table, verdict
 from torch import Tensor
 
-from dynprobe.probes import Fork, Perturb, PerturbWriter, Subject, make_batch, tokenize
+from dynprobe.probes import Subject, make_batch, tokenize
 from dynprobe.prompts import load_prompts
+from dynprobe.protocols._bench_loops import Batched, LastOnly, Loop, directions
+from dynprobe.protocols._bench_sweep import fork_of, logit_difference, sweep_layers
+from dynprobe.protocols._bench_timing import spread, timed
 
 __all__ = ["b3"]
 
@@ -30,39 +30,15 @@ ROUNDS = 3
 WIDTH = 64
 
 
-def sweep(
-    fork: Fork, layers: Iterable[int], alphas: np.ndarray, variant: str, keep: Collection[int] = ()
-) -> dict[int, Tensor]:
-    """Our side of B3: logits ``[alpha, pos, vocab]`` or ``[alpha, vocab]`` of each layer, of which some are kept."""
-    found: dict[int, Tensor] = {}
-    at = ",positions=-1" if variant == "position" else ""
-    start = fork.batch.mask.shape[1] - 1 if at else 0
-    for layer in layers:
-        writer = PerturbWriter(fork.subject, Perturb.parse(f"alpha=1,layers={layer}{at}"), magnitude=alphas)
-        tape = fork.branch([0] * len(alphas), [writer], start=start, logits="all" if variant == "all" else "last")
-        assert tape.logits is not None
-        if layer in keep:
-            found[layer] = tape.logits
-    return found
-
-
-def difference(ours: Tensor, theirs: list[Tensor]) -> tuple[float, float]:
-    """Largest difference of logits over the strengths, and the largest in a strength's own standard deviation."""
-    other = torch.cat(theirs)
-    assert ours.shape == other.shape, (ours.shape, other.shape)
-    apart = [(float((a - b).abs().max()), float(b.std())) for a, b in zip(ours, other, strict=True)]
-    return max(worst for worst, _ in apart), max(worst / sd for worst, sd in apart)
-
-
 def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool) -> dict[str, Any]:
     """One prompt, all layers."""
     text = " ".join(p.text for p in load_prompts(limit=4))
-    ids = torch.tensor(tokenize(subject, [text]))[:, :WIDTH]
+    ids = torch.tensor(tokenize(subject, [text]), device=subject.device)[:, :WIDTH]
     batch, n_layers = make_batch(subject, ids.tolist(), row_keys=["sweep"]), subject.n_layers
     units = {layer: directions(subject, "sweep", layer, WIDTH) for layer in range(n_layers)}
     out: dict[str, Any] = {"tokens": ids.shape[1], "layers": n_layers}
     for variant in TITLES:
-        sweep(Fork(subject, batch, logits="last"), [n_layers - 1], alphas, variant)  # warm-up
+        sweep_layers(fork_of(subject, batch, variant), [n_layers - 1], alphas, variant)  # warm-up
     table = Table(
         f"B3: {len(alphas)} α × {n_layers} layers, {ids.shape[1]} tokens", "loop", "dynprobe faster (quartiles)",
         "pairs", "loop, all layers", "dynprobe, all layers", "largest difference of logits (in SD)", "budget",
@@ -85,9 +61,9 @@ def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 gc.collect()
                 if name == "dynprobe":
-                    setup, fork = timed(lambda v=variant: Fork(subject, batch, logits="all" if v == "all" else "last"))
+                    setup, fork = timed(lambda v=variant: fork_of(subject, batch, v))
                     at = range(n_layers) if variant == "position" else pair
-                    spent, mine = timed(lambda f=fork, at=at, v=variant, p=pair: sweep(f, at, alphas, v, p))
+                    spent, mine = timed(lambda f=fork, at=at, v=variant, p=pair: sweep_layers(f, at, alphas, v, p))
                     ours[number] = setup / pairs + spent * len(pair) / len(at)
                     assert not fork.roads.refusals, fork.roads
                     assert not fork.roads.whole, fork.roads
@@ -102,13 +78,12 @@ def b3(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
                     )
             for name, logits in theirs.items():
                 for layer, other in zip(pair, logits, strict=True):
-                    worst[name] = tuple(map(max, worst[name], difference(mine[layer], other)))
+                    worst[name] = tuple(map(max, worst[name], logit_difference(mine[layer], other)))
             del mine, theirs
         whole = math.nan
         if not quick:
             gc.collect()
-            whole, _ = timed(lambda v=variant: sweep(
-                Fork(subject, batch, logits="all" if v == "all" else "last"), range(n_layers), alphas, v))  # fmt: skip
+            whole, _ = timed(lambda v=variant: sweep_layers(fork_of(subject, batch, v), range(n_layers), alphas, v))
         summed = sum(ours.values()) if len(ours) == pairs else math.nan
         out[variant] = {
             "dynprobe_whole_s": whole,

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from _loops import Loop
-from _sides import COMPLETE, TOLERANCE, Table, directions, verdict
-from _timing import spread, timed
+from _sides import COMPLETE, TOLERANCE, Table, verdict
 from torch import Tensor
 
 from dynprobe.probes import Instrument, Perturb, PerturbWriter, Sampling, Subject, generate, make_batch, tokenize
 from dynprobe.prompts import load_prompts
+from dynprobe.protocols._bench_loops import Loop, directions
+from dynprobe.protocols._bench_timing import spread, timed
 
 __all__ = ["b4"]
 
@@ -43,6 +43,7 @@ def b4(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
         instrument = Instrument(subject, (), [writer], **batch.rows)
         return generate(subject, batch, Sampling(max_new_tokens=new, stop_at_eos=False), instrument)
 
+    fed = [torch.tensor([row], device=subject.device) for row in rows]
     chunks = 1 if quick else CHUNKS
     ours(2)  # the trial of the model's decoding
     seconds: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
@@ -60,8 +61,8 @@ def b4(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
                 seconds[name][turn] = (one, two)
                 continue
             spent = []
-            for number, row in enumerate(rows):
-                ids, picked = torch.tensor([row]), alphas[list(chosen)].tolist()
+            for number, ids in enumerate(fed):
+                picked = alphas[list(chosen)].tolist()
                 took, found = timed(
                     lambda loop=loops[name], ids=ids, picked=picked, unit=units[number]: loop.tokens(
                         ids, layer, picked, unit, new
@@ -79,7 +80,7 @@ def b4(subject: Subject, loops: dict[str, Loop], alphas: np.ndarray, quick: bool
         for side, title in enumerate(("1 prompt", "2 prompts")):
             texts = {key: text for key, text in tokens[name].items() if key[0] <= side}
             apart = [
-                first_difference(loop, torch.tensor([rows[p]]), layer, float(alphas[i]), units[p], mine, theirs)
+                first_difference(loop, fed[p], layer, float(alphas[i]), units[p], mine, theirs)
                 for (p, i), theirs in texts.items()
                 if (mine := made[side + 1][p * len(alphas) + i]) != theirs
             ]
@@ -109,8 +110,8 @@ def first_difference(
         AssertionError: If it is none.
     """
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(mine, theirs)) if a != b)
-    fed = torch.cat([ids, torch.tensor([theirs[:at]], dtype=torch.long)], 1)
-    logits = loop.logits(fed, layer, [alpha], unit, "all")[0][0, -1]
+    longer = torch.cat([ids, torch.tensor([theirs[:at]], dtype=torch.long, device=ids.device)], 1)
+    logits = loop.logits(longer, layer, [alpha], unit, "all")[0][0, -1]
     gap = float((logits[mine[at]] - logits[theirs[at]]).abs() / logits.std())
     said = f"α={alpha:.3g}, token {at}: {mine[at]} or {theirs[at]}, {gap:.1e} SD apart"
     assert gap <= TOLERANCE, f"{loop.name} and dynprobe part: {said}"

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from _sides import Table
-from _timing import timed
 
 import dynprobe as dp
 from dynprobe.probes import Subject
+from dynprobe.protocols._bench_timing import timed
 from dynprobe.protocols._fits import crossings_of
 
 __all__ = ["b5"]
@@ -58,9 +58,11 @@ def b5(subject: Subject, quick: bool) -> dict[str, Any]:
     for name, fit in ((name, f["fit"]) for name, f in found.items()):
         found[name]["said"] = f"{fit['alpha50']:.4f} ({fit['low']:.4f} – {fit['high']:.4f})"
     table.row("threshold of the population, 95 %", found["search"]["said"], found["grid"]["said"],
+              "no threshold in reach" if math.isnan(shifted) else
               f"± 5 %: {shifted:+.2%} {'met' if abs(shifted) <= 0.05 else 'MISSED'}")  # fmt: skip
     within = sum(e <= math.log(1.05) for e in errors)
-    median, worst = (math.expm1(e) for e in (statistics.median(errors), errors[-1]))
+    # Weights drawn at random may have no threshold in reach; then there is nothing to compare.
+    median, worst = (math.expm1(e) for e in (statistics.median(errors), errors[-1])) if errors else (math.nan,) * 2
     table.row(
         "each prompt against the grid's own crossing", f"{within} of {len(errors)} within 5 %",
         f"median {median:.2%}, worst {worst:.2%}", "" if quick else f"± 5 %: {'met' if worst <= 0.05 else 'MISSED'}",

@@ -16,9 +16,8 @@ import sys
 import tempfile
 import time
 
-from _timing import machine
-
 from dynprobe.models import cache_root, fetch
+from dynprobe.protocols._bench_timing import machine
 
 
 def once(out: str) -> tuple[float, float]:

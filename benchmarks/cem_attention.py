@@ -21,10 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _timing import interleaved, machine
 from torch.nn import functional
 
 from dynprobe.models import CemConfig, CemForCausalLM
+from dynprobe.protocols._bench_timing import interleaved, machine, waiter
 
 BUDGET, TRAIN_BUDGET = 1.1, 1.25
 #: What CEM attention is timed with: the arm of B12 first, then what the published layer has besides.
@@ -67,8 +67,8 @@ def llama_attention(config: CemConfig, states: torch.Tensor) -> Callable[[], obj
 
     settings = llama_config(config)
     settings.num_hidden_layers = 1
-    model = LlamaForCausalLM(settings).eval().model
-    layer, positions = model.layers[0], torch.arange(states.shape[1])[None]
+    model = LlamaForCausalLM(settings).eval().to(states.device, states.dtype).model
+    layer, positions = model.layers[0], torch.arange(states.shape[1], device=states.device)[None]
     angles = model.rotary_emb(states, positions)
     if settings._attn_implementation != "sdpa":
         raise SystemExit(f"Llama runs {settings._attn_implementation} attention; the baseline is the fused kernel")
@@ -85,9 +85,10 @@ def cem_attention(config: CemConfig, states: torch.Tensor) -> Callable[[], objec
     from dynprobe.models._cem_frame import Frame
 
     config.num_hidden_layers = 1
-    sublayer = CemForCausalLM(config).eval().model.layers[0].self_attn
+    sublayer = CemForCausalLM(config).eval().to(states.device, states.dtype).model.layers[0].self_attn
     n = states.shape[1]
-    frame = Frame(n, n, None, torch.arange(n)[None], states.dtype, states.device, steps={"attention": 1, "mlp": 1})
+    positions = torch.arange(n, device=states.device)[None]
+    frame = Frame(n, n, None, positions, states.dtype, states.device, steps={"attention": 1, "mlp": 1})
 
     def run() -> object:
         with torch.inference_mode():
@@ -118,15 +119,18 @@ def verdict(ratio: float, budget: float) -> str:
     return f"≤ {budget:g}: {'met' if ratio <= budget else 'MISSED'}"
 
 
-def attention_table(sizes: list[str], batch: int, length: int, rounds: int) -> None:
+def attention_table(
+    sizes: list[str], batch: int, length: int, rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
     """Print B12."""
     print("| B12: attention, forward | batch | arm | Llama | CEM / Llama (quartiles) | budget |")
     print("|---|---|---|---|---|---|")
     for size in sizes:
         width = cem_config(size).hidden_size
         states = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(0))
+        states = states.to(device, dtype)
         arms = {name: cem_attention(cem_config(size, **changes), states) for name, changes in ATTENTION.items()}
-        found = interleaved(llama_attention(cem_config(size), states), arms, rounds=rounds)
+        found = interleaved(llama_attention(cem_config(size), states), arms, rounds=rounds, wait=waiter(states.device))
         bare = found.pop("baseline")[0]
         for name, (ratio, low, high) in found.items():
             print(

@@ -9,7 +9,7 @@ import argparse
 import subprocess
 import sys
 
-from _timing import interleaved, machine
+from dynprobe.protocols._bench_timing import interleaved, machine
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
+from dynprobe.protocols._bench_disk import plain_write, state_keys, write_states
+from dynprobe.protocols._bench_timing import timed
 from dynprobe.runs import RunWriter, open_run
 
 
@@ -35,14 +35,7 @@ def main() -> None:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})  # one core, threads included
     rows = args.megabytes * 10**6 // (4 * args.dim)
     states = np.random.default_rng(0).standard_normal((rows, args.dim), dtype=np.float32)
-    ids = [f"p{i}|clean|0" for i in range(rows // 512 + 1)]
-    keys = pd.DataFrame(
-        {
-            "sample_id": pd.Categorical.from_codes(np.arange(rows) // 512, ids),
-            "pos": (np.arange(rows) % 512).astype(np.int32), "track": pd.Categorical(["resid"] * rows),
-            "depth": np.full(rows, 6, np.int32),
-        }
-    )  # fmt: skip
+    keys, data = state_keys(rows, 512, 6), memoryview(states).cast("B")
     size = states.nbytes / 1e6
     written: list[float] = []
     bare: list[float] = []
@@ -51,24 +44,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for number in range(args.rounds + 1):
             place = Path(folder) / f"bare-{number}"
-            bare.append(size / seconds(lambda place=place: plain_write(place, states)))  # type: ignore[misc]
+            bare.append(size / timed(lambda place=place: plain_write(place, data))[0])  # type: ignore[misc]
             place.unlink()
             writer = RunWriter.begin(
                 Path(folder) / str(number), ident=f"{number:08x}", model_name="synthetic", config={}
             )
             with writer:
                 began = time.process_time()
-                written.append(size / seconds(lambda writer=writer: write(writer, keys, states)))  # type: ignore[misc]
+                spent = timed(lambda writer=writer: write_states(writer, 0, [(keys, states)], "float32"))[0]  # type: ignore[misc]
+                written.append(size / spent)
                 busy.append(size / (time.process_time() - began))
                 writer.finish({})
             run = open_run(writer.folder)
-            read.append(size / seconds(lambda run=run: [array for _, array in run.state_parts()]))  # type: ignore[misc]
+            read.append(size / timed(lambda run=run: [array for _, array in run.state_parts()])[0])  # type: ignore[misc]
             parts = [array for _, array in run.state_parts()]
             assert all(array.base is not None and not array.flags.owndata for array in parts), "reading copied"
             assert np.array_equal(np.concatenate(parts), states)
             for part in run.manifest.parts_of("states"):
                 (run.path / part.path).unlink()
-    digest = statistics.median(size / seconds(lambda: hashlib.sha256(states).digest()) for _ in range(3))
+    digest = statistics.median(size / timed(lambda: hashlib.sha256(states).digest())[0] for _ in range(3))
     for name, values, note in (
         ("states to Parquet, fsync and SHA-256 included", written[1:], " (budget 500)"),
         ("the same per second of processor time", busy[1:], ""),
@@ -78,27 +72,6 @@ def main() -> None:
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
         print(f"{name}: {middle:.0f} MB/s ({low:.0f} – {high:.0f}){note}")
     print(f"SHA-256 alone: {digest:.0f} MB/s; {size:.0f} MB of float32 [{rows}, {args.dim}] a round")
-
-
-def write(writer: RunWriter, keys: pd.DataFrame, states: np.ndarray) -> None:
-    """Write a batch of states and make it visible."""
-    writer.write_states(0, keys, states, "float32")
-    writer.write_batch(0, {})
-
-
-def plain_write(place: Path, states: np.ndarray) -> None:
-    """Write the bytes and nothing else."""
-    with place.open("wb") as file:
-        file.write(memoryview(states).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long something takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

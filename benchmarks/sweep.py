@@ -30,36 +30,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from _loops import LOOPS, Loop, RawHooks, available
-from _sides import directions
 from _sweep_logits import b3
 from _sweep_texts import b4
 from _sweep_threshold import b5
-from _timing import machine
 
 import dynprobe as dp
 from dynprobe.probes import Subject, tokenize
+from dynprobe.protocols._bench_loops import LOOPS, Loop, RawHooks, directions
+from dynprobe.protocols._bench_peers import made
+from dynprobe.protocols._bench_timing import machine
 
 
 def ready(subject: Subject, kinds: list[type[Loop]]) -> dict[str, Loop]:
     """The loops, warmed up; one that does not run with these versions is reported, not hidden."""
-    loops: dict[str, Loop] = {}
-    ids, unit = (
-        torch.tensor(tokenize(subject, ["Some words to warm everything up."])),
-        directions(subject, "warm", 0, 64),
-    )
-    for kind in kinds:
-        if not available(kind):
-            print(f"{kind.name}: not installed")
-            continue
-        try:
-            loop = kind(subject)
-            loop.logits(ids, 0, [0.1], unit, "all")
-            loop.tokens(ids, 0, [0.1], unit, 2)
-        except Exception as error:
-            print(f"{kind.name} failed: {type(error).__name__}: {error}")
-        else:
-            loops[kind.name] = loop
+    ids = torch.tensor(tokenize(subject, ["Some words to warm everything up."]))
+    unit = directions(subject, "warm", 0, 64)
+
+    def trial(loop: Loop) -> None:
+        loop.logits(ids, 0, [0.1], unit, "all")
+        loop.tokens(ids, 0, [0.1], unit, 2)
+
+    loops, absent = made(kinds, None, subject, trial)
+    for name, reason in absent.items():
+        print(f"{name}: {reason}")
     return loops
 
 

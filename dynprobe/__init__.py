@@ -22,6 +22,7 @@ _PUBLIC: dict[str, str] = {
     "Tape": "dynprobe.probes",
     "Where": "dynprobe.probes",
     "attract": "dynprobe.protocols",
+    "bench": "dynprobe.protocols",
     "calibrate": "dynprobe.protocols",
     "capture": "dynprobe.probes",
     "compare": "dynprobe.runs",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from dynprobe.probes import record as record
     from dynprobe.probes import resume as resume
     from dynprobe.protocols import attract as attract
+    from dynprobe.protocols import bench as bench
     from dynprobe.protocols import calibrate as calibrate
     from dynprobe.protocols import delay_diagnostics as delay_diagnostics
     from dynprobe.protocols import dissociate as dissociate

@@ -10,9 +10,9 @@ import dynprobe as dp
 
 NAMES = [
     "AttractorLayer", "Controller", "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "attract",
-    "calibrate", "capture", "claims", "cli", "compare", "controllers", "delay_diagnostics", "diff", "discover",
+    "bench", "calibrate", "capture", "claims", "cli", "compare", "controllers", "delay_diagnostics", "diff", "discover",
     "dissociate", "doctor",
-    "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "panel", "perturb", "plan",
+    "engines", "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "panel", "perturb", "plan",
     "probes", "prompts", "protocols", "readout", "record", "recover", "report", "resume", "run", "runs", "sweep",
     "testing", "threshold", "trace_callback",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ def _main(arguments: list[str] | None) -> int:
 
     from dynprobe.cli import (  # noqa: F401 - their commands join the app
         _attract_app,
+        _bench_app,
         _claims_app,
         _compare_app,
         _delay_app,

@@ -10,7 +10,7 @@ from rich.table import Table
 from dynprobe.cli._console import console as new_console
 
 if TYPE_CHECKING:
-    from dynprobe.runs import Examination
+    from dynprobe.runs import Examination, Manifest
 
 __all__ = ["examination", "left"]
 
@@ -37,8 +37,15 @@ def examination(found: Examination) -> None:
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     command = None if found.manifest is None else found.manifest.command
-    if found.done and found.manifest is not None and found.manifest.status != "complete" and command:
+    if found.done and command and found.manifest is not None and _goes_on(found.manifest):
         console.print(f"continue: {_continued(command, str(found.path))}", soft_wrap=True, markup=False)
+
+
+def _goes_on(manifest: Manifest) -> bool:
+    """Whether this version may make the rest of a run."""
+    from dynprobe.runs import SCHEMA_VERSION
+
+    return manifest.status != "complete" and manifest.schema_version == SCHEMA_VERSION
 
 
 def _continued(command: str | list[str], folder: str) -> str:

@@ -116,7 +116,8 @@ class Ray(Engine):
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"no Ray cluster answers at --address {address}" if address else "Ray could not be started here"
             raise EngineError(
-                f"{where}: {error}. Start one with: ray start --head, or leave --address out to start one here"
+                f"{where}: {str(error).rstrip('.')}. Start one with: ray start --head, or leave --address out to start "
+                "one here"
             ) from error
 
     def _room(self, resources: dict[str, float]) -> int:

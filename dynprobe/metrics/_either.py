@@ -71,7 +71,7 @@ def _within(norm: torch.Tensor) -> bool:
 def stacked(states: Any, name: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     """Read states [depth, …, dim], or one tensor [..., dim] per depth."""
     if isinstance(states, Sequence) and len(states) and all(isinstance(s, torch.Tensor) for s in states):
-        states = torch.stack([s.detach() for s in states])
+        states = torch.stack([s.detach().to(states[0].device) for s in states])
     out, back = opened(states, name)
     if out.ndim < 2:
         raise MetricError(f"{name} takes states [depth, …, dim], found shape {list(out.shape)}.")

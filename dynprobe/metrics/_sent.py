@@ -148,7 +148,7 @@ def traced_terms(
     """
     norm, diff, angle = [], [], []
     wrote = torch.zeros(len(targets), dtype=torch.long)
-    before = None
+    before = torch.empty(0)
     for number, block in enumerate(model.get(path)):
         if number == 0:
             before = state_in(block.inputs).detach().double()

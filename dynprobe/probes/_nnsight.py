@@ -116,7 +116,8 @@ class _Visit:
         if after is before:
             return
         if self.side == "input":
-            self.envoy.inputs = replace_argument(*value, after)
+            args, kwargs = value
+            self.envoy.inputs = replace_argument(args, kwargs, after)
         else:
             self.envoy.output = replace_hidden(value, after)
 
@@ -255,7 +256,7 @@ def forwards_of(root: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
 
 
 def restore(forwards: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
-    """Take nnsight off modules: each gets back what it had, also where that was nnsight's, of a wrapper of one's own."""
+    """Take nnsight off modules: each gets back what it had, a user's own wrapper included."""
     if not forwards:
         return
     from nnsight.intervention.source import STATE

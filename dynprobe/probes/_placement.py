@@ -1,8 +1,8 @@
 """Where a model takes its input.
 
 A model may be spread over several devices, and parts of it may be on the disk or in the memory of the CPU while nobody
-needs them: such parameters stand on the ``meta`` device until accelerate's hooks bring them in. So the device of a model
-is where its hooks say that it runs, and else where its parameters are.
+needs them: such parameters stand on the ``meta`` device until accelerate's hooks bring them in. So the device of a
+model is where its first parameter is, and where that is nowhere, where the hooks say that it runs.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ class Ring:
     Example:
         >>> ring = Ring([("resid_post", 0), ("resid_post", 1)])
         >>> ring.begin(rows=2, columns=3)
-        >>> kept = ring.write(("resid_post", 1), torch.ones(2, 3, 4))
+        >>> for site in ring.sites:
+        ...     kept = ring.write(site, torch.ones(2, 3, 4))
         >>> kept.shape, ring.states().shape
         (torch.Size([2, 3, 4]), torch.Size([2, 2, 3, 4]))
     """

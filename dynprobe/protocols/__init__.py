@@ -3,6 +3,7 @@
 from dynprobe.protocols._attract import attract
 from dynprobe.protocols._attract_config import AttractConfig
 from dynprobe.protocols._attract_gain import LoopGain, loop_gain
+from dynprobe.protocols._bench import Bench, bench
 from dynprobe.protocols._calibrate import calibrate
 from dynprobe.protocols._config import RunConfig, load_config
 from dynprobe.protocols._coupling import CouplingResult, coupling
@@ -32,6 +33,7 @@ from dynprobe.protocols._watch import Moment, watch
 
 __all__ = [
     "AttractConfig",
+    "Bench",
     "CouplingResult",
     "DelayDiagnostics",
     "Diagnosis",
@@ -52,6 +54,7 @@ __all__ = [
     "SweepConfig",
     "ThresholdConfig",
     "attract",
+    "bench",
     "calibrate",
     "coupling",
     "delay_diagnostics",

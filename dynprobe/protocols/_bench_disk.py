@@ -2,8 +2,8 @@
 
 A write counts when it is synced. In ``states`` the bytes lie in memory already: they are written as a run writes them
 (keys, file, SHA-256, sync, rename, manifest) beside the same bytes by ``write`` and ``fsync``, and read back as views.
-In ``disk`` a forward captures every block's output at every token and all of it is on disk at the end. Libraries without
-a format of their own write one safetensors file of all layers, which is as fast as a file can be, and sync it.
+In ``disk`` a forward captures every block's output at every token and all of it is on disk at the end. What a library
+captured is written for it as one safetensors file of all layers, which is about as fast as a file can be, and synced.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def state_keys(rows: int, per_sample: int, depth: int) -> pd.DataFrame:
     ids = [f"p{i}|clean|0" for i in range((rows - 1) // per_sample + 1)]
     return pd.DataFrame(
         {
-            "sample_id": pd.Categorical.from_codes(np.arange(rows) // per_sample, ids),
+            "sample_id": pd.Categorical.from_codes((np.arange(rows) // per_sample).tolist(), pd.Index(ids)),
             "pos": (np.arange(rows) % per_sample).astype(np.int32), "track": pd.Categorical(["resid"] * rows),
             "depth": np.full(rows, depth, np.int32),
         }
@@ -92,7 +92,7 @@ def states_case(subject: Subject, size: Size, folder: Path | None) -> Case:
     rows = max(int(size.megabytes * 1e6 / (4 * dim)), 1)
     states = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
     scratch, kept = _Scratch(folder), _Scratch(folder)
-    keys, data = state_keys(rows, 512, 6), memoryview(states).cast("B")
+    keys, data = state_keys(rows, 512, 6), memoryview(states.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
     writer, first = scratch.writer("states"), kept.writer("states")
     write_states(first, 0, [(keys, states)], "float32")
     first.finish({})
@@ -170,10 +170,12 @@ def disk_case(subject: Subject, size: Size, wanted: Sequence[str] | None, folder
         arms[label] = to_file
         if peer.own_forward:
             bare = f"{name}, bare"
-            arms[bare], over[label], over[bare] = (lambda peer=peer: peer.forward(ids)), bare, bare
+            arms[bare] = lambda peer=peer: peer.forward(ids)  # type: ignore[misc]
+            over[label] = over[bare] = bare
         place.unlink()
     facts = {
-        "bytes": sum(state.nbytes for state in reference), "file_system": file_system(scratch.path), "state_dtype": dtype
+        "bytes": sum(state.nbytes for state in reference), "file_system": file_system(scratch.path),
+        "state_dtype": dtype,
     }  # fmt: skip
     return Case(
         "disk", f"{size.batch} × {size.length}", BARE, arms, over, differences, absent, facts, after=scratch.clear,

@@ -15,12 +15,12 @@ import importlib.util
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynprobe.errors import ModelError, UsageError, did_you_mean
 from dynprobe.probes import Subject
@@ -122,9 +122,9 @@ class NNsight(Peer):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        from nnsight import LanguageModel
+        from nnsight import TransformersModel
 
-        self.traced = LanguageModel(twin(subject), tokenizer=subject.tokenizer)
+        self.traced = TransformersModel(twin(subject), tokenizer=subject.tokenizer)
         self.layers = [descend(self.traced, path) for path in paths_of(subject)]
 
     @torch.no_grad()
@@ -199,9 +199,7 @@ class TorchLens(Peer):
 
     @torch.no_grad()
     def capture(self, ids: Tensor) -> list[Tensor]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that shapes escape into Python is no news of each forward
-            found = self.record(self.model, ids, {"use_cache": False}, save=self.wanted)
+        found = self.record(self.model, ids, {"use_cache": False}, save=self.wanted)
         assert len(found.records) == len(self.paths), len(found.records)
         return [record.ram_payload for record in found.records]
 
@@ -237,9 +235,7 @@ def chosen(peers: str | Sequence[str]) -> list[str] | None:
         key = word.lower().replace("-", "_").replace(" ", "_").replace("raw_hooks", "hooks")
         key = {"transformerlens": "transformer_lens"}.get(key, key)
         if key not in KNOWN:
-            raise UsageError(
-                f"peers={word!r}; known: auto, none, or of {', '.join(KNOWN)}.{did_you_mean(key, KNOWN)}"
-            )
+            raise UsageError(f"peers={word!r}; known: auto, none, or of {', '.join(KNOWN)}.{did_you_mean(key, KNOWN)}")
         found.append(KNOWN[key])
     return found
 
@@ -247,17 +243,7 @@ def chosen(peers: str | Sequence[str]) -> list[str] | None:
 def made(
     kinds: Iterable[type[K]], wanted: Sequence[str] | None, subject: Subject, trial: Callable[[K], object]
 ) -> tuple[dict[str, K], dict[str, str]]:
-    """Make peers and try each once.
-
-    Args:
-        kinds: Their classes.
-        wanted: Names of the ones that are wanted; None for all.
-        subject: The model.
-        trial: A first call.
-
-    Returns:
-        Those that run, by name, and why the others do not.
-    """
+    """Make the wanted peers (None for all), try each once; return those that run, and why the others do not."""
     found: dict[str, K] = {}
     absent: dict[str, str] = {}
     for kind in kinds:
@@ -282,14 +268,21 @@ def made(
 
 
 @contextmanager
-def hushed() -> Any:
-    """Keep what other libraries log while they load out of the table."""
-    before = logging.root.manager.disable
+def hushed() -> Iterator[None]:
+    """Keep what other libraries log, warn of and draw while they load out of the table."""
+    from transformers.utils import logging as drawn
+
+    before, bar = logging.root.manager.disable, drawn.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
+    drawn.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
+        if bar:
+            drawn.enable_progress_bar()
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

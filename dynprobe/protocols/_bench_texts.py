@@ -130,6 +130,7 @@ def _attractor_prefill(subject: Subject, held: AttractorLayer, size: Size) -> Ca
     arms: dict[str, Callable[[], object]] = {BARE: bare}
     sizes = list(dict.fromkeys(max(n, 1) for n in (columns, columns // 4, columns // 16, 1)))
     for chunk in sizes:
-        arms[f"commit_every={chunk}"] = lambda layer=_acting(held, chunk): under(layer)  # type: ignore[misc]
+        layer = _acting(held, chunk)
+        arms[f"commit_every={chunk}"] = lambda layer=layer: under(layer)  # type: ignore[misc]
     facts = {"acts": not torch.equal(under(_acting(held, max(columns // 4, 1))), bare()), "chunks": sizes}
     return Case("attractor", f"prefill 1 × {columns}", BARE, arms, facts=facts)

@@ -73,7 +73,12 @@ def rounds_of(
 
 
 def interleaved(
-    baseline: Callable[[], object], others: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
+    baseline: Callable[[], object],
+    others: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 3,
+    wait: Callable[[], object] | None = None,
 ) -> dict[str, tuple[float, float, float]]:
     """Time every arm once per round; return median ratio to the baseline and quartiles.
 
@@ -83,7 +88,7 @@ def interleaved(
         >>> sorted(interleaved(lambda: None, {"twice": lambda: None}, rounds=2))
         ['baseline', 'twice']
     """
-    seconds = rounds_of({"baseline": baseline, **others}, rounds=rounds, warmup=warmup)
+    seconds = rounds_of({"baseline": baseline, **others}, rounds=rounds, warmup=warmup, wait=wait)
     bare = seconds["baseline"]
     out = {name: spread([s / b for s, b in zip(seconds[name], bare, strict=True)]) for name in others}
     return {**out, "baseline": (statistics.median(bare), min(bare), max(bare))}

@@ -18,6 +18,7 @@ from dynprobe.controllers.recovery import GUARD_WINDOW, STR_WINDOW
 from dynprobe.errors import CalibrationError, UsageError
 from dynprobe.probes import Calibration, Subject, load_calibration
 from dynprobe.probes import load as load_subject
+from dynprobe.probes._backend import on_backend
 from dynprobe.probes._calibration import CALIBRATION_SCHEMA, covariance_root, principal_components, quantiles
 from dynprobe.prompts import Prompt, content_hash, load_prompts
 from dynprobe.protocols._arms import Passage, Text, forced
@@ -101,6 +102,7 @@ def calibrated(
     subject: Subject, prompts: Sequence[Prompt] | None = None, *, cov_depths: Sequence[int] = (), force: bool = False
 ) -> Calibration:
     """Return the calibration of a subject, with the covariance of some depths, from the cache where it is there."""
+    subject = on_backend(subject, "hooks")  # one calibration per model, whoever reads it later
     chosen = _prompts(prompts)
     rows = token_rows(subject, chosen)
     key = _key(subject, chosen, rows, cov_depths)

@@ -227,9 +227,7 @@ def prepare(
     return ready
 
 
-def configured(
-    model: Any, settings: Mapping[str, Any], kind: type[RunConfig]
-) -> tuple[RunConfig, list[Perturb | str]]:
+def configured(model: Any, settings: Mapping[str, Any], kind: type[RunConfig]) -> tuple[RunConfig, list[Perturb | str]]:
     """Return the settings with objects turned into the text they stand for, and the perturbations as given."""
     values = dict(settings)
     perturb = values.get("perturb")

@@ -253,7 +253,7 @@ def _without_sizes(samples: pd.DataFrame) -> pd.DataFrame:
         {name: why for name, why in json.loads(text or "{}").items() if name not in PASSPORT}
         for text in samples["reasons"]
     ]
-    spelled = [json.dumps(r, sort_keys=True) if r else None for r in reasons]
+    spelled = np.array([json.dumps(r, sort_keys=True) if r else None for r in reasons], dtype=object)
     return samples.drop(columns=list(PASSPORT)).assign(reasons=spelled)
 
 

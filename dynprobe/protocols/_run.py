@@ -17,6 +17,7 @@ from dynprobe.protocols._batch import BatchRunner, Produced
 from dynprobe.protocols._call import Call
 from dynprobe.protocols._conditions import Push, conditions_table
 from dynprobe.protocols._config import RunConfig
+from dynprobe.protocols._disk import refuse_full_disk
 from dynprobe.protocols._execute import Begin, Listener, Progress, execute
 from dynprobe.protocols._memory import memory_plan
 from dynprobe.protocols._plan import Estimate, estimate, plan_batches
@@ -50,6 +51,7 @@ def run(
         The run, complete.
 
     Raises:
+        RunFolderError: If its states would not fit on the disk.
         UsageError: If a setting is wrong.
         SelfTestError: If a self-test shows that no number could be trusted.
         InterruptedRunError: If it was stopped by the user; the same call continues it.
@@ -70,7 +72,10 @@ def run(
         if isinstance(prompts, Path):
             prompts, settings = None, {**settings, "prompts": str(prompts)}
         return run_remote(model, prompts, *configured(model, settings, RunConfig), listener)
-    return execute(*open_run(model, prompts, settings), listener, Call("run", model, settings))
+    ready, begin = open_run(model, prompts, settings)
+    if ready.saved and ready.finished() is None:
+        refuse_full_disk(ready, _cost(ready, measure=False).state_bytes)
+    return execute(ready, begin, listener, Call("run", model, settings))
 
 
 def open_run(model: Any, prompts: Any, settings: Mapping[str, Any]) -> tuple[Prepared, Begin]:
@@ -152,7 +157,10 @@ def plan(
     Returns:
         The estimate.
     """
-    ready = prepare(model, prompts, settings)
+    return _cost(prepare(model, prompts, settings), measure)
+
+
+def _cost(ready: Prepared, measure: bool) -> Estimate:
     subject, config, perturbed = ready.subject, ready.config, bool(ready.perturbs)
     lengths = [len(r) for r in ready.rows]
     n_layers, dim, vocab = subject.n_layers, subject.width, subject.vocab_size or 1

@@ -55,7 +55,10 @@ class TokenTexts:
 
     def _one(self, token: int) -> str | None:
         if token not in self._known:
-            self._known[token] = None if self._tokenizer is None or token < 0 else _text(self._tokenizer, token)
+            try:
+                self._known[token] = None if self._tokenizer is None or token < 0 else _text(self._tokenizer, token)
+            except (LookupError, OverflowError, TypeError, ValueError):
+                self._known[token] = None  # some tokenizers answer so where a padded vocabulary is larger than theirs
         return self._known[token]
 
 

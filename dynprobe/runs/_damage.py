@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.errors import RunFolderError
+from dynprobe.runs._advice import who_continues
 from dynprobe.runs._damage_files import check_parts, check_strangers
 from dynprobe.runs._damage_manifest import Found, find_manifest
 from dynprobe.runs._damage_report import Damage
@@ -23,6 +24,7 @@ from dynprobe.runs._identity import identity
 from dynprobe.runs._lock import LOCK_NAME, is_held
 from dynprobe.runs._manifest import MANIFEST_NAME, Manifest
 from dynprobe.runs._run import looks_like_run
+from dynprobe.runs._schema import SCHEMA_VERSION
 from dynprobe.runs._tables import read_frame
 
 __all__ = ["Examination", "examine", "manifest_digest"]
@@ -108,7 +110,11 @@ def examine(folder: str | Path) -> Examination:
     if found.manifest.imported and found.manifest.status != "complete":
         out.notes.append("the run was not complete when it was exported; continue it where it was made")
     elif found.manifest.status != "complete" and not busy:
-        out.notes.append("the run is not complete; the command that made it continues it")
+        out.notes.append(f"the run is not complete; {who_continues(found.manifest.schema_version)}")
+    elif found.manifest.schema_version != SCHEMA_VERSION and any(damage.remedy for damage in out.damages):
+        out.notes.append(
+            f"a repair that takes out a batch reopens it, and {who_continues(found.manifest.schema_version)}"
+        )
     return out
 
 

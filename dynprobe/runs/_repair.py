@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.errors import RunFolderError
-from dynprobe.runs._advice import ask_doctor
+from dynprobe.runs._advice import ask_doctor, who_continues
 from dynprobe.runs._atomic import keep, sync_folder, write_bytes, writing
 from dynprobe.runs._damage import Examination, manifest_digest
 from dynprobe.runs._damage_files import ASIDE
@@ -82,7 +82,7 @@ def _mend(found: Examination, manifest: Manifest, mending: Sequence[Damage]) -> 
     unfinished = manifest.status == "running"
     if any(d.kind in _REOPEN for d in mending) or unfinished:
         update["status"] = "interrupted"
-        steps.append("the run is called interrupted; the command that made it continues it")
+        steps.append(f"the run is called interrupted; {who_continues(manifest.schema_version)}")
     if restored:
         steps.append(f"wrote {MANIFEST_NAME} again ({found.source})")
         if (folder / MANIFEST_NAME).exists():

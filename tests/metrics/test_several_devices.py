@@ -107,6 +107,13 @@ def test_the_stand_in_refuses_what_two_devices_refuse(states: list[torch.Tensor]
         _placed(states[0]).numpy()
 
 
+def test_one_trajectory_whose_depths_are_on_two_devices(states: list[torch.Tensor]) -> None:
+    whole = metrics.phase_lag([s[0] for s in states])
+    with Apart():
+        split = metrics.phase_lag([_placed(s[0]) if depth > 2 else s[0] for depth, s in enumerate(states)])
+    np.testing.assert_allclose(whole, split, rtol=1e-6)
+
+
 def test_arms_on_two_devices_are_compared(states: list[torch.Tensor]) -> None:
     mask = torch.ones(3, 9, dtype=torch.bool)
     arm = [s + 0.1 * torch.randn(s.shape, generator=torch.Generator().manual_seed(1)) for s in states]

@@ -16,7 +16,7 @@ from dynprobe.protocols._weights import structure_of
 from dynprobe.testing import tiny_llama
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11]]
-#: Largest relative change of the last state that each may make in a tiny random model (measured 0.02, 0.04, 0.36, 0.55).
+#: Largest relative change of the last state that each may make in a tiny random model; measured 0.02, 0.04, 0.36, 0.55.
 ROUGH = {"torchao-int8wo": 0.05, "int8": 0.1, "nf4": 0.6, "fp4": 0.8}
 
 

@@ -245,8 +245,9 @@ def test_a_wrapper_of_ones_own_goes_on_working() -> None:
 
     def read() -> Tensor:
         with torch.no_grad(), mine.trace(ids):
-            state = nnsight.save(mine.model.layers[1].output)
-        return state
+            found = [nnsight.save(mine.model.layers[1].output)]
+            nnsight.save(found)
+        return found[0]
 
     before = read()
     for backend in ("nnsight", "hooks"):

@@ -20,8 +20,8 @@ from dynprobe.errors import ModelError, ModelNotFoundError, OfflineError, UsageE
 from dynprobe.metrics._measure_terms import OF_TERMS, measure_terms
 from dynprobe.metrics._sent import output_terms
 from dynprobe.probes import Batch, Subject, _remote, discover, make_batch
-from dynprobe.probes._nnsight import controllers_left
-from dynprobe.probes._remote import block_path_of, check_service, pushes_of, remote_terms, traced_model
+from dynprobe.probes._nnsight import controllers_left, forwards_of, restore
+from dynprobe.probes._remote import block_path_of, check_service, pushes_of, remote_terms
 from dynprobe.testing import tiny_causal_lm, tiny_llama
 
 nnsight = pytest.importorskip("nnsight")
@@ -33,12 +33,23 @@ NAMES = (
 ROWS = [*models.ROWS, [7, 7]]
 
 
+_TAKEN: list[Any] = []
+
+
+def traced_model(model: Any) -> Any:
+    """A wrapper that is taken off the model again when the test is over."""
+    _TAKEN.append(forwards_of(model))
+    return _remote.traced_model(model)
+
+
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _as_it_was() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    while _TAKEN:
+        restore(_TAKEN.pop())
 
 
 def built(name: str) -> Subject:

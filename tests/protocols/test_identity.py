@@ -147,5 +147,6 @@ def test_a_ratio_over_one_step_enters_no_mean(tmp_path):
     assert (run.samples["limen_ratio"] == 1).all()
     assert run.samples["reasons"].map(lambda text: json.loads(text)["limen_ratio"] == "steps<2").all()
     clean = run.summary["conditions"]["clean"]
-    assert "limen_ratio" not in clean
+    assert clean["limen_ratio"]["mean"] is None
+    assert clean["limen_ratio"]["reason"] == "steps<2"
     assert "regimes" not in clean

@@ -68,6 +68,11 @@ def test_every_id_is_decoded_once_and_without_tokenizer_none_is():
     assert TokenTexts(tokenizer).into(table.iloc[:0])["token_text"].tolist() == []
 
 
+def test_an_id_beyond_a_strict_tokenizer_has_no_text_and_stops_nothing():
+    strict = SimpleNamespace(decode=lambda ids, **_: ["a", "b"][ids[0]])
+    assert TokenTexts(strict).of([1, 5]) == ["b", None]
+
+
 def test_a_tokenizer_that_can_only_decode_is_enough():
     only = SimpleNamespace(decode=lambda ids, **_: {7: "x", 8: ""}[ids[0]])
     assert TokenTexts(only).of([7, 8]) == ["x", None]

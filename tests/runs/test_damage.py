@@ -12,7 +12,7 @@ import pytest
 
 import dynprobe as dp
 from dynprobe.errors import DynprobeError, RunFolderError, UsageError
-from dynprobe.runs import compare, diff, examine, import_export, list_runs, open_run, repair
+from dynprobe.runs import SCHEMA_VERSION, compare, diff, examine, import_export, list_runs, open_run, repair
 
 TABLES = ("prompts", "conditions", "samples", "tokens", "depths")
 READERS = {
@@ -337,6 +337,21 @@ def test_an_interrupted_run_is_no_damage(tmp_path, make):
     found = examine(writer.folder)
     assert found.healthy
     assert any("continues it" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("schema", "ours"), [("1.0", False), (SCHEMA_VERSION, True)])
+def test_a_repair_says_who_makes_the_lost_batch_again(run_folder, make, schema, ours):
+    """A run of an older schema opens, and its repair reopens what this version will not continue."""
+    edit(run_folder, schema_version=schema, seal=None)
+    assert not any("began it" in note for note in examine(run_folder).notes)
+    next((run_folder / "tokens").glob("*.parquet")).unlink()
+    found = examine(run_folder)
+    assert any("only the version that began it" in note for note in found.notes) is not ours
+    assert any(("the command that made it" in step) is ours for step in repair(found) if "interrupted" in step)
+    assert open_run(run_folder).status == "interrupted"
+    if not ours:
+        with pytest.raises(RunFolderError, match=r"begun with schema 1\.0"):
+            make["begin"](run_folder)
 
 
 def test_folders_that_are_no_run(tmp_path):

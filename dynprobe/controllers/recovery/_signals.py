@@ -115,7 +115,8 @@ class Signal:
         if self.name == "limen_ct":
             return np.where(counted, self._turning(seen, memory, counted.shape[1]), np.nan), None
         held = [self._state(seen, depth) for depth in range(self.first, self.n_layers + 1)]
-        states = torch.stack(held if held[0].shape[1] <= width else [state[:, -width:] for state in held])
+        there = held[0].device  # the columns that are looked at, not the text, where layers are on several devices
+        states = torch.stack([state[:, -width:].to(there) for state in held])
         of_step = metrics.norm_step if self.name == "norm_step_zmax" else metrics.phase_lag
         # Few numbers from here on: one transfer, and float64 as in the calibration.
         steps = of_step(states).cpu().double()

@@ -186,7 +186,8 @@ def profile_interval(
 ) -> tuple[Array, Array, Array]:
     """Pointwise mean and bootstrap interval of profiles ``[prompt, point]``.
 
-    A point that fewer than half of the prompts have is NaN; one that fewer than three have has no interval.
+    A point that fewer than half of the prompts have is NaN; one that fewer than three have has no interval. Prompts
+    that lack a point take no part in it, as in :func:`mean_interval`.
 
     Example:
         >>> profile_interval([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])[0].tolist()
@@ -194,21 +195,13 @@ def profile_interval(
     """
     check_bootstrap(n_boot, confidence)
     values = np.atleast_2d(np.asarray(x, dtype=np.float64))
-    known = np.isfinite(values)
-    enough = (2 * known.sum(0) >= len(values)) & known.any(0)
-    filled = np.where(known, values, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(enough, filled.sum(0) / known.sum(0), NAN)
-        low, high = np.full((2, values.shape[1]), NAN)
-        if len(values) >= 3 and n_boot:
-            weights = draw_weights(len(values), n_boot, seed)
-            drawn = weights @ known if not known.all() else float(len(values))
-            # A replicate that drew none of the prompts that have the point says nothing of it.
-            draws = np.sort((weights @ filled) / drawn, axis=0)
-            for n in np.unique(known.sum(0)[enough]):
-                some = enough & (known.sum(0) == n) & np.isfinite(draws[-1])
-                if n > 2:
-                    low[some], high[some] = quantile_ends(draws[:, some], confidence, int(n))
+    mean, low, high = np.full((3, values.shape[1]), NAN)
+    for rows, columns in same_prompts(values):
+        n = int(rows.sum())
+        if n and 2 * n >= len(values):
+            kept = values[np.ix_(rows, columns)]
+            mean[columns] = kept.mean(0)
+            low[columns], high[columns], _ = bootstrap_ends(kept, confidence, n_boot, seed)
     return mean, low, high
 
 

@@ -67,6 +67,17 @@ def test_too_few_prompts_have_none_and_gaps_take_no_part():
     assert np.isnan(low).tolist() == np.isnan(high).tolist() == [False, True]
 
 
+def test_a_point_of_a_profile_has_the_interval_of_the_prompts_that_have_it():
+    """Half of six prompts: some replicates of all six draw none of them, which is no reason to have no interval."""
+    half = np.where(np.arange(6) < 3, VALUES, np.nan)
+    few = np.where(np.arange(6) < 2, VALUES, np.nan)
+    mean, low, high = profile_interval(np.stack([VALUES, half, few], axis=1))
+    for i, values in enumerate((VALUES, half)):
+        assert (low[i], high[i]) == pytest.approx(mean_interval(values), rel=1e-12)
+        assert mean[i] == pytest.approx(np.nanmean(values), rel=1e-12)
+    assert np.isnan([mean[2], low[2], high[2]]).all()
+
+
 def test_weights_are_one_for_each_prompt():
     with pytest.raises(MetricError, match="found 6 values and 2 weights"):
         mean_interval(VALUES, [1.0, 2.0])
