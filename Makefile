@@ -4,7 +4,7 @@ VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES = dynprobe tests benchmarks
 
-.PHONY: demo test test-slow check format bench figure clean
+.PHONY: demo test test-slow check format bench bench-ratios figure clean
 
 demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
@@ -46,6 +46,12 @@ bench: $(VENV)/.installed  ## the budgets, on this machine (needs the real weigh
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/bare_command.py
 	$(VENV)/bin/python benchmarks/cem_attention.py
+
+BENCH_MODEL ?= tiny-llama
+
+bench-ratios: $(VENV)/.installed  ## ratios against benchmarks/budgets.json: a warning up to twice a budget, a failure beyond
+	$(VENV)/bin/dynprobe bench --model $(BENCH_MODEL) --peers none --json --quiet --out $(VENV)/bench.json > $(VENV)/bench.log
+	$(VENV)/bin/python benchmarks/ratios.py $(VENV)/bench.json
 
 clean:
 	rm -rf $(VENV) .venv-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

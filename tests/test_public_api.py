@@ -11,10 +11,9 @@ import dynprobe as dp
 NAMES = [
     "AttractorLayer", "Controller", "DynprobeError", "Perturb", "Subject", "Tape", "Where", "__version__", "attract",
     "bench", "calibrate", "capture", "claims", "cli", "compare", "controllers", "delay_diagnostics", "diff", "discover",
-    "dissociate", "doctor",
-    "engines", "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models", "open", "panel", "perturb", "plan",
-    "probes", "prompts", "protocols", "readout", "record", "recover", "report", "resume", "run", "runs", "sweep",
-    "testing", "threshold", "trace_callback",
+    "dissociate", "doctor", "engines", "errors", "evaluate", "fetch", "ingest", "iterate", "load", "metrics", "models",
+    "open", "panel", "perturb", "plan", "probes", "prompts", "protocols", "readout", "record", "recover", "report",
+    "resume", "run", "runs", "sweep", "testing", "threshold", "trace_callback",
 ]  # fmt: skip
 #: What `import dynprobe` and `dynprobe --help` must not bring in.
 HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "transformers", "scipy", "safetensors", "yaml")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dynprobe.cli import _render
+from dynprobe.cli._console import error_console
 
 if TYPE_CHECKING:
     from dynprobe.protocols import Progress
@@ -27,7 +28,7 @@ class Listener:
     """
 
     def __init__(self, *, quiet: bool = False, tables: bool = True) -> None:
-        self._console = Console(stderr=True)
+        self._console: Console = error_console()
         self._on = not quiet and self._console.is_terminal
         self._tables = tables
         self._status: Any = None
@@ -61,8 +62,7 @@ class Listener:
                 left = progress.seconds / here * (progress.total - progress.done)
                 line += f" · {progress.rows / progress.seconds:.1f} rows/s"
                 line += f" · {progress.tokens / progress.seconds:.0f} tokens/s · {left:.0f} s left"
-            if progress.disk_bound:
-                line += " · disk-bound"
+                line += " · disk-bound" if progress.disk_bound else ""
             elif not progress.rows and progress.summary is None:
                 self._before = progress.done
         if progress.summary is not None and self._tables:

@@ -166,7 +166,11 @@ def _unfinished(found: Run) -> str:
     plan = found.manifest.batch_plan
     of = f" of {len(plan)}" if isinstance(plan, list) else ""
     said = f"status {found.status}: {len(found.manifest.finished)}{of} batches finished"
-    return f"{said}; the same command continues it" if found.status == "interrupted" else said
+    if found.status != "interrupted":
+        return said
+    from dynprobe.runs._advice import who_continues
+
+    return f"{said}; {who_continues(found.manifest.schema_version)}"
 
 
 #: What a row's status means for a reader of the table.

@@ -275,7 +275,8 @@ def _of_permutations(row: dict[Any, Any]) -> str:
     """The p of a skeleton with the smallest that these models allow, or why there is none."""
     if pd.isna(row["p_permutation"]):
         return f"– ({row.get('reason_p') or 'no order of these models gives another R²'})"
-    return f"{_p(row['p_permutation'])} (permutations: at least {_p(row['p_least'])} with these {row['n_models']})"
+    least = f"at least {_p(row['p_least'])} with these {row['n_models']} models"
+    return f"{_p(row['p_permutation'])} (permutations: {least})"
 
 
 def _of_ratios(found: Comparison) -> str:

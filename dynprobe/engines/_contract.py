@@ -3,7 +3,7 @@
 A *job* says what a worker opens once: a function, named so that another process can import it, and what it is called
 with. What it returns is called with one unit of work at a time and gives back files (name → bytes). An *item* is a unit
 with a name made of its content: the same name is the same bytes, whoever makes them. What crosses from one process to
-another are those files and the job itself, which is pickled between processes of one run and never stored.
+another are those files and the job itself, which is pickled on its way and never part of what a run folder holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -154,8 +154,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def map(self, job: Job, items: Sequence[Item]) -> Iterator[Done]:
-        """Yield every item once, as it is done, in any order.
+    def map(self, job: Job, items: Sequence[Item]) -> Generator[Done, None, None]:
+        """Yield every item once, as it is done, in any order; closing it before its end stops what is under way.
 
         Raises:
             EngineError: Workers cannot be started, or one item keeps killing them.

@@ -7,6 +7,7 @@ Each worker is a Python of its own that imports dynprobe and nothing of the call
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import secrets
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
@@ -27,6 +28,10 @@ __all__ = ["Local"]
 
 #: A worker imports torch before it calls back; on a cold disk that takes a while.
 _START_SECONDS = 180.0
+
+
+class _GoneError(Exception):
+    """A worker's line is closed."""
 
 
 @dataclass(eq=False)
@@ -47,9 +52,13 @@ class _Process:
         """Return what it says; an error of its own is raised here.
 
         Raises:
-            EOFError: It is gone.
+            _GoneError: It is gone; an ``OSError`` of its own (a model that is not there is one) is no such thing.
         """
-        kind, value = pickle.loads(self.line.recv_bytes())  # noqa: S301 (our own child, over a line with a key)
+        try:
+            said = self.line.recv_bytes()
+        except (EOFError, OSError) as gone:
+            raise _GoneError from gone
+        kind, value = pickle.loads(said)  # noqa: S301 (our own child, over a line with a key)
         if kind == "error":
             raise value
         return value
@@ -88,14 +97,23 @@ class Local(Engine):
 
     def begin(self, job: Job) -> None:
         """Start what is missing and open the job everywhere; the workers load side by side."""
+        for worker in [w for w in self._crew.values() if w.process.poll() is not None]:  # it died between two jobs
+            self._died(worker.name, worker.why_gone(), None)
+            worker.line.close()
+            del self._crew[worker.seat]
         self._start([seat for seat in range(self.workers) if seat not in self._crew])
         asked = [worker for worker in self._crew.values() if worker.job != job.key]
-        for worker in asked:
-            worker.ask("open", job)
-        for worker in asked:
-            self._opened(worker, job)
+        try:
+            for worker in asked:
+                with contextlib.suppress(OSError):  # it is gone: reading its line will say so too
+                    worker.ask("open", job)
+            for worker in asked:
+                self._opened(worker, job)
+        except BaseException:  # what the others answer would be taken for the answer to the next question
+            self.close()
+            raise
 
-    def map(self, job: Job, items: Sequence[Item]) -> Iterator[Done]:
+    def map(self, job: Job, items: Sequence[Item]) -> Generator[Done, None, None]:
         """Yield the items as they are done."""
         self.begin(job)
         schedule = Schedule(items, self.workers)
@@ -111,7 +129,7 @@ class Local(Engine):
                     worker, item = self._crew[seat], held.pop(seat)
                     try:
                         files, seconds = worker.answer()
-                    except (EOFError, OSError):
+                    except _GoneError:
                         self._replace(worker, job, schedule, item)
                         self._next(seat, schedule, held)
                         continue
@@ -159,7 +177,7 @@ class Local(Engine):
     def _opened(self, worker: _Process, job: Job) -> None:
         try:
             facts = worker.answer()
-        except (EOFError, OSError) as gone:
+        except _GoneError as gone:
             raise EngineError(f"{worker.name} ended by {worker.why_gone()} while it loaded its model") from gone
         worker.job = job.key
         self._joined(worker.name, facts)

@@ -8,7 +8,8 @@ replaced by a new one, which opens the job again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from dynprobe.engines._schedule import Schedule
 from dynprobe.errors import EngineError, UsageError
 
 __all__ = ["Ray"]
+
+#: Seconds after which it is said that an actor waits for its place.
+_PATIENCE = 20.0
 
 
 @dataclass(eq=False)
@@ -49,6 +53,10 @@ class Ray(Engine):
         except ImportError as error:
             raise UsageError("the engine ray needs Ray; type: pip install 'dynprobe[ray]'") from error
         self._ray: Any = ray
+        why = ray.exceptions  # a node that dies, or has no memory left, takes its actors along under other names
+        self._gone: tuple[type[Exception], ...] = (
+            why.RayActorError, why.OutOfMemoryError, why.NodeDiedError, why.WorkerCrashedError, why.ObjectLostError,
+        )  # fmt: skip
         self._owns = not ray.is_initialized()
         self._max_restarts = max_restarts
         if self._owns:
@@ -71,7 +79,7 @@ class Ray(Engine):
         for actor, reference in [(actor, actor.handle.open.remote(sent)) for actor in asked]:
             self._opened(actor, reference, job)
 
-    def map(self, job: Job, items: Sequence[Item]) -> Iterator[Done]:
+    def map(self, job: Job, items: Sequence[Item]) -> Generator[Done, None, None]:
         """Yield the items as they are done."""
         self.begin(job)
         schedule = Schedule(items, self.workers, self._max_restarts)
@@ -85,7 +93,7 @@ class Ray(Engine):
                 actor = self._crew[seat]
                 try:
                     files, seconds = self._get(ready)
-                except self._ray.exceptions.RayActorError as gone:
+                except self._gone as gone:
                     self._replace(seat, job, schedule, item, gone)
                     self._next(seat, schedule, held)
                     continue
@@ -148,12 +156,26 @@ class Ray(Engine):
         return _Actor(name, kind.remote(seat))
 
     def _opened(self, actor: _Actor, reference: Any, job: Job) -> None:
+        self._say_if_crowded(reference)
         try:
             facts = self._get(reference)
-        except self._ray.exceptions.RayActorError as gone:
+        except self._gone as gone:
             raise EngineError(f"{actor.name} ended while it loaded its model: {gone}") from gone
         actor.job = job.key
         self._joined(actor.name, facts)
+
+    def _say_if_crowded(self, reference: Any) -> None:
+        """Warn where an actor waits for cores or GPUs that others hold: a cluster may grow, this machine does not."""
+        if self._ray.wait([reference], timeout=_PATIENCE)[0]:
+            return
+        free = self._ray.available_resources()
+        if free.get("CPU", 0) < self._threads or free.get("GPU", 0) < self._gpus:
+            warnings.warn(
+                f"waiting for Ray: a worker needs {self._threads} CPU and {self._gpus:g} GPU, and "
+                f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU are free. "
+                "Fewer --workers could begin at once",
+                stacklevel=4,
+            )
 
     def _get(self, reference: Any) -> Any:
         """What an actor answers; its own error is raised as it was."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Slurm(Engine):
     def begin(self, job: Job) -> None:
         """Nothing: jobs wait in the queue, and load what they need when their turn comes."""
 
-    def map(self, job: Job, items: Sequence[Item]) -> Iterator[Done]:
+    def map(self, job: Job, items: Sequence[Item]) -> Generator[Done, None, None]:
         """Yield the items as they appear in the shared folder."""
         place = self._folder / job.key
         place.mkdir(parents=True, exist_ok=True)

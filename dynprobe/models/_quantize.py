@@ -74,9 +74,7 @@ def quantization_config(asked: Any, dtype: Any) -> Any:
     if asked == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=asked, bnb_4bit_compute_dtype=compute
-    )
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=asked, bnb_4bit_compute_dtype=compute)
 
 
 def quantization_facts(model: Any, asked: Any) -> dict[str, Any] | None:

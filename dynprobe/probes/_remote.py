@@ -39,6 +39,8 @@ __all__ = ["block_path_of", "check_service", "pushes_of", "remote_terms", "trace
 
 #: Seconds between two looks at a job.
 _PATIENCE = 2.0
+#: Looks in a row that may fail.
+_TRIES = 5
 
 
 def traced_model(model: str | nn.Module, revision: str | None = None) -> Any:
@@ -197,14 +199,25 @@ def _backend(model: Any, remote: bool | str) -> Any:
 
 
 def _answer(backend: Any) -> dict[str, Any]:
-    """Wait for a job that was handed in."""
+    """Wait for a job that was handed in; a line that fails now and then is asked again."""
+    import httpx
     from nnsight.intervention.backends.remote import RemoteError
 
+    failed = 0
     while True:
+        found: dict[str, Any] | None = None
         try:
-            found: dict[str, Any] | None = backend()
+            found = backend()
+            failed = 0
         except RemoteError as error:
             raise ModelError(f"the job {backend.job_id} failed on {backend.host}: {str(error)[:500]}") from error
+        except httpx.HTTPError as error:
+            failed += 1
+            if failed == _TRIES:
+                raise OfflineError(
+                    f"{backend.host} stopped to answer while it had the job {backend.job_id} ({type(error).__name__}); "
+                    "what came back is kept, and the same command goes on from there"
+                ) from error
         if found is not None:
             return found
         time.sleep(_PATIENCE)
@@ -212,13 +225,20 @@ def _answer(backend: Any) -> dict[str, Any]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep the search path, which nnsight's dry run reorders, and its progress lines out of the output."""
+    """Keep the search path, which nnsight's dry run reorders, and its progress lines out of the output.
+
+    Raises:
+        ModelError: If the service did not take the job.
+    """
+    from nnsight.intervention.backends.remote import RemoteError
     from nnsight.schema.config import CONFIG
 
     path, logging = list(sys.path), CONFIG.APP.REMOTE_LOGGING
     CONFIG.APP.REMOTE_LOGGING = False
     try:
         yield
+    except RemoteError as error:
+        raise ModelError(f"the service did not take the job: {str(error)[:500]}") from error
     finally:
         sys.path[:] = path
         CONFIG.APP.REMOTE_LOGGING = logging

@@ -188,6 +188,8 @@ class TorchLens(Peer):
     """``record`` with a selector of the blocks."""
 
     name, package = "torchlens", "torchlens"
+    #: What stays behind after the measurement; another part of the same program may stumble over it.
+    lasting = "puts wrappers around torch's own functions, which stay for as long as the process lives"
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
@@ -251,6 +253,9 @@ def made(
             continue
         if importlib.util.find_spec(kind.package) is None:
             absent[kind.name] = f"not installed: pip install {kind.package.replace('_', '-')}"
+            continue
+        if wanted is None and getattr(kind, "lasting", None):
+            absent[kind.name] = f"measured only when it is named in --peers: it {kind.lasting}"  # type: ignore[attr-defined]
             continue
         if subject.turns:
             absent[kind.name] = f"reads modules that run once; those of {subject.name} run in a loop"

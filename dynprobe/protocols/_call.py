@@ -70,6 +70,7 @@ class _Sent:
     calibration: Calibration | None
     exact: bool
     ident: str
+    weights: str
     version: str
 
 
@@ -89,8 +90,8 @@ def engine_of(config: RunConfig, call: Call | None) -> tuple[Engine, bool] | Non
             return None
     if call is None:
         raise UsageError(
-            f"--engine {config.engine} with --workers {config.workers}: here later units read what earlier ones found, so "
-            "one process does them in order. The engines serve run, sweep, threshold, iterate and panel"
+            f"--engine {config.engine} with --workers {config.workers}: here later units read what earlier ones found, "
+            "so one process does them in order. The engines serve run, sweep, threshold, iterate and panel"
         )
     return config.make_engine(config.out), True
 
@@ -115,10 +116,11 @@ def job_of(call: Call, ready: Prepared, calibration: Calibration | None, exact: 
         call.protocol, str(Path(name).resolve()) if Path(name).exists() else name,
         {key: getattr(ready.config, key) for key in LOAD_KEYS}, list(ready.prompts),
         {"model": name, **{key: value for key, value in call.settings.items() if key not in _HERE}},
-        calibration, exact, ready.ident, __version__,
+        calibration, exact, ready.ident, ready.weights, __version__,
     )  # fmt: skip
     known = None if calibration is None else calibration.hash
-    return Job("dynprobe.protocols._call:open_call", sent, content_key(ready.ident, known, exact))
+    # The version too: units that lie in a shared folder outlive the call that asked for them.
+    return Job("dynprobe.protocols._call:open_call", sent, content_key(ready.ident, known, exact, __version__))
 
 
 #: The model of the last job, so that the next one need not load it again.
@@ -170,9 +172,10 @@ def open_call(sent: _Sent, seat: Seat) -> Callable[[Any], dict[str, bytes]]:
 def _subject(sent: _Sent, seat: Seat) -> Subject:
     """The model of a call, kept until another one is asked for."""
     loading = dict(sent.loading)
-    if seat.device != "auto":
-        loading["device"] = seat.device
-    key = content_key(sent.model, {name: str(value) for name, value in loading.items()})
+    if seat.device != "auto" and loading["device"] in ("auto", "cuda") and loading["device_map"] is None:
+        loading["device"] = seat.device  # a device that was asked for by name is part of what the run is
+    # With the weights, for the files of a name may have changed since its last job.
+    key = content_key(sent.model, sent.weights, {name: str(value) for name, value in loading.items()})
     if key not in _LAST:
         _LAST.clear()  # before the next one is loaded: both may not fit
         if seat.gpu_share is not None and torch.cuda.is_available():

@@ -280,6 +280,11 @@ class _Iterate:
             out["right"] = right_answers(passage)
         return out
 
+    def _all_in_one_pass(self, writer: RunWriter) -> bool:
+        """What the units found, whoever did them; this process may have done none."""
+        found = [facts["one_pass"] for facts in writer.manifest.batch_facts.values() if "one_pass" in facts]
+        return all(all(one) if isinstance(one, list) else one for one in found) if found else self.one_pass
+
     def rows_of(self, unit: Sequence[int]) -> Sequence[int]:
         """Return the prompts of a unit."""
         return unit
@@ -300,7 +305,7 @@ class _Iterate:
             texts = [self._text(i) for i in range(len(self.ready.rows))]
             hard = difficulty(self.config.split_by, self.subject, self.ready.prompts, texts)
         return {
-            "protocol": "iterate", "trained_iterations": self.trained, "one_pass": self.one_pass,
+            "protocol": "iterate", "trained_iterations": self.trained, "one_pass": self._all_in_one_pass(writer),
             "notes": notes, **iteration_summary(run, self.numbers, hard, self.config.split_by),
         }  # fmt: skip
 

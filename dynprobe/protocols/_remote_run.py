@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from dynprobe.protocols._prompts import choose_prompts, token_rows
 from dynprobe.protocols._summary import summarise
 from dynprobe.protocols._tables import Labels, passage_tables
 from dynprobe.protocols._token_text import TokenTexts
+from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
 from dynprobe.runs import Run, RunWriter, identity, open_run
 
 __all__ = ["run_remote"]
@@ -72,15 +74,22 @@ def run_remote(
     dry = config.remote == "local"
     held = load(model, revision=config.revision, dtype=config.dtype, device=config.device) if dry else None
     before = [] if held is None else forwards_of(held.model)
+    # A model that is here is known by what it holds, as in any run: two of one name are two runs.
+    known = None if held is None else _known(held, just_loaded=isinstance(model, str))
     try:
-        return _run(held if held is not None else model, prompts, config, given, tell)
+        return _run(held if held is not None else model, prompts, config, given, tell, known)
     finally:
         restore(before)
 
 
+def _known(subject: Subject, *, just_loaded: bool) -> dict[str, Any]:
+    hooks = {"hooks": uuid.uuid4().hex} if foreign_hooks(subject) else {}
+    return {"weights": weights_of(subject, just_loaded=just_loaded), "structure": structure_of(subject), **hooks}
+
+
 def _run(
     model: Subject | str, prompts: Sequence[Any] | None, config: RunConfig, given: Sequence[Perturb | str],
-    tell: Listener | None,
+    tell: Listener | None, known: Mapping[str, Any] | None,
 ) -> Run:  # fmt: skip
     traced, subject, service = _open(model, config)
     chosen = choose_prompts(config, prompts)
@@ -90,6 +99,9 @@ def _run(
     where = f"{service['host']}:{subject.name}@{service['revision']}"
     settings = {**config.identity(), "perturb": [str(p) for p in perturbs], "prompts": content_hash(list(chosen))}
     settings["directions"] = [p.direction_digest for p in perturbs if p.direction_digest]
+    if known is not None:
+        settings |= {name: fact for name, fact in known.items() if name != "weights"}
+        where = known["weights"]
     batches = plan_batches(
         [len(r) for r in rows], max_new_tokens=0, n_layers=subject.n_layers, dim=subject.width,
         vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=config.padding == "none",
@@ -132,7 +144,9 @@ def _refuse(model: Any, config: RunConfig) -> None:
         "--max-new-tokens": config.max_new_tokens > 0, "--states": config.states, "--lens": config.lens,
         "--metrics": bool(config.metrics), "--contrast": config.contrast is not None,
         "--padding left": config.padding == "left", "--num-samples": config.num_samples > 1,
-        "--engine": config.engine != "local",
+        "--engine": config.engine != "local", "--workers": not config.in_process,
+        "--quantization": config.quantization is not None, "--device-map": config.device_map is not None,
+        "--span new": config.span == "new",
     }  # fmt: skip
     for flag in (name for name, wanted in asked.items() if wanted):
         how = "add --max-new-tokens 0" if flag == "--max-new-tokens" else f"leave {flag} out"
@@ -192,7 +206,8 @@ def _tables(
         writer.write_batch(number, {n: words.into(rows) if n == "tokens" else rows for n, rows in tables.items()})
         if tell is not None:
             tell(Progress("batch", len(writer.finished), len(units), seconds=time.perf_counter() - begun))
-    writer.update(self_tests={"null": {"name": "null", "passed": True, "value": 0.0, "limit": 0.0, "unit": "terms"}})
+    null = {"null": {"name": "null", "passed": True, "value": 0.0, "limit": 0.0, "unit": "terms"}}
+    writer.update(self_tests=null if perturbs else {})  # without a write there was no sham arm to look at
     samples = open_run(writer.folder).samples
     writer.finish(
         {

@@ -134,8 +134,9 @@ def spread(writer: RunWriter, engine: Engine, job: Job, tell: Callable[[Counts],
         writer.update(engine=[*recorded, {**engine.facts(), "seconds": round(counts.seconds, 3)}])
 
     try:
-        with Behind() as behind:
-            for done in engine.map(job, items):
+        # Closed at once whatever happens: half-read answers must not meet the next call of an engine that stays open.
+        with Behind() as behind, contextlib.closing(engine.map(job, items)) as found:
+            for done in found:
                 behind.put(lambda d=done: write(d.item.number, d.files, d.worker, d.seconds))  # type: ignore[misc]
                 counts.done += 1
                 counts.disk_bound = behind.disk_bound
@@ -144,5 +145,7 @@ def spread(writer: RunWriter, engine: Engine, job: Job, tell: Callable[[Counts],
         with contextlib.suppress(RunFolderError):  # a full disk was the error perhaps; it is the one to be seen
             record()
         raise
+    if behind.disk_bound:
+        writer.event("disk-bound", seconds=round(behind.waited, 2))
     record()
     return counts

@@ -336,7 +336,7 @@ def test_a_grid_that_stopped_says_so_and_is_no_result(cli, model, here):
     assert "continues it" not in done
     (run.path / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted", "seal": None}))
     half = cli("show", run.path).out
-    assert "status interrupted: 2 of 2 batches finished; the same command continues it" in half
+    assert "status interrupted: 2 of 2 batches finished; the command that made it continues it" in half
     assert "sweep   α 0.1, 0.5 × layers 0, 1" in half
     assert "KL/nats" not in half
 

@@ -37,7 +37,7 @@ def test_an_unfinished_run_says_so(cli, finished, here):
     manifest = json.loads((half / "manifest.json").read_text())
     (half / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted", "seal": None}))
     (half / "summary.json").unlink()
-    assert "status interrupted: 1 of 1 batches finished; the same command continues it" in cli("show", half).out
+    assert "status interrupted: 1 of 1 batches finished; the command that made it continues it" in cli("show", half).out
     assert "continues it" not in cli("show", finished).out
     wrong = cli("show", half, "--figure", "f.xyz")
     assert wrong.code == 2

@@ -116,3 +116,25 @@ def test_growth_names_its_track_where_there_are_several():
     assert _render_diff._growing(difference(["z_L", "z_H"], ["z_H", None])) == {"clean": " on z_H"}
     mixed = _render_diff._growing(difference(["z_L", "z_H"], ["z_H", "z_L", "z_H"]))
     assert mixed == {"clean": " on z_H (2), z_L (1)"}
+
+
+def test_a_table_on_a_narrow_terminal_loses_no_digit():
+    import io
+
+    from rich.table import Table
+
+    from dynprobe.cli._console import _Console
+
+    table = Table()
+    for name in ("metric", "interval", "p"):
+        table.add_column(name)
+    table.add_row("kappa_phase_of_the_step", "[-0.07655, -0.07391]", "1.234e-05")
+    screen = io.StringIO()
+    _Console(file=screen, force_terminal=True, width=30, color_system=None).print(table)
+    said = "".join(screen.getvalue().split()).replace("│", "").replace("┃", "")
+    assert "…" not in said
+    for digit in ["0.07655", "0.07391", "1.234e-05"]:
+        assert all(sign in said for sign in digit)
+    body = [line for line in screen.getvalue().splitlines() if "│" in line]
+    cells = ["".join(line.split("│")[i].strip() for line in body) for i in (1, 2, 3)]
+    assert cells == ["kappa_phase_of_the_step", "[-0.07655,-0.07391]", "1.234e-05"]

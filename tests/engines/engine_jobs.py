@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from dynprobe.errors import PromptError
+from dynprobe.errors import ModelNotFoundError, PromptError
 
 
 class UnpicklableError(Exception):
@@ -19,6 +19,8 @@ def open_job(payload, seat):
         file.write(f"{os.getpid()}\n")
     if payload.get("broken"):
         raise PromptError("there is nothing to open")
+    if payload.get("absent") == "open":
+        raise ModelNotFoundError("there is no model here")
 
     def work(unit):
         deadly = payload["deadly"].get(unit, 0)
@@ -28,6 +30,8 @@ def open_job(payload, seat):
             file.write(".")
         if before < deadly:
             os.kill(os.getpid(), signal.SIGKILL)
+        if payload.get("absent") == "work":
+            raise ModelNotFoundError("there is no model here")
         if unit == payload.get("wrong"):
             raise PromptError(f"unit {unit} has no prompt")
         if unit == payload.get("defect"):

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from dynprobe.engines import Local, Ray, Slurm, content_key
-from dynprobe.errors import EngineError, PromptError, UsageError
+from dynprobe.errors import EngineError, ModelNotFoundError, PromptError, UsageError
 
 HERE = Path(__file__).parent
 
@@ -95,7 +96,32 @@ def test_an_error_while_opening_is_raised_as_it_was(engine, job, items):
         list(engine.map(job(broken=True), items(2)))
 
 
-def test_a_defect_that_cannot_be_sent_is_told_in_words():
+@pytest.mark.parametrize("where", ["open", "work"])
+def test_an_error_of_the_system_is_no_dead_worker(where, job, items):
+    """A model that is not there is an ``OSError``, and so is a line that is closed."""
+    with Local(1, threads=1) as engine:
+        with pytest.raises(ModelNotFoundError, match="no model here"):
+            list(engine.map(job(absent=where), items(1)))
+        assert engine.facts()["lost"] == []
+
+
+def test_a_job_that_cannot_be_opened_leaves_no_answer_to_the_next_one(job, items):
+    with Local(2, threads=1) as engine:
+        with pytest.raises(PromptError, match="nothing to open"):
+            engine.begin(job(broken=True))
+        assert squares(engine.map(job(), items(4))) == {0: 0, 1: 1, 2: 4, 3: 9}
+
+
+def test_a_worker_that_died_between_two_jobs_is_replaced(job, items):
+    with Local(1, threads=1) as engine:
+        list(engine.map(job(name="a"), items(1)))
+        engine._crew[0].process.kill()
+        engine._crew[0].process.wait()
+        assert squares(engine.map(job(name="b"), items(2))) == {0: 0, 1: 1}
+        assert [(lost["id"], lost["item"]) for lost in engine.facts()["lost"]] == [("local-0", None)]
+
+
+def test_a_defect_that_cannot_be_sent_is_told_in_words(tmp_path):
     job_text = textwrap.dedent(
         """
         from dynprobe.engines import Item, Job, Local
@@ -108,8 +134,7 @@ def test_a_defect_that_cannot_be_sent_is_told_in_words():
                 print(type(error).__name__, error)
         """
     )
-    folder = Path(os.environ.get("TMPDIR", "/tmp"))
-    done = subprocess.run([sys.executable, "-c", job_text, str(folder)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", job_text, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "this and that" in done.stdout
 
 
@@ -194,6 +219,22 @@ def test_refusals_say_what_to_type(tmp_path, ray_here):
         Slurm(1, folder=tmp_path)
     with pytest.raises(UsageError, match="submitit does not take"):
         Slurm(1, folder=tmp_path, cluster="local", parameters={"no_such_thing": 1})
+
+
+def test_an_actor_that_waits_for_its_place_is_told_of(ray_here, job, items, monkeypatch):
+    """One engine holds three of four cores; the second actor of another one waits until they are free."""
+    from dynprobe.engines import _ray
+
+    monkeypatch.setattr(_ray, "_PATIENCE", 2.0)
+    first, second = Ray(3), Ray(2)
+    first.begin(job(name="a"))
+    freed = threading.Timer(5, first.close)
+    freed.start()
+    with pytest.warns(UserWarning, match=r"a worker needs 1 CPU and 0 GPU, and 0 CPU .* are free.*--workers"):
+        second.begin(job(name="b"))
+    freed.join()
+    assert squares(second.map(job(name="b"), items(3))) == {0: 0, 1: 1, 2: 4}
+    second.close()
 
 
 def test_the_name_of_an_item_is_its_content():

@@ -208,8 +208,8 @@ class Service:
 
     def __init__(self, model: Any, repo: str = "org/tiny") -> None:
         self.model, self.repo, self.jobs, self.keys = traced_model(model), repo, {}, []
-        self.state, self.nnsight, self.failure = "RUNNING", nnsight.__version__, ""
-        self.polls = 0
+        self.state, self.nnsight, self.failure, self.refusal = "RUNNING", nnsight.__version__, "", ""
+        self.polls = self.silent = 0
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.keys.append(request.headers.get("ndif-api-key"))
@@ -223,15 +223,19 @@ class Service:
         if path == "/env":
             packages = {"nnsight": self.nnsight, "torch": torch.__version__}
             return httpx.Response(200, json={"python_version": "3.12.1 (stub)", "packages": packages})
+        if path == "/request" and self.refusal:
+            return httpx.Response(401, json={"detail": self.refusal})
         if path == "/request":
             content = request.read()
             self.jobs["job-1"] = self.work(content[content.index(b"\x28\xb5\x2f\xfd") :])
             return httpx.Response(200, json={"id": "job-1", "status": "RECEIVED"})
         if path.startswith("/response/"):
             self.polls += 1
+            if self.polls <= self.silent:
+                raise httpx.ConnectError("no route", request=request)
             if self.failure:
                 return httpx.Response(200, json={"id": "job-1", "status": "ERROR", "description": self.failure})
-            if self.polls == 1:
+            if self.polls == 1 + self.silent:
                 return httpx.Response(200, json={"id": "job-1", "status": "RUNNING"})
             return httpx.Response(200, json={"id": "job-1", "status": "COMPLETED", "data": "http://stub/result"})
         return httpx.Response(200, content=self.jobs["job-1"])
@@ -302,6 +306,28 @@ def test_a_job_that_fails_says_what_the_service_said(service: Service) -> None:
     batch = make_batch(subject, ROWS)
     with pytest.raises(ModelError, match=r"job job-1 failed on http://stub: CUDA out of memory"):
         remote_terms(traced_model(subject.model), "model.layers", batch, targets_of(batch), [{}], True)
+
+
+def test_a_job_that_is_not_taken_says_why_and_not_the_key(service: Service) -> None:
+    service.refusal = "Invalid API key"
+    subject = tiny_llama()
+    batch = make_batch(subject, ROWS)
+    with pytest.raises(ModelError, match=r"the service did not take the job: .*Invalid API key") as refused:
+        remote_terms(traced_model(subject.model), "model.layers", batch, targets_of(batch), [{}], True)
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_a_line_that_fails_now_and_then_is_asked_again_and_not_for_ever(service: Service) -> None:
+    subject = tiny_llama()
+    batch = make_batch(subject, ROWS)
+    asked = (traced_model(subject.model), "model.layers", batch, targets_of(batch), [{}], True)
+    service.silent = 4
+    assert len(remote_terms(*asked)) == 1
+    assert service.polls == 6
+    service.polls, service.silent = 0, 99
+    with pytest.raises(OfflineError, match=r"http://stub stopped to answer while it had the job job-1.*ConnectError"):
+        remote_terms(*asked)
+    assert service.polls == 5
 
 
 def test_an_answer_that_would_run_something_is_not_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,15 @@ def test_a_dry_run_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     done = dp.run(subject, [[5, 6, 7], [8, 9]], remote="local", backend="nnsight", max_new_tokens=0, out=tmp_path)
     assert controllers_left(subject.model) == 0
     assert set(done.samples["condition_id"]) == {"clean"}
-    assert done.tokens["token_id"].tolist() == [5, 6, 7, 8, 9] or len(done.tokens) == 5
+    assert sorted(done.tokens["token_id"]) == [5, 6, 7, 8, 9]
+    assert done.manifest.self_tests == {}  # nothing was written, so there was no sham arm
+
+
+def test_two_models_of_one_name_are_two_dry_runs(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"remote": "local", "backend": "nnsight", "max_new_tokens": 0, "out": tmp_path}
+    one, other = (dp.run(tiny_llama(seed=seed), [[5, 6, 7], [8, 9]], **settings) for seed in (0, 1))
+    assert one.path != other.path
+    assert one.samples["nll"].tolist() != other.samples["nll"].tolist()
 
 
 def test_a_sham_arm_that_differs_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +168,10 @@ def test_a_sham_arm_that_differs_stops_the_run(tmp_path: Path, monkeypatch: pyte
         ({"lens": True}, "leave --lens out"),
         ({"metrics": ("erank.rv/1",)}, "leave --metrics out"),
         ({"padding": "left"}, "leave --padding left out"),
+        ({"quantization": "int8"}, "leave --quantization out"),
+        ({"device_map": "auto"}, "leave --device-map out"),
+        ({"span": "new"}, "leave --span new out"),
+        ({"workers": 2}, "leave --workers out"),
         ({"remote": "ndif"}, "remote is true, 'local' .* or the URL of a server"),
         ({"remote": True}, "name it by its hub id"),
         ({"perturb": "alpha=0.1,scale=coordstd"}, "remote writes noise or a direction|no tokenizer"),

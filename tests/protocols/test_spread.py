@@ -1,6 +1,8 @@
 """The same run, whoever does its units."""
 
+import json
 import os
+import shutil
 import signal
 from contextlib import ExitStack
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 import dynprobe as dp
-from dynprobe.engines import Local, Ray, Slurm
+from dynprobe.engines import Done, Engine, Local, Ray, Seat, Slurm
+from dynprobe.engines._contract import Worker
 from dynprobe.errors import EngineError, InterruptedRunError, UsageError
-from dynprobe.testing import tiny_llama
+from dynprobe.protocols import _call, _iterate
+from dynprobe.testing import save_tiny_model, tiny_llama
 
 SWEEP = {"layers": "all", "alphas": "0.1,1", "limit": 6, "batch_size": 2, "tables": "all"}
 CALLS = {
@@ -64,8 +68,12 @@ def test_workers_give_the_tables_of_one_process(protocol, crew, tmp_path):
     assert sum(worker["items"] for worker in told["workers"]) == len(there.manifest.finished)
     assert len(told["workers"]) == 2
     if protocol == "run":
-        a, b = here.states(layer=1), there.states(layer=1)
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)) if not isinstance(a, tuple) else True
+        states = []
+        for one in (here, there):
+            labels, values = one.states(layer=1)
+            order = labels.assign(sample_id=labels["sample_id"].astype(str)).sort_values(["sample_id", "pos"]).index
+            states.append(torch.as_tensor(values[labels.index.get_indexer(order)]))
+        assert torch.equal(*states)
 
 
 def test_a_worker_killed_in_mid_sweep_loses_nothing(crew, tmp_path):
@@ -99,6 +107,73 @@ def test_what_one_engine_left_another_goes_on_with(crew, tmp_path):
     there = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there")
     assert there.path == left
     equal(here, there)
+
+
+def test_a_call_that_was_left_leaves_no_answer_to_the_next_one(crew, tmp_path):
+    """A notebook keeps the last error, and with it the frames that were reading what the workers say."""
+    here = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "here")
+
+    def stop(progress):
+        if progress.stage == "batch" and progress.done == 3:
+            raise KeyboardInterrupt
+
+    kept = []
+    try:
+        dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there", engine=crew, listener=stop)
+    except InterruptedRunError as error:
+        kept.append(error)
+    there = dp.sweep("tiny-llama", **SWEEP, out=tmp_path / "there", engine=crew)
+    assert kept[0].__traceback__ is not None
+    equal(here, there)
+
+
+class Here(Engine):
+    """Does everything in this process, as a worker would."""
+
+    name, workers = "local", 1
+
+    def begin(self, job):
+        self.worker = Worker(Seat())
+        self._joined("here-0", self.worker.open(job))
+
+    def map(self, job, items):
+        for item in items:
+            files, seconds = self.worker.work(item.unit)
+            yield self._did(Done(item, files, "here-0", seconds))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("engine", [None, Here()], ids=["alone", "worker"])
+def test_what_the_units_found_out_is_said_whoever_did_them(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(_iterate, "_PREFIX_LIMIT", -1.0)  # no long run may stand for a shorter one
+    done = CALLS["iterate"](out=tmp_path, **({} if engine is None else {"engine": engine}))
+    assert [facts["one_pass"] for facts in done.manifest.batch_facts.values()] == [False, False]
+    assert json.loads((done.path / "summary.json").read_text(encoding="utf-8"))["one_pass"] is False
+
+
+def test_a_device_that_was_named_is_not_the_seats_to_choose(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_call, "load_subject", lambda _, **loading: asked.append(loading["device"]))
+    monkeypatch.setattr(_call, "_LAST", {})
+    for device, spread in (("auto", None), ("cuda", None), ("cpu", None), ("cuda:1", None), ("auto", "auto")):
+        loading = {"device": device, "device_map": spread}
+        sent = _call._Sent("run", f"{loading}", loading, [], {}, None, False, "ident", "weights", "version")
+        _call._subject(sent, Seat("cuda:0"))
+    assert asked == ["cuda:0", "cuda:0", "cpu", "cuda:1", "auto"]
+
+
+def test_files_that_changed_under_a_name_are_loaded_again(crew, tmp_path):
+    model, texts = tmp_path / "model", [[5, 6, 7], [8, 9]]
+    found = []
+    for seed in (1, 2):
+        save_tiny_model(tmp_path / "new", seed=seed)
+        shutil.rmtree(model, ignore_errors=True)
+        (tmp_path / "new").rename(model)
+        found.append(dp.run(model, texts, max_new_tokens=0, out=tmp_path / "runs", engine=crew))
+    assert found[0].manifest.id8 != found[1].manifest.id8
+    equal(dp.run(model, texts, max_new_tokens=0, out=tmp_path / "alone"), found[1])
 
 
 @pytest.mark.slow
@@ -171,9 +246,6 @@ def test_a_protocol_whose_units_need_each_other_is_refused(crew, tmp_path):
 
 def test_a_worker_of_other_weights_is_refused(crew, tmp_path, monkeypatch):
     """The files change between the caller's loading and the workers'."""
-    from dynprobe.protocols import _call
-    from dynprobe.testing import save_tiny_model
-
     model = save_tiny_model(tmp_path / "model", seed=1)
     real = _call.content_key
 

@@ -691,3 +691,16 @@ def test_the_keyboard_alone_reaches_a_header_and_sorts(loaded):
     other.send_keys(Keys.SPACE)
     assert head.get_attribute("aria-sort") == "none"
     assert other.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
+
+
+@pytest.mark.parametrize(("grave", "shown"), [(0, 5), (7, 7), (2, 5)])
+def test_grave_warnings_are_never_folded_away(grave, shown):
+    from dynprobe.runs._report._html import rendered
+    from dynprobe.runs._report._parts import Report, Section
+
+    section = Section("compare", "Comparison", warnings=[f"warning-{n}" for n in range(9)], n_grave=grave)
+    text = rendered(Report("page", "now", [section])).decode()
+    open_part, folded = text.split("<details>", 1)[0], text.split("<details>", 1)[1].split("</details>")[0]
+    assert [f"warning-{n}" in open_part for n in range(9)] == [n < shown for n in range(9)]
+    assert [f"warning-{n}" in folded for n in range(9)] == [n >= shown for n in range(9)]
+    assert f"{9 - shown} more of 9" in folded

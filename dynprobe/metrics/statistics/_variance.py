@@ -43,14 +43,14 @@ _BEFORE = {
     "prompt": ("category",),
     "model:prompt": ("model:category", "prompt"),
 }
-#: The row a term is tested against; the second where the design has no first.
+#: The row a term is tested against. Where the design has no such row, nothing else is taken for it: one prompt in each
+#: category says nothing of how models differ over prompts, however often it is repeated.
 _AGAINST = {
-    "model": ("model:prompt", "seed"),
-    "category": ("prompt",),
-    "model:category": ("model:prompt", "seed"),
-    "prompt": ("model:prompt",),
-    "model:prompt": ("seed",),
-    "seed": (),
+    "model": "model:prompt",
+    "category": "prompt",
+    "model:category": "model:prompt",
+    "prompt": "model:prompt",
+    "model:prompt": "seed",
 }
 
 
@@ -224,7 +224,7 @@ def _row(
     if df[term] < 1:
         missing = "copies" if term == "seed" and design.copies else "df<1"
         return VarianceRow(term, 0, 0.0, 0.0, NAN, NAN, NAN, None, NAN, NAN, NAN, (), missing)
-    against = next((t for t in _AGAINST[term] if df[t] > 0), None)
+    against = next((t for t in [_AGAINST.get(term)] if t is not None and df[t] > 0), None)
     yardstick = ms[against] if against is not None else NAN
     F = p = NAN
     why: str | None = None if df["seed"] > 0 or term == "seed" else "copies" if design.copies else "df<1"
@@ -235,8 +235,8 @@ def _row(
         p = float(fdtrc(df[term], df[against], F))
     elif against is not None:
         why = why or "zero-denominator"
-    elif term != "seed":  # nothing that prompts or seeds bring stands beside it
-        why = why or "df<1"
+    elif term != "seed":  # the row it would be tested against is not there
+        why = why or ("df<1" if _AGAINST[term] == "seed" else "prompts<2")
     e = ms["seed"] if term != "seed" else NAN
     omega = (ss[term] - df[term] * e) / (total + e)
     omega_against = (ss[term] - df[term] * yardstick) / (total + yardstick)

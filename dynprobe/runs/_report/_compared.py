@@ -43,7 +43,7 @@ def comparison_section(found: Comparison) -> Section:
             f"{found.facts['intervals']}, {found.facts['n_boot']} replicates, seed {found.facts['seed']}",
         ),
     ]
-    return Section("compare", "Comparison", facts, figures, tables, warnings=found.warnings)
+    return Section("compare", "Comparison", facts, figures, tables, warnings=found.warnings, n_grave=len(found.grave))
 
 
 def _profiles(found: Comparison) -> Figure | None:

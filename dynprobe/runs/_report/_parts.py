@@ -107,7 +107,8 @@ class Section:
         figures: Pictures.
         tables: Tables.
         missing: ``(picture, why it is not drawn)``.
-        warnings: What a reader must know before believing any of it.
+        warnings: What a reader must know before believing any of it, the grave first.
+        n_grave: How many of them are grave: those are never folded away.
         provenance: ``(name, text)`` at the end.
         blocks: ``(heading, text)`` shown as they are, at the end.
         closing: Tables at the end: self-tests, columns.
@@ -120,6 +121,7 @@ class Section:
     tables: Sequence[Table] = ()
     missing: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
+    n_grave: int = 0
     provenance: Sequence[tuple[str, str]] = ()
     blocks: Sequence[tuple[str, str]] = ()
     closing: Sequence[Table] = ()

@@ -63,9 +63,21 @@ def test_eta_keeps_the_interaction_apart():
 def test_a_category_of_one_prompt_says_why_it_has_no_test():
     values = np.random.default_rng(0).normal(size=24)
     found = variance_table(values, ["a"] * 12 + ["b"] * 12, (["x"] * 4 + ["y"] * 4 + ["z"] * 4) * 2)
-    assert found["model"].reason is None  # seeds are its yardstick
-    assert np.isnan(found["category"].p)
-    assert found["category"].reason == "df<1"
+    for term in ("model", "category", "model:category"):  # seeds say nothing of how models differ over prompts
+        assert (found[term].against, found[term].reason) == (None, "prompts<2")
+        assert np.isnan([found[term].p, found[term].F, found[term].omega2_against]).all()
+        assert np.isfinite(found[term].omega2)  # of which seeds are the error by definition
+
+
+def test_one_prompt_in_a_category_and_many_seeds_make_no_test_sure():
+    """Two models that differ on each prompt by chance, run again and again: the seeds would call that a difference."""
+    rng, rejected = np.random.default_rng(1), 0
+    for _ in range(40):
+        differ = rng.normal(size=(2, 6))  # model × prompt, the null: no difference of models
+        rows = [(m, c, differ[m, c] + 0.01 * rng.normal()) for m in range(2) for c in range(6) for _ in range(3)]
+        found = variance_table([r[2] for r in rows], [f"m{r[0]}" for r in rows], [f"c{r[1]}" for r in rows])
+        rejected += found["model"].p < 0.05
+    assert rejected == 0
 
 
 @pytest.mark.parametrize(("values", "expected"), [((0, 0, 2, 2), 1), ((0, 2, 0, 2), -1), ((0, 1, 2, 3), 7 / 9)])
