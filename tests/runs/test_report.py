@@ -103,7 +103,7 @@ def state_of(keys):
 
 def slow_interval(values):
     """Expanded percentiles of a bootstrap, from the definition: prompts are drawn, and few of them widen the tails."""
-    n = len(values)
+    n, values = len(values), sorted(values)
     draws = [np.mean([values[i] for i in pick]) for pick in np.random.default_rng(0).integers(0, n, (2000, n))]
     tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
     return [np.quantile(draws, tail, method="lower"), np.quantile(draws, 1 - tail, method="higher")]

@@ -165,6 +165,8 @@ def mean_interval(
     if weights is None or len(values) < 3 or not n_boot:
         low, high, _ = bootstrap_ends(values[:, None], confidence, n_boot, seed)
         return float(low[0]), float(high[0])
+    order = np.lexsort((w, values))  # as in :func:`bootstrap_ends`
+    values, w = values[order], w[order]
     drawn = draw_weights(len(values), n_boot, seed)
     with np.errstate(invalid="ignore"):
         draws = (drawn @ (w * values)) / (drawn @ w)
@@ -241,5 +243,6 @@ def bootstrap_ends(values: Array, confidence: float, n_boot: int, seed: int) -> 
     no = "prompts<3" if n < 3 else None if n_boot else "n_boot=0"
     if no:
         return np.full(width, NAN), np.full(width, NAN), no
-    draws = np.sort(draw_weights(n, n_boot, seed) @ values / n, axis=0)
+    # Each column in its own order: the interval of a mean does not depend on the order in which its prompts stand.
+    draws = np.sort(draw_weights(n, n_boot, seed) @ np.sort(values, axis=0) / n, axis=0)
     return *quantile_ends(draws, confidence, n), None

@@ -22,6 +22,7 @@ def slow(values, weights):
     """Every replicate by itself, with the expanded percentiles written out."""
     rng = np.random.default_rng(0)
     n = len(values)
+    values, weights = zip(*sorted(zip(values, weights, strict=True)), strict=True)
     means = []
     for pick in rng.integers(0, n, (2000, n)):
         means.append(sum(weights[i] * values[i] for i in pick) / sum(weights[i] for i in pick))
@@ -92,3 +93,12 @@ def test_no_data_go_below_the_least_p(n):
     clear = np.linspace(1.0, 1.1, n)[:, None]  # all of one sign, and none like another
     assert flip_p(clear)[0] == pytest.approx(least_flip_p(n), rel=1e-12)
     assert math.isnan(least_flip_p(1))
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]])
+def test_the_order_of_the_prompts_does_not_matter(weights):
+    order = [4, 0, 3, 5, 1, 2]
+    shuffled = None if weights is None else [weights[i] for i in order]
+    assert mean_interval([VALUES[i] for i in order], shuffled) == pytest.approx(
+        mean_interval(VALUES, weights), rel=1e-12
+    )
