@@ -29,7 +29,7 @@ def comparison(found: Comparison, metrics: Sequence[str], written: Sequence[Path
     console = new_console()
     _print_runs(console, found)
     for text in found.grave:
-        console.print(f"do not trust without reading this: {text}", soft_wrap=True)
+        console.print(f"before you believe it: {text}", soft_wrap=True)
     shown, numbers = _shown(found, metrics), {run: n for n, run in enumerate(found.runs["run"], 1)}
     for at, condition in enumerate(dict.fromkeys(found.means["condition"]) if len(found.means) else ()):
         # Beside clean, what a condition changes is the news.

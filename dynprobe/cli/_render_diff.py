@@ -70,7 +70,7 @@ def _conditions(found: Difference) -> Table:
         table.add_column(name, justify="right")
     tracks = _growing(found)
     for row in found.conditions.to_dict("records"):
-        flips = f"{row['top1_flips']}" + (f" (of {row['top1_unknown']} unknown)" if row["top1_unknown"] else "")
+        flips = f"{row['top1_flips']}" + (f" ({row['top1_unknown']} undecided)" if row["top1_unknown"] else "")
         table.add_row(
             str(row["condition_id"]), str(row["verdict"]), str(row["n"]), str(row["n_equal"]), str(row["n_part"]),
             _number(row["max_rel"]), _number(row["growth"], 3) + tracks.get(str(row["condition_id"]), ""),

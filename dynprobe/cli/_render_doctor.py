@@ -26,7 +26,8 @@ def examination(found: Examination) -> None:
         files = 0 if found.manifest is None else len(found.manifest.parts)
         console.print(f"{found.path}: whole; {files} files are what was written", soft_wrap=True, markup=False)
     else:
-        table = Table(title=f"{found.path.name}: {len(found.damages)} damages", title_justify="left")
+        n = len(found.damages)
+        table = Table(title=f"{found.path.name}: {n} damage{'s' * (n > 1)}", title_justify="left")
         for name in ("file", "damage", "--repair would"):
             table.add_column(name, overflow="fold")
         for damage in found.damages[:_ROWS]:

@@ -116,8 +116,8 @@ class Worker:
             self._work = self._job = None
             self._work = getattr(importlib.import_module(module), name)(job.payload, self.seat)
             self._job = job.key
-        return {"pid": os.getpid(), "host": socket.gethostname(), "device": self.seat.device,
-                "threads": self.seat.threads}  # fmt: skip
+        device = getattr(self._work, "device", self.seat.device)  # what "auto" became, where the job says so
+        return {"pid": os.getpid(), "host": socket.gethostname(), "device": device, "threads": self.seat.threads}
 
     def work(self, unit: Any) -> tuple[Files, float]:
         """Do one unit; return its files and the seconds it took."""

@@ -157,16 +157,25 @@ def open_call(sent: _Sent, seat: Seat) -> Callable[[Any], dict[str, bytes]]:
             "begun it does not; add --padding none, so that only rows of one length share a forward"
         )
     experiment = Halving(ready, begin(sent.calibration, sent.exact))
-    columns, texts = ready.columns(), TokenTexts(subject.tokenizer)
-    dtype = str(subject.dtype).removeprefix("torch.")
+    return _Work(experiment, subject, ready.columns(), str(subject.device))
 
-    def work(unit: Any) -> dict[str, bytes]:
-        made = experiment.work(unit)
-        return pack(
-            complete_tables(made.tables, texts), made.states, dtype=dtype, facts=made.facts or None, columns=columns
-        )
 
-    return work
+@dataclass(eq=False)
+class _Work:
+    """Does units and packs what they become."""
+
+    experiment: Halving
+    subject: Subject
+    columns: Mapping[str, Mapping[str, str]]
+    device: str
+
+    def __post_init__(self) -> None:
+        self._texts = TokenTexts(self.subject.tokenizer)
+
+    def __call__(self, unit: Any) -> dict[str, bytes]:
+        made, dtype = self.experiment.work(unit), str(self.subject.dtype).removeprefix("torch.")
+        tables = complete_tables(made.tables, self._texts)
+        return pack(tables, made.states, dtype=dtype, facts=made.facts or None, columns=self.columns)
 
 
 def _subject(sent: _Sent, seat: Seat) -> Subject:

@@ -161,7 +161,7 @@ class PanelConfig(SpreadConfig):
         for key in values:
             if key not in cls.model_fields:
                 near = did_you_mean(key, cls.model_fields)
-                keys = ", ".join(cls.model_fields)
+                keys = ", ".join(sorted(cls.model_fields, key=lambda name: name in SPREAD))
                 raise UsageError(f"{_at(file, lines, (key,))}unknown key {key!r}.{near} Keys: {keys}")
         if isinstance(values.get("models"), Sequence) and not isinstance(values["models"], str):
             values["models"], lines = _expanded(values["models"], lines, file)

@@ -202,7 +202,8 @@ class PanelWork:
         done = sum(c["state"] != "planned" for c in self.record["cells"])
         self.tell(Progress(f"{done + 1} of {len(self.cells)} · {_in_words(cell)}", done, len(self.cells)))
         asked = {**cell.settings(self.config), "out": str(folder / "runs"), "force": self.config.force}
-        asked |= {} if self.engine is None else {"engine": self.engine}
+        # Without an engine the model that is held does the work, also where there are more GPUs than one.
+        asked |= {"workers": 1} if self.engine is None else {"engine": self.engine}
         begun = time.perf_counter()
         protocol: Callable[..., Any] = iterate if self.config.protocol == "iterate" else run
         try:

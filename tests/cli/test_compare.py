@@ -50,7 +50,7 @@ def test_three_architectures_have_the_same_columns_and_compare(cli, trio, here):
     assert done.code == 0, done.err
     tables = [line for line in done.out.splitlines() if line[:1] in "│┃"]
     assert not any("…" in line.replace(" … ", "") for line in tables)  # nothing is cut
-    grave = done.out.index("do not trust without reading this: too few models per architecture")
+    grave = done.out.index("before you believe it: too few models per architecture")
     assert done.out.index("3 runs on 4 common prompts") < grave < done.out.index("clean: means over prompts")
     said = " ".join(done.out.split())
     assert "sign flips, at least 0.125 with 4 prompts" in said

@@ -225,7 +225,7 @@ def test_settings_make_the_engine(tmp_path):
         "tiny-llama", limit=4, batch_size=2, max_new_tokens=0, out=tmp_path, workers=2, worker_threads=1, engine="local"
     )
     (told,) = run.manifest.model_extra["engine"]
-    assert {worker["threads"] for worker in told["workers"]} == {1}
+    assert {(worker["threads"], worker["device"]) for worker in told["workers"]} == {(1, "cpu")}
     alone = dp.run("tiny-llama", limit=4, batch_size=2, max_new_tokens=0, out=tmp_path / "alone")
     assert alone.manifest.id8 == run.manifest.id8  # who did it is not what was asked
 
