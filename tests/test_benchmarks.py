@@ -123,7 +123,7 @@ def test_the_gpu_script_runs_dry(only, tmp_path):
         assert sections == {"generation", "attractor"}
         assert {"b3", "b4", "b5", "b7"} <= set(size)
         assert "threshold of the population" in done.stdout
-    assert "met" not in done.stdout.split("B12")[0].split("B3")[0]  # a dry run meets no budget of a GPU
+    assert ": met" not in done.stdout.split("B12")[0].split("B3")[0]  # a dry run meets no budget of a GPU
 
 
 @pytest.mark.slow

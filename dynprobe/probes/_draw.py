@@ -25,8 +25,8 @@ def law_of(perturb: Perturb) -> str | None:
     """Return the distribution a perturbation draws its noise from; None where it draws none.
 
     Example:
-        >>> law_of(Perturb(alpha=0.1)), law_of(Perturb(alpha=0.1, kind="dropout")), law_of(Perturb(kind="scale"))
-        ('gaussian', 'uniform', None)
+        >>> [law_of(Perturb(alpha=0.1, kind=kind)) for kind in ("gaussian", "dropout", "scale")]
+        ['gaussian', 'uniform', None]
     """
     fixed = perturb.kind in ("direction", "sine", "scale") or (
         perturb.kind == "impulse" and perturb.direction is not None

@@ -31,7 +31,8 @@ def test_a_block_that_gives_nan_is_counted_and_never_averaged(llama_folder, text
     assert depths[at <= 1]["norm"].notna().all()
     assert depths[at >= 2]["norm"].isna().all()
     summary = run.summary["conditions"]
-    assert "kappa_phase" not in summary["clean"]
+    assert summary["clean"]["kappa_phase"]["mean"] is None
+    assert summary["clean"]["kappa_phase"]["reason"]
     assert summary["clean"]["status"] == {"nonfinite": 2}
     assert run.manifest.self_tests["null"]["passed"]  # α = 0 leaves even a NaN as it was
     text = (run.path / "summary.json").read_text()
