@@ -46,13 +46,14 @@ def size_of(folder: Path) -> int:
 
 
 def least(rounds: int, work: Callable[[str], Any]) -> tuple[float, Any]:
-    """Least seconds of some rounds, each in a folder of its own, and what the last one gave."""
+    """Least seconds of some rounds, each in a folder of its own, and what that round gave."""
     found = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as out:
             seconds, result = timed(lambda out=out: work(out))  # type: ignore[misc]
             found.append((seconds, result, size_of(Path(out))))
-    return min(s for s, _, _ in found), found[-1][1:]
+    seconds, result, size = min(found, key=lambda f: f[0])
+    return seconds, (result, size)
 
 
 def runs(name: str, prompts: tuple[int, ...], new: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
@@ -227,14 +228,15 @@ def main() -> None:
         print(f"| sweep, {p['alphas']} α | {p['seconds']:.3f} s | {p['bytes']} bytes |")
     for p in crews:
         print(f"| sweep, {p['workers']} workers | {p['seconds']:.3f} s | units alone {p['working_seconds']:.3f} s |")
+    if args.json:
+        everything = {"machine": machine(), "runs": points, "fits": fits, "sweeps": strengths, "workers": crews}
+        args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
     if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
         paths = draw(points, fits, args.figures)
         if crews:
             paths.append(draw_more(strengths, crews, args.figures))
         print(*paths)
-    if args.json:
-        everything = {"machine": machine(), "runs": points, "fits": fits, "sweeps": strengths, "workers": crews}
-        args.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
 
 
 def show(points: list[dict[str, Any]], fits: dict[str, Any]) -> None:

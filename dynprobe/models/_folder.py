@@ -176,10 +176,27 @@ def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             raise ModelError(f"{path} is not a safetensors file, or is cut short ({size:,} bytes). Download it again.")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise ModelError(f"{path} has a damaged safetensors header ({exc}). Download it again.") from exc
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} has a damaged safetensors header (no mapping of tensors). Download it again.")
     header.pop("__metadata__", None)
-    return dict(header)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ModelError(f"{path} has a damaged safetensors header (at tensor {name[:80]!r}). Download it again.")
+    return header
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether a header's entry has the form that every reader relies on."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, *offsets)):
+        return False
+    return bool(offsets[0] <= offsets[1])
 
 
 def _check_safetensors(path: Path) -> None:
@@ -197,7 +214,7 @@ def _check_safetensors(path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as exc:
+    except (ValueError, OSError, RecursionError) as exc:
         raise ModelError(f"{path} cannot be read as JSON ({exc}). Download the model again.") from exc
     if not isinstance(content, dict):
         raise ModelError(f"{path} should hold a JSON object but holds a {type(content).__name__}.")

@@ -22,6 +22,7 @@ from dynprobe.probes import (
     make_batch,
 )
 from dynprobe.protocols._arms import Passage, Text
+from dynprobe.runs._array_file import load_npy, load_tensors
 
 __all__ = ["contrast_direction", "donor_states", "read_direction", "solve_isokl"]
 
@@ -37,20 +38,17 @@ def read_direction(path: str | Path) -> np.ndarray:
         UsageError: If the file cannot be read safely as one vector.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".npy":
-            vector = np.load(path, allow_pickle=False)
-        elif path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            tensors = load_file(path)
-            if len(tensors) != 1 and "direction" not in tensors:
-                raise UsageError(f"{path} holds {len(tensors)} tensors; name the one to use 'direction'")
-            vector = tensors.get("direction", next(iter(tensors.values())))
-        else:
-            raise UsageError(f"{path}: a direction is read from .npy or .safetensors")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"direction file {path} cannot be read: {error}") from error
+    if path.suffix == ".npy":
+        vector = load_npy(path)
+    elif path.suffix == ".safetensors":
+        tensors = load_tensors(path)
+        if len(tensors) != 1 and "direction" not in tensors:
+            raise UsageError(f"{path} holds {len(tensors)} tensors; name the one to use 'direction'")
+        vector = tensors.get("direction", next(iter(tensors.values())))
+    else:
+        raise UsageError(f"{path}: a direction is read from .npy or .safetensors")
+    if vector.dtype.kind not in "fiu":
+        raise UsageError(f"{path} has the dtype {vector.dtype}; a direction is a vector of real numbers")
     vector = np.squeeze(np.asarray(vector, dtype=np.float64))
     if vector.ndim != 1 or not np.isfinite(vector).all() or not np.any(vector):
         raise UsageError(

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +19,14 @@ from dynprobe.errors import DynprobeError, RunFolderError
 from dynprobe.runs._atomic import TEMPORARY, sync_folder, write_bytes, write_stream, writing
 from dynprobe.runs._card import card
 from dynprobe.runs._encode import METADATA_KEY, to_bytes
-from dynprobe.runs._export import LAYOUT, SIDECAR
+from dynprobe.runs._export import SIDECAR
 from dynprobe.runs._export_arrays import to_arrays
 from dynprobe.runs._export_formats import FORMATS
+from dynprobe.runs._export_sidecar import Sidecar, TableFacts, read_sidecar, verify_files
 from dynprobe.runs._export_tables import schema_of
 from dynprobe.runs._find import find_run, folder_name, parent_lock
 from dynprobe.runs._json import dumps
-from dynprobe.runs._manifest import MANIFEST_NAME, Part, check_version, encode_manifest, validated
+from dynprobe.runs._manifest import MANIFEST_NAME, Part, encode_manifest, validated
 from dynprobe.runs._run import Run, open_run
 from dynprobe.runs._schema import table_schema
 from dynprobe.runs._start import now
@@ -54,10 +53,10 @@ def import_export(path: str | Path, out: str | Path = "runs") -> Run:
         RunFolderError: A file is missing or changed, or the export is of a newer version.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    side = _sidecar(folder)
-    _verify(folder, side)
-    content = {**side["manifest"], "imported_from": {
-        "name": folder.resolve().name, "to": side["to"], "sidecar_sha256": hash_file(folder / SIDECAR),
+    side = read_sidecar(folder)
+    verify_files(folder, side)
+    content = {**side.manifest, "imported_from": {
+        "name": folder.resolve().name, "to": side.to, "sidecar_sha256": hash_file(folder / SIDECAR),
     }}  # fmt: skip
     advice = "Restore the export from a copy."
     manifest = validated({**content, "parts": []}, str(folder / SIDECAR), advice)
@@ -68,7 +67,7 @@ def import_export(path: str | Path, out: str | Path = "runs") -> Run:
         known = find_run(parent, manifest.id8)
     if known is not None:
         return open_run(known)
-    named = str(side.get("folder", ""))
+    named = side.folder
     whole = named == Path(named).name and named.endswith(manifest.id8) and not named.startswith(".")
     name = named if whole else folder_name(now(), manifest.model_name, manifest.id8)
     temporary = parent / f"{TEMPORARY}{os.getpid()}_{manifest.id8}"
@@ -76,10 +75,10 @@ def import_export(path: str | Path, out: str | Path = "runs") -> Run:
     try:
         with writing(parent, name):
             temporary.mkdir()
-            parts = [part for table in side["tables"] for part in _table(folder, side, table, temporary)]
+            parts = [part for table in side.tables for part in _table(folder, side, table, temporary)]
             manifest = manifest.model_copy(update={"parts": parts})
-            if side.get("summary"):
-                write_bytes(temporary / "summary.json", (dumps(side["summary"], indent=1) + "\n").encode())
+            if side.summary:
+                write_bytes(temporary / "summary.json", (dumps(side.summary, indent=1) + "\n").encode())
             write_bytes(temporary / MANIFEST_NAME, encode_manifest(manifest))
             target = parent / name
             temporary.rename(target)
@@ -91,49 +90,18 @@ def import_export(path: str | Path, out: str | Path = "runs") -> Run:
     return open_run(target)
 
 
-def _sidecar(folder: Path) -> dict[str, Any]:
-    path = folder / SIDECAR
-    try:
-        side = json.loads(path.read_text(encoding="utf-8"))
-        version = int(str(side["format"]).removeprefix("dynprobe-export/"))
-        needed = [side[key] for key in ("to", "manifest", "tables", "files")]
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{folder} is no export: it has no {SIDECAR}.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path} is damaged: {error!r}. Restore the export from a copy.") from error
-    if version > LAYOUT or needed[0] not in FORMATS:
-        raise RunFolderError(
-            f"{path} is an export of layout {version} in the format {needed[0]!r}; this dynprobe reads up to {LAYOUT} "
-            f"({', '.join(FORMATS)}). Type: pip install --upgrade dynprobe"
-        )
-    check_version(side["manifest"].get("schema_version"), path)
-    found: dict[str, Any] = side
-    return found
-
-
-def _verify(folder: Path, side: Mapping[str, Any]) -> None:
-    for name, said in side["files"].items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise RunFolderError(f"{folder / SIDECAR}: the file {name!r} leads out of the export.")
-        if not path.is_file():
-            raise RunFolderError(f"{path} is listed in {SIDECAR} but missing. Restore the export from a copy.")
-        if path.stat().st_size != said["bytes"] or hash_file(path) != said["sha256"]:
-            raise RunFolderError(f"{path} is not what was exported ({said['bytes']} bytes). Restore it from a copy.")
-
-
-def _table(folder: Path, side: Mapping[str, Any], table: Mapping[str, Any], target: Path) -> list[Part]:
-    name, parts = table["table"], []
+def _table(folder: Path, side: Sidecar, table: TableFacts, target: Path) -> list[Part]:
+    name, parts = table.table, []
     sharded = table_schema(name).sharded
-    version = side["manifest"]["schema_version"]
-    schema = schema_of(name, table["columns"], version)
+    version = str(side.manifest["schema_version"])
     found = 0
     try:
-        tables = FORMATS[side["to"]].read(folder, table["files"], schema)
+        schema = schema_of(name, table.plain(), version)
+        tables = FORMATS[side.to].read(folder, table.files, schema)
         for number, rows in enumerate(tables):
             found += rows.num_rows
             path = f"{name}/part-{number:05d}.parquet" if sharded else f"{name}.parquet"
-            path = path if table["name"] == name else path.replace("part-", f"part-{table['name']}-")
+            path = path if table.name == name else path.replace("part-", f"part-{table.name}-")
             (target / path).parent.mkdir(exist_ok=True)
             if name == "states":
                 written = write_stream(target / path, partial(write_states_file, table=_stored(rows)))
@@ -141,13 +109,13 @@ def _table(folder: Path, side: Mapping[str, Any], table: Mapping[str, Any], targ
                 written = write_bytes(target / path, to_bytes(rows))
             parts.append(Part(path=path, table=name, rows=rows.num_rows, **vars(written)))
     except DynprobeError as error:
-        raise RunFolderError(f"{folder}: table {table['name']} cannot be read: {error}") from error
-    except (pa.ArrowException, ValueError, OSError) as error:
+        raise RunFolderError(f"{folder}: table {table.name} cannot be read: {error}") from error
+    except Exception as error:  # the readers of five formats, and files that may be anything
         raise RunFolderError(
-            f"{folder}: table {table['name']} cannot be read: {error}. Restore the export from a copy."
+            f"{folder}: table {table.name} cannot be read: {error}. Restore the export from a copy."
         ) from error
-    if found != table["rows"]:
-        raise RunFolderError(f"{folder}: table {table['name']} has {found} rows, and {SIDECAR} says {table['rows']}.")
+    if found != table.rows:
+        raise RunFolderError(f"{folder}: table {table.name} has {found} rows, and {SIDECAR} says {table.rows}.")
     if not parts and name != "states":  # a table without rows
         path = f"{name}/part-00000.parquet" if sharded else f"{name}.parquet"
         (target / path).parent.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dynprobe.errors import UsageError, did_you_mean
+from dynprobe.runs._array_file import physical_memory
 from dynprobe.runs._trajectory_layers import Reading, from_named, hook_depth
 from dynprobe.runs._trajectory_raw import Raw, as_tensor, integers, names, read_dims, read_meta, refuse
 
@@ -31,8 +32,14 @@ def read_npz(path: Path, reading: Reading) -> Raw:
     try:
         with zipfile.ZipFile(path) as opened:
             inside = [Path(name).stem for name in opened.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
+            claimed = sum(member.file_size for member in opened.infolist())
+    except Exception as error:  # an archive that somebody else wrote
         raise UsageError(f"{path} is no .npz file ({error}); write it with np.savez('states.npz', states=…)") from error
+    if claimed > (memory := physical_memory()):
+        refuse(
+            raw, f"it unpacks to {claimed / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f}",
+            "store fewer states in one file, or read it on a larger machine",
+        )  # fmt: skip
     if len(set(inside)) < len(inside):
         twice = next(name for name in inside if inside.count(name) > 1)
         refuse(raw, f"the array {twice!r} stands twice", "store every array once")
@@ -48,10 +55,16 @@ def read_npz(path: Path, reading: Reading) -> Raw:
                     "store numbers of one shape: np.stack(list).astype(np.float32), and meta=json.dumps(dict)",
                 )  # fmt: skip
             refuse(raw, f"{name} cannot be read ({error})", "write the file again")
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except UsageError:
+            raise
+        except Exception as error:
             refuse(raw, f"{name} cannot be read ({error})", "write the file again")
 
-    with np.load(path, allow_pickle=False) as arrays:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except Exception as error:
+        refuse(raw, f"it cannot be read ({error})", "write it with np.savez('states.npz', states=…)")
+    with arrays:
         layers = _of_layers(inside, reading)
         if layers and from_named(raw, {name: read(name) for name in inside if name != "dims"}, reading):
             return raw

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dynprobe.errors import UsageError
+from dynprobe.runs._array_file import load_npy
 from dynprobe.runs._trajectory_layers import Reading, from_hooks, from_named, from_stack, from_text, hook_depth
 from dynprobe.runs._trajectory_raw import Raw, refuse
 
@@ -52,9 +52,9 @@ def read_pt(path: Path, reading: Reading) -> Raw:
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # the loader raises whatever a damaged file makes it meet
         refuse(
-            raw, f"it holds more than tensors ({str(error).splitlines()[0]})",
+            raw, f"it holds more than tensors ({(str(error).splitlines() or [type(error).__name__])[0]})",
             "store a dict, a list or a tensor: torch.save(dict(cache.cache_dict), file), or "
             "torch.save([s.cpu() for s in out.hidden_states], file)",
         )  # fmt: skip
@@ -64,10 +64,7 @@ def read_pt(path: Path, reading: Reading) -> Raw:
 def read_npy(path: Path, reading: Reading) -> Raw:
     """Read one NumPy array of stacked layers; the user names its axes."""
     raw = Raw(str(path))
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} is no .npy file of numbers ({error}); write it with np.save") from error
+    array = load_npy(path)
     if reading.dims is None:
         axes = ",".join(("layer", "batch", "pos", "dim")[: array.ndim - 1]) if array.ndim > 1 else "layer"
         refuse(
@@ -205,7 +202,7 @@ def _read_table(file: Path) -> pa.Table:
             return pq.read_table(file)
         with pa.memory_map(str(file)) as source:
             return pa.ipc.open_stream(source).read_all()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read ({error}); copy the dataset again") from error
 
 

@@ -110,7 +110,10 @@ def names(raw: Raw, name: str, value: Any) -> list[str]:
             value = json.loads(value) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",")]
         except ValueError as error:
             refuse(raw, f"{name} is no JSON list ({error})", f'write {name} as ["a", "b"] or a, b')
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of lists of unequal lengths
+        refuse(raw, f"{name} is no list of names", f'write {name} as ["a", "b"] or a, b')
     if array.ndim == 0:
         return names(raw, name, str(array))
     if array.ndim != 1 or array.dtype.kind not in "USiu":

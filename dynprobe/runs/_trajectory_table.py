@@ -107,7 +107,10 @@ def _labels(raw: Raw, table: pa.Table) -> pd.DataFrame:
     if "iter" not in held and "depth" not in held:
         near = next((hint for n in table.column_names if (hint := did_you_mean(n, ("iter", "depth")))), "")
         refuse(raw, f"there is no column iter.{near}", "number the updates done: 0 before the first")
-    frame: pd.DataFrame = table.select(held).to_pandas()
+    try:
+        frame: pd.DataFrame = table.select(held).to_pandas()
+    except (pa.ArrowException, ValueError) as error:  # a text that is no UTF-8, a time out of range
+        refuse(raw, f"its labels cannot be read ({error})", "write the file again")
     for name in ("pos", "iter", "state", "depth"):
         if name not in frame:
             if name != "depth":

@@ -241,6 +241,12 @@ def test_what_is_there_stays(run, tmp_path, monkeypatch):
             run.export(to, tmp_path / "no", tables=table)
 
 
+def edit_table(path, **changes):
+    side = json.loads(path.read_text())
+    side["tables"][0] |= changes
+    path.write_text(json.dumps(side))
+
+
 def test_damage_is_named(run, tmp_path):
     run.export("npz", tmp_path / "out")
     for name, change, said in (
@@ -248,7 +254,13 @@ def test_damage_is_named(run, tmp_path):
         ("tokens.npz", lambda p: p.unlink(), "tokens.npz is listed"),
         ("dynprobe.json", lambda p: p.write_text(p.read_text()[:-9]), "dynprobe.json is damaged"),
         ("dynprobe.json", lambda p: edit(p, format="dynprobe-export/2"), "layout 2"),
-        ("dynprobe.json", lambda p: edit(p, files={"../x": {"bytes": 0, "sha256": ""}}), "leads out"),
+        ("dynprobe.json", lambda p: edit(p, files={"../x": {"bytes": 0, "sha256": "0" * 64}}), "leads out"),
+        ("dynprobe.json", lambda p: edit(p, files={"x": {"bytes": 0, "sha256": ""}}), "sha256"),
+        ("dynprobe.json", lambda p: edit_table(p, name="../../stolen"), "name"),
+        ("dynprobe.json", lambda p: edit_table(p, table="../../stolen"), "table"),
+        ("dynprobe.json", lambda p: edit_table(p, files=["../../secret.npz"]), "not among the files"),
+        ("dynprobe.json", lambda p: edit_table(p, columns=[{"name": "a", "type": 3}]), "columns"),
+        ("dynprobe.json", lambda p: edit_table(p, columns=[{"name": "a", "type": "x[9"}]), "cannot be read"),
     ):
         copy = tmp_path / "copy"
         shutil.copytree(tmp_path / "out", copy)

@@ -7,10 +7,8 @@ states that were changed, so decoding with the cache equals decoding without it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from dynprobe.controllers._steering import Steering
 from dynprobe.controllers.attractor._centre import measure_centre
 from dynprobe.controllers.attractor._rule import Passed, empty_state, pass_tokens
 from dynprobe.controllers.attractor._settings import PRESETS, Settings
+from dynprobe.controllers.attractor._stored import Stored, read_layer, write_layer
 from dynprobe.errors import CalibrationError, UsageError, did_you_mean
 from dynprobe.probes import Instrument, Site, Subject, as_subject
 
@@ -278,48 +277,19 @@ class AttractorLayer(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write settings, centres and the session's state to a safetensors file."""
-        from safetensors.torch import save_file
-
-        tensors = {f"state/{site}/{k}": v.contiguous().cpu() for site, s in self._base.items() for k, v in s.items()}
-        thetas: dict[str, float] = {}
-        for key, (mean, theta) in self._centres.items():
-            tensors[f"centre/{key}"], thetas[key] = mean.contiguous().cpu(), theta
-        header = {
-            "settings": json.dumps(self.settings.as_dict()), "thetas": json.dumps(thetas),
-            "dynprobe": version("dynprobe"),
-            "made_for": json.dumps(self._made_for),
-        }  # fmt: skip
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.part")
-        save_file(tensors, temporary, metadata=header)
-        temporary.replace(target)
-        return target
+        return write_layer(Stored(self.settings, self._centres, self._base, self._made_for), path)
 
     @classmethod
     def load(cls, path: str | Path) -> AttractorLayer:
         """Read a layer from a file.
 
         Raises:
-            UsageError: If the file holds none.
+            UsageError: If the file holds none, or one whose parts do not fit together.
         """
-        from safetensors import safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            settings, thetas = json.loads(header["settings"]), json.loads(header["thetas"])
-        except Exception as error:
-            raise UsageError(f"{path} holds no attractor layer ({type(error).__name__}: {error})") from error
-        layer = cls(**settings)
-        layer._made_for = json.loads(header.get("made_for", "{}"))
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "centre":
-                layer._centres[rest] = (tensor, float(thetas[rest]))
-            else:
-                site, _, field = rest.rpartition("/")
-                layer._base.setdefault(site, {})[field] = tensor
+        stored = read_layer(path)
+        layer = cls(**stored.settings.as_dict())
+        layer._centres, layer._base = dict(stored.centres), dict(stored.base)
+        layer._made_for = dict(stored.made_for)
         return layer
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -78,6 +78,16 @@ class Settings:
     z_ref: float = 0.01
 
     def __post_init__(self) -> None:
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            if (
+                "float" in kind
+                and (isinstance(value, bool) or not isinstance(value, int | float))
+                and (value is not None or "None" not in kind)
+            ):
+                raise UsageError(f"{name}={value!r}; it is a number")
+        if not isinstance(self.clocks, bool):
+            raise UsageError(f"clocks={self.clocks!r}; it is True or False")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
@@ -85,7 +95,7 @@ class Settings:
                 raise UsageError(f"{name}={value!r}; it is one of {', '.join(known)}.{near}")
         for name in ("slots", "commit_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < (name == "commit_every"):
+            if isinstance(value, bool) or not isinstance(value, int) or value < (name == "commit_every"):
                 raise UsageError(f"{name}={value!r}; it is a whole number ≥ {int(name == 'commit_every')}")
         for name in ("gate", "strength", "burn_in", "beta", "s_new", "s_min", "z_ref", "s_ref", "half_life", "s_max"):
             value = getattr(self, name)
