@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dynprobe._yaml import read_yaml
 from dynprobe.errors import SpecError, UsageError
 from dynprobe.probes._grammar import PLACE_KEYS, WRITE_KEYS, Items, listed, near, read_pairs
 from dynprobe.probes._perturb_values import (
@@ -37,7 +38,6 @@ from dynprobe.probes._perturb_values import (
     place_fault,
     vector,
 )
-from dynprobe.probes._spec_file import load_yaml
 from dynprobe.probes._where import IMPULSE_POSITION, WRITE_POSITIONS, Where
 
 if TYPE_CHECKING:
@@ -169,7 +169,10 @@ class Perturb:
         Raises:
             UsageError: The file cannot be read, a key is unknown or repeated, a value is not of the language.
         """
-        content = load_yaml(Path(path).expanduser())
+        content, _ = read_yaml(
+            Path(path).expanduser(), "spec file", as_text=True,
+            hint="\n(values that end in a colon need quotes, positions: '1:')",
+        )  # fmt: skip
         entries = content if isinstance(content, list) else [content]
         if not entries:
             raise UsageError(f"{path} holds no perturbation; write for example 'alpha: 0.1'.")

@@ -135,6 +135,8 @@ def json_rows(text: str, name: str, example: str) -> Iterator[tuple[int, dict[st
                 f"{name}, line {number}: not JSON ({exc.msg} at character {exc.colno}). Each line must be one object, "
                 f"for example {example}."
             ) from exc
+        except (ValueError, RecursionError) as exc:  # a number of thousands of digits, brackets without end
+            raise PromptError(f"{name}, line {number}: cannot be read as JSON ({exc}).") from exc
         if not isinstance(row, dict):
             raise PromptError(f"{name}, line {number}: a JSON object was expected, found a {type(row).__name__}.")
         yield number, row

@@ -24,6 +24,10 @@ from dynprobe.protocols._config import RunConfig
 __all__ = ["Cell", "GridConfig", "cells_table", "grid_of", "in_order", "parse_strengths", "updates_of"]
 
 
+#: Strengths of one grid; each is a forward of every prompt at every site.
+_MOST = 10_000
+
+
 def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
     """Read strengths: a list, ``"0.1,0.3,1"``, or ``"0.01:3:16"`` (16 points, equal steps of the logarithm).
 
@@ -40,11 +44,15 @@ def parse_strengths(given: str | float | Sequence[float]) -> tuple[float, ...]:
         try:
             if len(parts) == 3:
                 low, high, n = float(parts[0]), float(parts[1]), int(parts[2])
-                if not (0 < low < high and n >= 2):
+                if not (0 < low < high < math.inf and n >= 2):
                     raise ValueError
+                if n > _MOST:
+                    raise UsageError(f"{given!r} is {n:,} strengths; give at most {_MOST:,}")
                 values = [float(f"{a:.6g}") for a in np.geomspace(low, high, n)]
             else:
                 values = [float(item) for item in given.replace("+", ",").split(",") if item.strip()]
+        except UsageError:
+            raise
         except ValueError:
             raise UsageError(
                 "write strengths as 0.1,0.3,1 or as low:high:number (0.01:3:16 is 16 of them, in equal steps of the "

@@ -9,7 +9,6 @@ can be done it says so. Looking changes nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from dynprobe.runs._damage_files import check_parts, check_strangers
 from dynprobe.runs._damage_manifest import Found, find_manifest
 from dynprobe.runs._damage_report import Damage
 from dynprobe.runs._identity import identity
+from dynprobe.runs._json import loads
 from dynprobe.runs._lock import LOCK_NAME, is_held
 from dynprobe.runs._manifest import MANIFEST_NAME, Manifest
 from dynprobe.runs._run import looks_like_run
@@ -173,7 +173,7 @@ def _figures(manifest: Manifest) -> list[str]:
 
 def _json_fault(path: Path) -> str:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "it is missing"
     except (OSError, ValueError) as error:
@@ -190,7 +190,7 @@ def _bad_lines(path: Path) -> list[int]:
     bad = []
     for number, line in enumerate(lines):
         try:
-            json.loads(line)
+            loads(line)
         except ValueError:
             bad.append(number if number < len(lines) - 1 else -1)
     return bad

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._damage_report import Damage
+from dynprobe.runs._json import loads
 from dynprobe.runs._manifest import (
     MANIFEST_NAME,
     PREVIOUS_NAME,
@@ -85,7 +86,7 @@ def _content(path: Path) -> tuple[dict[str, Any] | None, str, str]:
     except (OSError, UnicodeDecodeError) as error:
         return None, "", f"it cannot be read: {error}"
     try:
-        content = json.loads(text)
+        content = loads(text)
     except (ValueError, RecursionError) as error:
         return None, text, f"it is cut short or no JSON: {error}"
     if not isinstance(content, dict):
@@ -130,7 +131,7 @@ def _salvaged(folder: Path, text: str) -> Manifest | None:
     if start < 0:
         return None
     try:
-        content = json.loads(text[:start].rstrip().rstrip(",") + "\n}")
+        content = loads(text[:start].rstrip().rstrip(",") + "\n}")
     except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict):
@@ -151,7 +152,7 @@ def _lines(text: str) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         try:
-            part = json.loads(line.strip().rstrip(","))
+            part = loads(line.strip().rstrip(","))
             found.append(Part.model_validate(part).model_dump())
         except ValueError:
             continue

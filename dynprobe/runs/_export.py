@@ -42,7 +42,7 @@ __all__ = ["EXPORT_FORMATS", "LAYOUT", "SIDECAR", "Export", "export_run"]
 #: What an export holds beside its tables.
 SIDECAR = "dynprobe.json"
 #: Version of the layout of an export; a greater one is refused by older versions.
-LAYOUT = 1
+LAYOUT = 2
 #: Formats an export can have.
 EXPORT_FORMATS = tuple(FORMATS)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dynprobe.errors import RunFolderError
@@ -22,7 +23,7 @@ from dynprobe.runs._export_tables import describe_columns
 from dynprobe.runs._json import dumps
 from dynprobe.runs._states import decode_bfloat16
 
-__all__ = ["FORMATS", "Format", "is_states", "missing_extra"]
+__all__ = ["FORMATS", "Format", "is_states", "missing_extra", "read_unguarded_csv"]
 
 Chunks = Iterable[pa.Table]
 
@@ -119,6 +120,10 @@ def _read_arrow(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iterat
 
 # CSV
 
+#: A spreadsheet takes a cell that begins like this for a formula and runs it; the apostrophe, which says that it is
+#: text, is itself among them so that what is put in front can be taken away again.
+_FORMULA = r"^[=+\-@\t\r\n']"
+
 
 def _write_csv(folder: Path, name: str, schema: pa.Schema, chunks: Chunks) -> list[str]:
     from pyarrow import csv
@@ -130,7 +135,22 @@ def _write_csv(folder: Path, name: str, schema: pa.Schema, chunks: Chunks) -> li
     return [path.name]
 
 
-def _read_csv(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iterator[pa.Table]:
+def read_unguarded_csv(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Read CSV of the first layout, whose texts stand as they are."""
+    return _read_csv(folder, files, schema, guarded=False)
+
+
+def _guard(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Put an apostrophe before texts that a spreadsheet would run."""
+    risky = pc.match_substring_regex(column, _FORMULA)
+    return pc.if_else(risky, pc.binary_join_element_wise("'", column, ""), column)
+
+
+def _unguard(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.if_else(pc.starts_with(column, "'"), pc.utf8_slice_codeunits(column, 1), column)
+
+
+def _read_csv(folder: Path, files: Sequence[str], schema: pa.Schema, *, guarded: bool = True) -> Iterator[pa.Table]:
     from pyarrow import csv
 
     flat = _flat_schema(schema)
@@ -144,7 +164,7 @@ def _read_csv(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iterator
                 quoted_strings_can_be_null=False, true_values=["true"], false_values=["false"],
             ),
         )  # fmt: skip
-        yield _as(_unflat(table, schema), schema)
+        yield _as(_unflat(table, schema, guarded), schema)
 
 
 def _flat_schema(schema: pa.Schema) -> pa.Schema:
@@ -158,16 +178,18 @@ def _flat(table: pa.Table) -> pa.Table:
     for column in table.columns:
         if pa.types.is_list(column.type):
             columns.append(pa.array([None if v is None else json.dumps(v) for v in column.to_pylist()], pa.string()))
-        elif pa.types.is_dictionary(column.type):
-            columns.append(column.cast(pa.string()))
+        elif pa.types.is_dictionary(column.type) or pa.types.is_string(column.type):
+            columns.append(_guard(column.cast(pa.string())))
         else:
             columns.append(column)
     return pa.Table.from_arrays(columns, schema=_flat_schema(table.schema))
 
 
-def _unflat(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def _unflat(table: pa.Table, schema: pa.Schema, guarded: bool) -> pa.Table:
     columns: list[Any] = []
-    for field, column in zip(schema, table.columns, strict=True):
+    for field, stored in zip(schema, table.columns, strict=True):
+        text = pa.types.is_dictionary(field.type) or pa.types.is_string(field.type)
+        column = _unguard(stored) if guarded and text else stored
         if pa.types.is_list(field.type):
             columns.append(pa.array([None if v is None else json.loads(v) for v in column.to_pylist()], field.type))
         elif pa.types.is_dictionary(field.type):

@@ -21,7 +21,7 @@ from dynprobe.runs._card import card
 from dynprobe.runs._encode import METADATA_KEY, to_bytes
 from dynprobe.runs._export import SIDECAR
 from dynprobe.runs._export_arrays import to_arrays
-from dynprobe.runs._export_formats import FORMATS
+from dynprobe.runs._export_formats import FORMATS, read_unguarded_csv
 from dynprobe.runs._export_sidecar import Sidecar, TableFacts, read_sidecar, verify_files
 from dynprobe.runs._export_tables import schema_of
 from dynprobe.runs._find import find_run, folder_name, parent_lock
@@ -97,7 +97,8 @@ def _table(folder: Path, side: Sidecar, table: TableFacts, target: Path) -> list
     found = 0
     try:
         schema = schema_of(name, table.plain(), version)
-        tables = FORMATS[side.to].read(folder, table.files, schema)
+        read = read_unguarded_csv if side.to == "csv" and side.layout < 2 else FORMATS[side.to].read
+        tables = read(folder, table.files, schema)
         for number, rows in enumerate(tables):
             found += rows.num_rows
             path = f"{name}/part-{number:05d}.parquet" if sharded else f"{name}.parquet"

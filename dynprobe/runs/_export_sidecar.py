@@ -6,7 +6,6 @@ names: every one of them must stay inside, and every file that is read must be a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._export import LAYOUT, SIDECAR
 from dynprobe.runs._export_formats import FORMATS
+from dynprobe.runs._json import loads
 from dynprobe.runs._manifest import check_version
 from dynprobe.runs._states import DTYPES
 from dynprobe.runs._tables import hash_file
@@ -83,6 +83,11 @@ class Sidecar(_Strict):
     manifest: dict[str, Any]
     summary: dict[str, Any] | None = None
 
+    @property
+    def layout(self) -> int:
+        """Number of the layout."""
+        return int(self.format.removeprefix("dynprobe-export/"))
+
     @model_validator(mode="after")
     def _inside(self) -> Sidecar:
         for name in self.files:
@@ -105,7 +110,7 @@ def read_sidecar(folder: Path) -> Sidecar:
     """
     path = folder / SIDECAR
     try:
-        side = Sidecar.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        side = Sidecar.model_validate(loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise RunFolderError(f"{folder} is no export: it has no {SIDECAR}.") from error
     except ValidationError as error:
@@ -115,11 +120,10 @@ def read_sidecar(folder: Path) -> Sidecar:
         raise RunFolderError(f"{path} is damaged: {place}: {said}. {_ADVICE}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged: {error!r}. {_ADVICE}") from error
-    version = int(side.format.removeprefix("dynprobe-export/"))
-    if version > LAYOUT or side.to not in FORMATS:
+    if side.layout > LAYOUT or side.to not in FORMATS:
         raise RunFolderError(
-            f"{path} is an export of layout {version} in the format {side.to!r}; this dynprobe reads up to {LAYOUT} "
-            f"({', '.join(FORMATS)}). Type: pip install --upgrade dynprobe"
+            f"{path} is an export of layout {side.layout} in the format {side.to!r}; this dynprobe reads up to "
+            f"{LAYOUT} ({', '.join(FORMATS)}). Type: pip install --upgrade dynprobe"
         )
     check_version(side.manifest.get("schema_version"), path)
     return side

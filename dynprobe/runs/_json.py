@@ -20,7 +20,20 @@ from typing import Any
 
 from dynprobe.errors import RunFolderError
 
-__all__ = ["dumps", "plain"]
+__all__ = ["dumps", "loads", "plain"]
+
+
+def loads(text: str | bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: It is none; that includes brackets nested so deeply that Python's own decoder gives up with another
+            error, which no reader of files expects.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def plain(value: Any, where: str = "value") -> Any:

@@ -20,6 +20,7 @@ from types import ModuleType
 
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._atomic import remove
+from dynprobe.runs._json import loads
 
 __all__ = ["LOCK_NAME", "FolderLock", "is_held"]
 
@@ -133,7 +134,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 def _in_use(path: Path) -> str:
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = loads(path.read_text(encoding="utf-8"))
         who = f"process {int(holder['pid'])} on {holder['host']}"
         if int(holder["pid"]) == os.getpid() and holder["host"] == socket.gethostname():
             who = f"another writer of this very process ({os.getpid()})"

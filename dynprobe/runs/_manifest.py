@@ -11,7 +11,6 @@ The manifest before the last is kept beside it, as what a damaged one can be res
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._advice import ask_doctor
-from dynprobe.runs._json import dumps, plain
+from dynprobe.runs._json import dumps, loads, plain
 from dynprobe.runs._schema import SCHEMA_VERSION
 from dynprobe.runs._secrets import scrub, scrub_command
 
@@ -178,7 +177,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(f"Cannot read {path}: {error}. {ask_doctor(folder)}") from error
     manifest = parse_manifest(text, path)
-    changed = unsealed(json.loads(text))
+    changed = unsealed(loads(text))
     if changed:
         raise RunFolderError(
             f"{path} is not what was written: {_several('field', changed)} changed afterwards, so the run may not be "
@@ -194,7 +193,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         RunFolderError: The text is damaged (the message names the field), or of a newer major version.
     """
     try:
-        content = json.loads(text)
+        content = loads(text)
     except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged: {error}. {ask_doctor(path.parent)}") from error
     if not isinstance(content, dict):
@@ -263,7 +262,7 @@ def peek_id(folder: Path) -> str | None:
         start = top.find(marker)
         if start >= 0:
             return str(top[start + len(marker) :].split('"', 2)[1])
-        return str(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["id8"])
+        return str(loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["id8"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 

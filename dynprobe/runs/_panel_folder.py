@@ -7,13 +7,13 @@ else. Everything else can be made again from the runs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dynprobe.errors import RunFolderError, did_you_mean
+from dynprobe.runs._json import loads
 from dynprobe.runs._lock import is_held
 from dynprobe.runs._run import Run, open_run
 
@@ -48,7 +48,7 @@ def open_panel(path: str | Path) -> Panel:
     folder = Path(path)
     folder = folder.parent if folder.name == PANEL_NAME else folder
     try:
-        content = json.loads((folder / PANEL_NAME).read_text(encoding="utf-8"))
+        content = loads((folder / PANEL_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunFolderError(
             f"{folder} is no panel folder: it has no {PANEL_NAME}. Make one with: dynprobe panel panel.yaml"
@@ -107,7 +107,7 @@ class Panel:
     def summary(self) -> dict[str, Any]:
         """What the panel concluded; empty until its runs are made."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            found: dict[str, Any] = loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ for, and only files that the manifest lists are read at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from dynprobe.errors import RunFolderError, did_you_mean
 from dynprobe.runs._advice import ask_doctor
+from dynprobe.runs._json import loads
 from dynprobe.runs._lock import is_held
 from dynprobe.runs._manifest import MANIFEST_NAME, PREVIOUS_NAME, Manifest, read_manifest
 from dynprobe.runs._pivot import pivot_table
@@ -109,7 +109,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What the run concluded; empty until it is complete."""
         try:
-            content: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            content: dict[str, Any] = loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -232,7 +232,7 @@ class Run:
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(loads(line))
                 except ValueError:
                     continue
         return pd.DataFrame(rows)

@@ -6,7 +6,6 @@ generated token has the text of a prompt that contains the same id, and where no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
 from dynprobe.runs._curves import main_track
+from dynprobe.runs._json import loads
 
 if TYPE_CHECKING:
     from dynprobe.runs._run import Run
@@ -59,7 +59,7 @@ def token_texts(run: Run) -> tuple[dict[str, list[str]], dict[int, str]]:
     for _, row in prompts.iterrows():
         stored = row.get("token_texts")
         if isinstance(stored, str) and stored:
-            texts = [str(t) for t in json.loads(stored)]
+            texts = [str(t) for t in loads(stored)]
             of_prompt[str(row["prompt_id"])] = texts
             of_id |= {int(i): t for i, t in zip(row["token_ids"], texts, strict=False) if t}
     return of_prompt, of_id

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dynprobe.errors import UsageError, did_you_mean
+from dynprobe.runs._json import loads
 
 __all__ = [
     "AXES",
@@ -107,7 +108,7 @@ def names(raw: Raw, name: str, value: Any) -> list[str]:
     """Return a list of names, given as an array, a JSON list or a text with commas."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",")]
+            value = loads(value) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",")]
         except ValueError as error:
             refuse(raw, f"{name} is no JSON list ({error})", f'write {name} as ["a", "b"] or a, b')
     try:
@@ -143,7 +144,7 @@ def read_meta(raw: Raw, value: Any) -> dict[str, Any]:
     """Return the author's notes, stored as JSON."""
     text = value.decode() if isinstance(value, bytes) else str(np.asarray(value))
     try:
-        meta = json.loads(text)
+        meta = loads(text)
     except ValueError as error:
         refuse(raw, f"meta is no JSON ({error})", "store json.dumps({'model': …, 'seed': …})")
     if not isinstance(meta, Mapping):

@@ -215,7 +215,7 @@ def test_yaml_of_one(tmp_path: Path) -> None:
         ("alpha: 0.1\nlayer: 6", "Did you mean 'layers'"),
         ("layers: 6", "alpha, the strength, is missing"),
         ("- alpha: 0.1\n- alpha: 0.2\n  seed: -1", "entry 2: seed"),
-        ("alpha: 0.1\nalpha: 0.2", "'alpha' is given twice"),
+        ("alpha: 0.1\nalpha: 0.2", "line 2: alpha stands there twice"),
         ("alpha: [0.1, 0.2]", "dynprobe sweep"),
         ("alpha: 0.1\npositions: 1:", "need quotes"),
         ("just text", "expected a mapping"),

@@ -168,7 +168,11 @@ def npz(data: bytes, scratch: Path) -> None:
         for name, value in trajectory(bits).items():
             member = io.BytesIO()
             found = (
-                value if isinstance(value, np.ndarray) else np.asarray(value if bits.odd() else json.dumps(value), dtype=object if isinstance(value, list) else None)
+                value
+                if isinstance(value, np.ndarray)
+                else np.asarray(
+                    value if bits.odd() else json.dumps(value), dtype=object if isinstance(value, list) else None
+                )
             )
             np.save(member, found, allow_pickle=True)
             content = member.getvalue()
@@ -508,15 +512,6 @@ def _export() -> Path:
     return folder
 
 
-@functools.cache
-def _model() -> Path:
-    """A tiny model in a folder, written once."""
-    from dynprobe.testing import save_tiny_model, tiny_llama
-
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-model-")) / "model"
-    return Path(save_tiny_model(tiny_llama(), folder) or folder)
-
-
 def model_folder(data: bytes, scratch: Path) -> None:
     """A folder with a strange configuration, index, or header of weights."""
     from dynprobe.models._folder import inspect_folder, stored_dtype
@@ -656,10 +651,10 @@ _PROMPTS = ("dynprobe.prompts._read", "dynprobe.prompts._prompt", "dynprobe.prom
 MODULES: dict[str, tuple[str, ...]] = {
     "where": ("dynprobe.probes._where", "dynprobe.probes._grammar"),
     "perturb": ("dynprobe.probes._perturb", "dynprobe.probes._perturb_values", "dynprobe.probes._grammar"),
-    "perturb_file": ("dynprobe.probes._perturb", "dynprobe.probes._perturb_values", "dynprobe.probes._spec_file"),
+    "perturb_file": ("dynprobe.probes._perturb", "dynprobe.probes._perturb_values", "dynprobe._yaml"),
     "strengths": ("dynprobe.protocols._grid",),
-    "settings": ("dynprobe.protocols._config",),
-    "panel": ("dynprobe.protocols._panel_config",),
+    "settings": ("dynprobe.protocols._config", "dynprobe._yaml"),
+    "panel": ("dynprobe.protocols._panel_config", "dynprobe._yaml"),
     **dict.fromkeys(
         ("prompts_txt_raw", "prompts_jsonl_raw", "prompts_parquet_raw", "prompts_parquet", "items_raw"), _PROMPTS
     ),
@@ -668,10 +663,18 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("parquet_raw", "parquet"), (*_DUMPS, "dynprobe.runs._trajectory_table")),
     **dict.fromkeys(("direction_npy_raw", "direction_safetensors_raw"), ("dynprobe.protocols._strength",)),
     **dict.fromkeys(("manifest_raw", "manifest", "part"), _RUNS),
-    "sidecar": ("dynprobe.runs._export_import", "dynprobe.runs._export_sidecar", "dynprobe.runs._export_formats", "dynprobe.runs._export_tables"),
+    "sidecar": (
+        "dynprobe.runs._export_import",
+        "dynprobe.runs._export_sidecar",
+        "dynprobe.runs._export_formats",
+        "dynprobe.runs._export_tables",
+    ),
     "model_folder": ("dynprobe.models._folder",),
     "gguf_raw": ("dynprobe.models._gguf", "dynprobe.models._load"),
-    **dict.fromkeys(("attractor_raw", "attractor"), ("dynprobe.controllers.attractor._stored", "dynprobe.controllers.attractor._settings")),
+    **dict.fromkeys(
+        ("attractor_raw", "attractor"),
+        ("dynprobe.controllers.attractor._stored", "dynprobe.controllers.attractor._settings"),
+    ),
     "calibration": ("dynprobe.probes._calibration",),
 }
 
@@ -755,16 +758,17 @@ _SPECS = ["layers=6:9+20,component=mlp-out", "layers=50%,positions=last", "block
           "phase=decode,slots=3", "positions=1:", "all", "layers=mid"]  # fmt: skip
 _SEEDS: dict[str, Callable[[], list[Any]]] = {
     "where": lambda: _SPECS,
-    "perturb": lambda: [f"alpha=0.1,{s}" for s in _SPECS] + ["0.1", "alpha=-1e-3,scale=coordstd,kind=dropout,seed=3,period=2"],
+    "perturb": lambda: [f"alpha=0.1,{s}" for s in _SPECS] + ["0.1", "alpha=-1e-3,scale=coordstd,kind=dropout,seed=3"],
     "perturb_file": lambda: ["- alpha: 0.1\n  layers: 6:9\n- alpha: 1\n", "alpha: 0.2\npositions: '1:'\n", "alpha=0.1"],
     "strengths": lambda: ["0.01:3:16", "0.1,0.3,1", "1", "0.1+0.2"],
-    "settings": lambda: ["perturb: alpha=0.1\nlimit: 3\nmax-new-tokens: 8\n", "metrics: [nll, kl]\nseed: 1\nstates: true\n"],
-    "panel": lambda: ["models: [tiny-llama, tiny-cem]\nalphas: [0, 0.1]\nseeds: [0, 1]\n", "models:\n  - tiny-{llama,cem}\nlimit: 2\n"],
+    "settings": lambda: ["perturb: alpha=0.1\nlimit: 3\nmax-new-tokens: 8\n", "seed: 1\nstates: true\n"],
+    "panel": lambda: ["models: [tiny-llama]\nalphas: [0, 0.1]\nseeds: [0]\n", "models:\n  - a-{b,c}\nlimit: 2\n"],
     "prompts_txt_raw": lambda: ["The sea was\n\nOnce\n", "\ufeffa\r\nb"],
     "prompts_jsonl_raw": lambda: ['{"text": "a", "category": "x"}\n{"prompt": "b", "token_ids": [1, 2]}\n'],
     "prompts_parquet_raw": _prompts_parquet,
     "items_raw": lambda: ['{"question": "Two and two make", "choices": [" four", " five"], "answer": 0}\n'],
-    **{f"{s[1:]}_raw": functools.partial(_trajectory_file, s) for s in (".npz", ".npy", ".pt", ".safetensors", ".parquet")},
+    **{f"{s}_raw": functools.partial(_trajectory_file, f".{s}") for s in ("npz", "npy", "pt", "safetensors")},
+    "parquet_raw": functools.partial(_trajectory_file, ".parquet"),
     "direction_npy_raw": lambda: _direction(".npy"),
     "direction_safetensors_raw": lambda: _direction(".safetensors"),
     "manifest_raw": lambda: [(_run() / "manifest.json").read_bytes()],

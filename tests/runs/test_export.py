@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -253,7 +254,7 @@ def test_damage_is_named(run, tmp_path):
         ("samples.npz", lambda p: p.write_bytes(p.read_bytes()[:-1]), "samples.npz is not what was exported"),
         ("tokens.npz", lambda p: p.unlink(), "tokens.npz is listed"),
         ("dynprobe.json", lambda p: p.write_text(p.read_text()[:-9]), "dynprobe.json is damaged"),
-        ("dynprobe.json", lambda p: edit(p, format="dynprobe-export/2"), "layout 2"),
+        ("dynprobe.json", lambda p: edit(p, format="dynprobe-export/9"), "layout 9"),
         ("dynprobe.json", lambda p: edit(p, files={"../x": {"bytes": 0, "sha256": "0" * 64}}), "leads out"),
         ("dynprobe.json", lambda p: edit(p, files={"x": {"bytes": 0, "sha256": ""}}), "sha256"),
         ("dynprobe.json", lambda p: edit_table(p, name="../../stolen"), "name"),
@@ -450,3 +451,25 @@ def test_a_flipped_bit_of_a_state_does_not_leave(run, tmp_path):
     with pytest.raises(RunFolderError, match=rf"{part.name} is damaged.*dynprobe doctor"):
         open_run(broken).export("npz", tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+TEXTS = ("=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(A1)", "\t=1", "'quoted", "''", "'", "plain", "", "a=b", "\n=1")
+
+
+def test_a_text_is_no_formula_in_csv_and_comes_back_as_it_was(tmp_path, make):
+    writer = make["begin"](tmp_path / "runs", manifest_fields={"batch_plan": [["p0"]]})
+    names = [f"p{i}" for i in range(len(TEXTS))]
+    writer.write_table("prompts", pd.DataFrame({"prompt_id": names, "text": TEXTS, "category": list(TEXTS)}))
+    writer.write_table("conditions", pd.DataFrame({"condition_id": ["clean"], "arm": ["clean"]}))
+    writer.write_batch(0, {"samples": pd.DataFrame({"sample_id": ["s"], "prompt_id": "p0", "condition_id": "clean",
+                                                    "replicate": 0, "nll": -1.5})})  # fmt: skip
+    writer.finish({})
+    run = open_run(writer.folder)
+    run.export("csv", tmp_path / "out")
+    for row in csv.reader((tmp_path / "out" / "prompts.csv").open(newline="")):
+        for cell in row:
+            assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")), cell
+    assert "-1.5" in (tmp_path / "out" / "samples.csv").read_text()  # a number is none
+    back = import_export(tmp_path / "out", tmp_path / "again")
+    assert back.table("prompts")["text"].tolist() == list(TEXTS)
+    assert back.table("prompts")["category"].astype(str).tolist() == list(TEXTS)
