@@ -4,7 +4,7 @@ VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES = dynprobe tests benchmarks
 
-.PHONY: demo test test-slow check format bench bench-ratios figure clean
+.PHONY: demo test test-slow test-long check format bench bench-ratios figure clean
 
 demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
@@ -22,10 +22,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/.installed  ## all tests that need no download
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not long"
 
 test-slow: $(VENV)/.installed  ## end-to-end tests on real weights
-	$(VENV)/bin/python -m pytest -q -m slow
+	$(VENV)/bin/python -m pytest -q -m "slow and not long"
+
+test-long: $(VENV)/.installed  ## the exhaustive versions: every architecture, every input
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m long
 
 check: $(VENV)/.installed  ## format, lint, types, import rules
 	$(VENV)/bin/ruff format --check $(SOURCES)

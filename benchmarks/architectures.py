@@ -1,4 +1,4 @@
-"""Resume every causal architecture of transformers from every depth, and write the table ``docs/architectures.md``.
+"""Put every check to every causal architecture of transformers, and write the table ``docs/architectures.md``.
 
 ``python benchmarks/architectures.py [--jobs N] [--out FILE] [TYPE …]``; exit code 1 where one is silently wrong.
 """
@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from dynprobe.testing import ResumeVerdict, resume_table, try_architectures
+from dynprobe.testing import ArchitectureVerdict, architecture_table, causal_types, try_architectures
 
 
 def main() -> int:
@@ -24,17 +24,22 @@ def main() -> int:
     )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    before = [time.perf_counter()]
 
-    def say(verdict: ResumeVerdict) -> None:
-        print(f"{verdict.model_type:28} {verdict.verdict:9} {verdict.worst:8.1e}  {verdict.reason[:90]}", flush=True)
+    def say(verdict: ArchitectureVerdict) -> None:
+        before.append(time.perf_counter())
+        print(f"{verdict.model_type:28} {verdict.verdict:9} {before[-1] - before[-2]:5.1f} s", flush=True)
+        for name, answer in verdict.answers.items():
+            if answer.reason:
+                print(f"    {name:10} {answer.verdict:9} {answer.reason[:200]}", flush=True)
 
-    began = time.perf_counter()
     verdicts = try_architectures(options.types or None, jobs=options.jobs, progress=say)
     counts = Counter(v.verdict for v in verdicts)
-    print(f"{dict(counts)} in {time.perf_counter() - began:.0f} s")
+    print(f"{dict(counts)} in {time.perf_counter() - before[0]:.0f} s")
     out = options.out or (None if options.types else Path(__file__).parents[1] / "docs" / "architectures.md")
     if out is not None:
-        out.write_text(resume_table(verdicts), encoding="utf-8")
+        every = len(causal_types())
+        out.write_text(architecture_table(verdicts, of=None if len(verdicts) == every else every), encoding="utf-8")
         print(f"written: {out}")
     return 1 if counts["wrong"] else 0
 

@@ -28,8 +28,8 @@ def crew(engine: str, workers: int) -> Any:
     if engine == "ray":
         import ray
 
-        # Both crews live at once so that their turns can alternate, and the waiting one computes nothing: Ray is told of
-        # more cores than the three actors ask for, or the last of them would wait for ever on a machine of two.
+        # Both crews live at once so that their turns can alternate, and the waiting one computes nothing: Ray hears
+        # of more cores than the three actors ask for, or the last of them would wait for ever on a machine of two.
         settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         ray.init(num_cpus=4, ignore_reinit_error=True, configure_logging=False, **settings)
     return Local(workers, threads=1) if engine == "local" else Ray(workers, threads=1)

@@ -6,16 +6,13 @@ python benchmarks/ring.py [--rounds 9] [--model smollm2-135m] [--device auto]
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
 import dynprobe as dp
 from dynprobe.probes import Instrument, Where, sites_to_read
 from dynprobe.probes._ring import Ring
-from dynprobe.protocols._bench_timing import machine
+from dynprobe.protocols._bench_timing import interleaved, machine
 
 
 def main() -> None:
@@ -45,20 +42,12 @@ def main() -> None:
             if into is not None:
                 into.end()
 
-        arms: dict[str, Callable[[], None]] = {
-            "bare": forward, "reference": lambda: read(None), "ring": lambda: read(ring),
-        }  # fmt: skip
-        seconds: dict[str, list[float]] = {name: [] for name in arms}
         with torch.no_grad():
-            for turn in range(args.rounds + 1):
-                for name, run in arms.items():
-                    begun = time.perf_counter()
-                    run()
-                    if turn:  # the first warms up
-                        seconds[name].append(time.perf_counter() - begun)
+            found = interleaved(
+                forward, {"reference": lambda: read(None), "ring": lambda: read(ring)}, rounds=args.rounds, warmup=1
+            )
         for name in ("reference", "ring"):
-            ratios = [a / b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
-            low, median, high = statistics.quantiles(ratios, n=4)
+            median, low, high = found[name]
             print(f"| {rows} × {width} | {name} | {median:.3f} ({low:.3f} – {high:.3f}) |")
 
 

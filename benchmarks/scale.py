@@ -3,14 +3,14 @@
     python benchmarks/scale.py [--prompt-tokens 128] [--new-tokens 32] [--rows 32] [--gpus 4 16 64]
 
 Nothing here is measured on a GPU. Counts of rows, tokens and bytes come from the plan itself; speeds are assumptions,
-each named below with its source, and the tables' bytes per row are those that ``benchmarks/cost.py`` fitted.
+each named below with its source, and the tables' bytes per row are the plan's, which ``benchmarks/cost.py`` fitted.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from dynprobe.protocols._plan import estimate, plan_batches
+from dynprobe.protocols._plan import BYTES_PER_DEPTH_ROW, estimate, plan_batches
 
 LAYERS, DIM, VOCAB, WEIGHTS = 80, 8192, 128256, 70e9
 PROMPTS, SAMPLE = 10**6, 1024
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--overhead", type=float, default=1.2, help="metrics over the bare forward")
-    parser.add_argument("--bytes-per-depth-row", type=float, default=30.0)
+    parser.add_argument("--bytes-per-depth-row", type=float, default=BYTES_PER_DEPTH_ROW)
     parser.add_argument("--gpus", type=int, nargs="*", default=[4, 16, 64])
     args = parser.parse_args()
     lengths = [args.prompt_tokens] * SAMPLE

@@ -72,7 +72,11 @@ def partial(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float:
 
 
 def interval(statistic: Any, *columns: np.ndarray) -> dict[str, float]:
-    """A statistic with its bootstrap interval over passages."""
+    """A statistic with its interval over passages.
+
+    Plain percentiles, as the printed table has them. ``dynprobe.metrics.statistics`` expands them for few clusters,
+    which would make these about 7 % wider for 26 passages and 2 % for 86.
+    """
     rng, n = np.random.default_rng(0), len(columns[0])
     draws = [statistic(*(c[i] for c in columns)) for i in rng.integers(0, n, size=(RESAMPLES, n))]
     low, high = np.quantile(draws, [0.025, 0.975])

@@ -1,6 +1,7 @@
 """What holds for every test: one thread, no chatter, no network by accident."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +21,13 @@ def _grad_mode_is_left_alone() -> Iterator[None]:
     yield
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.fixture(scope="session")
+def llama_of_width_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model whose width four-bit libraries take."""
+    from dynprobe.testing import tiny_llama
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(dim=64).model.save_pretrained(path)
+    return path

@@ -19,6 +19,7 @@ from dynprobe.claims._claim import Claim
 from dynprobe.claims._intervals import CONFIDENCE, N_BOOT
 from dynprobe.claims._load import find
 from dynprobe.claims._log import ClaimLog, plan_hash
+from dynprobe.claims._settings import SHARED, check_settings
 from dynprobe.claims._shapes import analyse, tables_of
 from dynprobe.claims._sides import side_of
 from dynprobe.claims._verdict import Verdict
@@ -80,6 +81,7 @@ def examine(
     opened = [r if isinstance(r, Run) else open_run(r) for r in runs]
     names = [r.manifest.model_name for r in opened] if runs else [_name(m) for m in named]
     _no_model_twice(chosen, names)
+    check_settings(chosen, settings)
     plan = plan_of(chosen, dict(zip(_numbered(roles), names, strict=True)), settings, post_hoc=bool(runs))
     panel = {"models": names, "small": _small(chosen, names)}
     deviations = _deviations(chosen, names, settings)
@@ -175,14 +177,10 @@ def _run(claim: Claim, role: str, model: Any, out: str | Path, settings: Mapping
     protocol = own.protocol or claim.protocol
     # A role with a protocol of its own has settings of its own; only what chooses prompts and machines is shared.
     base = dict(own.settings) if own.protocol else {**claim.settings, **own.settings}
-    shared = settings if not own.protocol else {k: v for k, v in settings.items() if k in _SHARED}
+    shared = settings if not own.protocol else {k: v for k, v in settings.items() if k in SHARED}
     call = getattr(protocols, str(protocol))
     done: Run = call(model, out=out, listener=listener, **{**base, **shared})
     return done
-
-
-#: Settings that mean the same in every protocol.
-_SHARED = ("limit", "prompts", "prompt", "category", "device", "dtype", "batch_size", "seed")
 
 
 def _roles(claim: Claim, n: int) -> list[str]:

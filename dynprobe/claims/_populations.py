@@ -2,7 +2,8 @@
 
 The share η² is that of a panel of this design. Its interval resamples prompts inside their categories, all models of
 a prompt together; the models are those of the panel and stay, so it says nothing about other models. Resampled prompts
-repeat, which by itself raises the share of the categories, so the draws are moved as a whole to the observed share.
+repeat, which by itself raises the share of the categories, so the draws are moved as a whole to the observed share. The
+interval has their expanded percentiles for so many prompts as its ends, as that of every mean.
 
 The interval of R² inverts the non-central F distribution (fixed covariates, normal errors: Steiger and Fouladi 1992):
 the population's ρ² = λ/(λ + n), λ such that the observed F is its 2.5 % or 97.5 % quantile. With few models and some
@@ -26,6 +27,7 @@ from dynprobe.claims._parts import Skeleton, Term, VarianceShare
 from dynprobe.claims._sides import Side, clusters
 from dynprobe.claims._verdict import Estimate
 from dynprobe.metrics.statistics import skeleton_r2, variance_table
+from dynprobe.metrics.statistics._bootstrap import interval
 
 __all__ = ["r2_interval", "skeleton", "variance"]
 
@@ -48,16 +50,15 @@ def variance(part: VarianceShare, sides: Sides, k: int = 1) -> list[Estimate]:
     if len(set(names)) < _FEWEST:
         return [nothing(f"models<{_FEWEST}", label)]
     value = _share(whole, part.factor)
-    draws = _draws(whole, part.factor)
+    draws, n_prompts = _draws(whole, part.factor), int(whole["prompt_id"].nunique())
 
     def ends(confidence: float) -> tuple[float, float, float, int, str | None]:
         known = draws[np.isfinite(draws)]
         known = known - (known.mean() - value) if len(known) else known
         if not len(known) or not math.isfinite(value):
             return value, math.nan, math.nan, len(set(names)), "zero-denominator"
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(known, [tail, 1 - tail])
-        return value, max(float(low), 0.0), min(float(high), 1.0), whole["prompt_id"].nunique(), None
+        low, high = interval(known, known, confidence, n_prompts)
+        return value, max(low, 0.0), min(high, 1.0), n_prompts, None
 
     return [estimate_of(ends, label, k)]
 

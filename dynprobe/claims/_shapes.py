@@ -28,7 +28,7 @@ from dynprobe.claims._parts import (
     Threshold,
 )
 from dynprobe.claims._populations import skeleton, variance
-from dynprobe.claims._sides import Side, clusters
+from dynprobe.claims._sides import Side, clusters, reason_of
 from dynprobe.claims._verdict import Estimate, Finding, Verdict, confidence_of, judge, verdict_of
 from dynprobe.metrics.statistics import (
     dissociation,
@@ -90,6 +90,12 @@ def _contrast(part: Contrast, sides: Sides, k: int = 1) -> list[Estimate]:
         values = values[values.index.isin(kept)]
         if not len(values):
             return [nothing(f"{part.acted} is 0 everywhere: nothing acted", part.label)]
+    if len(values) and values.isna().all():
+        for term in part.terms:
+            side = one(sides, term.role)
+            if why := reason_of(side.rows(part.table, term.where), part.value):
+                few = ", the model has too few layers" if why.startswith("depth<") else ""
+                return [nothing(f"no text of {side.name} has {part.value}: {why}{few}", part.label)]
     return [mean_of(values, part.label, k)]
 
 

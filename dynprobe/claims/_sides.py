@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from dynprobe.claims._parts import Term
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
 from dynprobe.runs import Run
 
-__all__ = ["Side", "clusters", "side_of"]
+__all__ = ["Side", "clusters", "reason_of", "side_of"]
 
 _OF_SAMPLES = ("prompt_id", "condition_id", "category")
 _NOT_AS_ASKED = ("not-written", "isokl-unreached")
@@ -119,6 +120,19 @@ def clusters(side: Side, term: Term, table: str, value: str, cluster: str, other
         frame = _third(frame, others[term.keep[0]], term.keep[1])
     numbers = pd.to_numeric(frame[value], errors="coerce").astype(float)
     return numbers.groupby(frame[cluster].astype(str)).mean()
+
+
+def reason_of(frame: pd.DataFrame, value: str) -> str | None:
+    """Return why most rows of samples have no value, as they say themselves; None where they say nothing.
+
+    Example:
+        >>> reason_of(pd.DataFrame({"reasons": ['{"kappa_phase": "depth<2"}', None]}), "kappa_phase_d")
+        'depth<2'
+    """
+    texts = frame["reasons"].dropna() if "reasons" in frame else pd.Series(dtype=object)
+    said = [json.loads(text) for text in texts if isinstance(text, str)]
+    found = Counter(str(why) for row in said if (why := row.get(value) or row.get(value.removesuffix("_d"))))
+    return found.most_common(1)[0][0] if found else None
 
 
 def _third(frame: pd.DataFrame, judge: Side, which: str) -> pd.DataFrame:

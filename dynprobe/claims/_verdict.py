@@ -123,7 +123,8 @@ def judge(estimate: Estimate, prediction: Prediction) -> tuple[Outcome, str]:
     """
     ends = (estimate.low, estimate.high, *estimate.inner, *estimate.outer)
     if any(math.isnan(x) for x in (estimate.value, *ends)):
-        return "inconclusive", f"no interval ({estimate.reason or 'missing'})"
+        what = "value" if math.isnan(estimate.value) else "interval"
+        return "inconclusive", f"no {what} ({_WHY.get(estimate.reason or '', estimate.reason) or 'missing'})"
     if estimate.n < FEWEST:
         return "inconclusive", f"{_said(estimate, prediction)}: fewer than {FEWEST} prompts (or models) decide nothing"
     lower, upper = prediction.bounds
@@ -158,6 +159,11 @@ def verdict_of(claim: str, findings: Sequence[Finding]) -> Verdict:
     return Verdict(claim, outcome, chosen.reason, e.value, e.low, e.high, e.n, tuple(findings))
 
 
+_WHY = {
+    "empty": "empty: no prompt has one",
+    "coverage": "coverage: fewer than half of the prompts have one",
+    "prompts<3": "prompts<3: fewer than three prompts have a value",
+}
 _WORDS = {
     "survived": "the whole interval lies on the claimed side",
     "falsified": "the whole interval lies on the other side",

@@ -113,6 +113,7 @@ def _run(
     device: option.Device = "auto",
     device_map: option.DeviceMap = None,
     quantization: option.Quantization = None,
+    compile_metrics: option.CompileMetrics = False,
     backend: option.Backend = "hooks",
     remote: option.Remote = False,
     remote_host: option.RemoteHost = None,

@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["main"]
 
+_INTERRUPTED = "interrupted; the same command continues"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run ``dynprobe`` and return its exit code: 0 done, 1 failed, 2 usage, 3 refused by a self-test, 130 interrupted.
@@ -29,6 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None) -> int:
+    try:
+        return _command(arguments)
+    except KeyboardInterrupt:  # also while libraries are imported, before there is a command to stop
+        return _say(_INTERRUPTED, 130)
+
+
+def _command(arguments: list[str] | None) -> int:
     import typer
 
     from dynprobe.cli import (  # noqa: F401 - their commands join the app
@@ -56,11 +65,9 @@ def _main(arguments: list[str] | None) -> int:
     try:
         code = app(args=words, prog_name="dynprobe", standalone_mode=False)
     except typer.Abort:
-        return _say("interrupted; the same command continues", 130)
+        return _say(_INTERRUPTED, 130)
     except DynprobeError as error:
         return _say(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command continues", 130)
     except BrokenPipeError:
         # The reader of our output left (`| head`); a second write at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,7 +81,8 @@ def _main(arguments: list[str] | None) -> int:
         if not any(base.__name__ == "ClickException" for base in type(error).__mro__):
             raise
         return _usage(error)
-    return int(code or 0)
+    # typer makes an exit code of a Ctrl-C that no command caught, and says nothing.
+    return _say(_INTERRUPTED, 130) if code == 130 else int(code or 0)
 
 
 def _usage(error: Any) -> int:

@@ -80,6 +80,9 @@ Quantization = Annotated[
     str | None, typer.Option(help="Load weights as int8, nf4, fp4 (bitsandbytes) or torchao-int8wo.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+CompileMetrics = Annotated[
+    bool, typer.Option("--compile-metrics", help="Compile the metrics with torch.compile, never the model.")
+]
 Remote = Annotated[bool, typer.Option("--remote", help="Run on NDIF, which hosts the model; needs NDIF_API_KEY.")]
 RemoteHost = Annotated[str | None, typer.Option(help="Server for --remote: its URL, or local for a dry run here.")]
 TrustRemoteCode = Annotated[

@@ -46,11 +46,18 @@ def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str
     if mean is None or math.isnan(mean):
         return f"– {entry.get('reason') or ''}".rstrip()
     if not interval:
-        return f"{mean:.{digits}f}"
-    text = f"{mean:+.{digits}f}"
+        return _digits(mean, digits)
+    text = _digits(mean, digits, "+")
     if low is not None and high is not None and not math.isnan(low):
-        text += f"\n{low:+.{digits}f} … {high:+.{digits}f}"
+        text += f"\n{_digits(low, digits, '+')} … {_digits(high, digits, '+')}"
     return text
+
+
+def _digits(value: float, digits: int, sign: str = "") -> str:
+    """A number with its decimals, or with two significant digits where these would leave fewer of it."""
+    if value and abs(value) < 10.0 ** (1 - digits):
+        return f"{value:{sign}.2g}"
+    return f"{value:{sign}.{digits}f}"
 
 
 def summary_table(summary: Mapping[str, Any], title: str, intervals: str = "") -> Table:

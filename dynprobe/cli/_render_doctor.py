@@ -61,9 +61,12 @@ def _continued(command: str | list[str], folder: str) -> str:
 
 def left(found: Examination) -> str:
     """Return what the error says while a run is damaged."""
-    many = f"{len(found.damages)} damages in {found.path}"
+    n = len(found.damages)
+    many = f"{n} damage{'s' * (n > 1)} in {found.path}"
+    if found.done and found.repairable and found.manifest is not None and _goes_on(found.manifest):
+        return f"{many} left until the run is continued: the command that made it makes again what is lost"
     if found.done:
-        return f"{many} are left, which no repair can mend; make the run again with another --out"
+        return f"{many} left, which no repair can mend; make the run again with another --out"
     if found.busy:
         return f"{many}; a process writes it: look again when that has ended"
     if not found.repairable and found.manifest is not None and found.manifest.imported:

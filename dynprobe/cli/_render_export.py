@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.runs._export_card import main_table
 
 if TYPE_CHECKING:
     from dynprobe.runs import Export
@@ -24,6 +25,7 @@ def exported(done: Export) -> None:
         console.print(f"  remark    {line}", soft_wrap=True)
     if done.address is not None:
         console.print(f"  pushed    {done.address}", soft_wrap=True)
-    if done.to == "hf":
-        console.print(f"  read      datasets.load_dataset({str(done.path)!r}, 'samples')", soft_wrap=True)
+    main = main_table(done.rows)
+    if done.to == "hf" and main is not None:
+        console.print(f"  read      datasets.load_dataset({str(done.path)!r}, {main!r})", soft_wrap=True)
     console.print(f"  again     dynprobe import {done.path}", soft_wrap=True)

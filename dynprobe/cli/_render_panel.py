@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
 from dynprobe.cli._render import _bytes as size
+from dynprobe.cli._render_reasons import in_words
 
 if TYPE_CHECKING:
     from dynprobe.runs import Panel
@@ -36,12 +37,9 @@ def panel(found: Panel) -> None:
         soft_wrap=True,
     )
     if "variance" in found.tables:
-        variance = found.table("variance")
-        for key, part in variance.groupby(_CONDITION, sort=False):
-            variance_table(console, _named(key), part)
+        _each(console, found.table("variance"), "share of the variance", "eta2", variance_table)
     if "skeleton" in found.tables:
-        for key, part in found.table("skeleton").groupby(_CONDITION, sort=False):
-            _skeleton(console, _named(key), part)
+        _each(console, found.table("skeleton"), "R² of the skeletons", "r2", _skeleton)
     if "topology" in found.tables:
         _topology(console, found.table("topology"))
     for text in summary["warnings"]:
@@ -54,6 +52,32 @@ def panel(found: Panel) -> None:
             f"failed: {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}: {error}", soft_wrap=True
         )
     console.print(f"every table: dynprobe.runs.open_panel({str(found.path)!r}).table('variance')", soft_wrap=True)
+
+
+def _each(
+    console: Any, table: pd.DataFrame, what: str, value: str, show: Callable[[Any, str, pd.DataFrame], None]
+) -> None:
+    """Print a table for each condition; one that would hold no number is a line, and reasons are said in words once."""
+    nothing: dict[tuple[str, ...], list[str]] = {}
+    seen: list[Any] = []
+    for key, part in table.groupby(_CONDITION, sort=False):
+        missing = part[part[value].isna()]
+        reasons = tuple(dict.fromkeys(str(r) for r in missing["reason"].dropna()))
+        seen += [*reasons, *(part["reason_p"].dropna() if "reason_p" in part else ())]
+        if "term" in part:  # a share that is known may have no test
+            seen += part.loc[(part["term"] == "model") & part["p"].isna(), "reason"].dropna().tolist()
+        if len(missing) < len(part):
+            show(console, _named(key), part)
+        else:
+            nothing.setdefault(reasons, []).append(_named(key))
+    for reasons, names in nothing.items():
+        console.print(f"{what}: none for {_some(names)} (– {', '.join(reasons)})", soft_wrap=True)
+    for line in in_words(seen):
+        console.print(f"  – {line}", soft_wrap=True)
+
+
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:4]) + (f" and {len(names) - 4} more conditions" if len(names) > 4 else "")
 
 
 def variance_table(console: Any, name: str, part: pd.DataFrame) -> None:
@@ -94,7 +118,8 @@ def cost(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"all: {found['samples']:,} samples, {size(found['metric_bytes'])} on disk, at most "
-        f"{size(found['memory_bytes'])} of states at a time, {_time(found['seconds'])} of forwards",
+        f"{size(found['memory_bytes'])} of states at a time; about {_time(found['seconds'])} (loading, runs, and "
+        f"{_time(found['table_seconds'])} for the tables), more where a model is calibrated for the first time",
         soft_wrap=True,
     )
     if found["copies_left_out"]:
@@ -146,10 +171,11 @@ def _least(table: pd.DataFrame) -> str:
 
 
 def _topology(console: Any, table: pd.DataFrame) -> None:
+    nothing: dict[str, list[str]] = {}
     for row in table.to_dict("records"):
         name = _named(tuple(row[c] for c in _CONDITION))
         if row["reason"] is not None and not pd.isna(row["reason"]):
-            console.print(f"clusters, {name}: – {row['reason']}", soft_wrap=True)
+            nothing.setdefault(str(row["reason"]), []).append(name)
             continue
         console.print(
             f"clusters, {name}: {row['n_clusters']} of {row['n_models']} models (silhouette "
@@ -158,6 +184,10 @@ def _topology(console: Any, table: pd.DataFrame) -> None:
             f"{_two(row['ari_null_low'])} … {_two(row['ari_null_high'])}, p {_p(row['ari_p'])})",
             soft_wrap=True,
         )
+    for reason, names in nothing.items():
+        console.print(f"clusters: none for {_some(names)} (– {reason})", soft_wrap=True)
+    for line in in_words(nothing):
+        console.print(f"  – {line}", soft_wrap=True)
 
 
 def _named(key: tuple[Any, ...]) -> str:

@@ -33,11 +33,15 @@ class Seat:
         device: Device that its model is put on; ``"auto"`` lets the worker choose among what it sees.
         threads: Threads of its processor arithmetic, which the job's opener sets; None leaves the default.
         gpu_share: Share of a GPU's memory it may take; None is all of it.
+        here: Workers on its machine, itself included: they share the machine's memory.
+        on_device: Workers that the engine gives its device.
     """
 
     device: str = "auto"
     threads: int | None = None
     gpu_share: float | None = None
+    here: int = 1
+    on_device: int = 1
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,10 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the workers."""
+
+    def seat(self, number: int = 0) -> Seat:
+        """Return where a worker sits, as far as the engine knows before it is there."""
+        return Seat()
 
     def facts(self) -> dict[str, Any]:
         """Return what a run records: the workers with what each did since the last call, and those that were lost."""

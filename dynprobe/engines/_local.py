@@ -8,6 +8,7 @@ Each worker is a Python of its own that imports dynprobe and nothing of the call
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import secrets
@@ -16,11 +17,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
-from dynprobe.engines._contract import Done, Engine, Item, Job
+from dynprobe.engines._contract import Done, Engine, Item, Job, Seat
 from dynprobe.engines._schedule import Schedule
 from dynprobe.errors import EngineError
 
@@ -205,13 +206,19 @@ class Local(Engine):
             for *_, listener in begun:
                 listener.close()
 
+    def seat(self, number: int = 0) -> Seat:
+        """Return where a worker sits: on the devices in turn."""
+        devices = len(self._devices)
+        where = self._devices[number % devices] if devices else "auto"
+        return Seat(where, self._threads, here=self.workers, on_device=-(-self.workers // max(devices, 1)))
+
     def _popen(self, seat: int, address: Any, key: bytes) -> subprocess.Popen[bytes]:
         threads = str(self._threads)
-        where = self._devices[seat % len(self._devices)] if self._devices else "auto"
+        where = json.dumps(asdict(self.seat(seat)))
         # A relative place on the path of the caller is the same place there, for the folder is the same.
         path = os.pathsep.join(p or "." for p in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "dynprobe.engines._local_worker", str(address), where, threads],
+            [sys.executable, "-m", "dynprobe.engines._local_worker", str(address), where],
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )

@@ -1,10 +1,11 @@
 """The process behind :class:`dynprobe.engines.Local`: opens a job, does its items, answers over one line.
 
-Called as ``python -m dynprobe.engines._local_worker ADDRESS DEVICE THREADS`` with the line's key on standard input.
+Called as ``python -m dynprobe.engines._local_worker ADDRESS SEAT`` (as JSON) with the line's key on standard input.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -50,13 +51,13 @@ def sendable(error: Exception) -> Exception:
     return EngineError(f"{type(error).__name__}: {error}")
 
 
-def main(address: str, device: str, threads: str) -> None:
+def main(address: str, seat: str) -> None:
     """Call back, then serve."""
     key = bytes.fromhex(sys.stdin.read())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what a library prints must not mix with the caller's output
     line = Client(address, authkey=key)
-    serve(line, Worker(Seat(device, int(threads))))
+    serve(line, Worker(Seat(**json.loads(seat))))
 
 
 if __name__ == "__main__":

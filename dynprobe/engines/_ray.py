@@ -111,6 +111,12 @@ class Ray(Engine):
         if self._owns and self._ray.is_initialized():
             self._ray.shutdown()
 
+    def seat(self, number: int = 0) -> Seat:
+        """Return where an actor sits. Ray may put them all on one node, as many as its cores hold."""
+        cores = max((node.get("Resources", {}).get("CPU", 1) for node in self._ray.nodes() if node["Alive"]), default=1)
+        here = max(1, min(self.workers, int(cores / self._threads)))
+        return Seat("auto", self._threads, self._gpus if 0 < self._gpus < 1 else None, here)
+
     def facts(self) -> dict[str, Any]:
         """Return what a run records."""
         return {**super().facts(), "version": self._ray.__version__}
@@ -148,12 +154,10 @@ class Ray(Engine):
                 )
 
     def _actor(self) -> _Actor:
-        share = self._gpus if 0 < self._gpus < 1 else None
-        seat = Seat("auto", self._threads, share)
         kind = self._ray.remote(num_cpus=self._threads, num_gpus=self._gpus, max_restarts=0)(_RayWorker)
         name = f"ray-{self._started}"
         self._started += 1
-        return _Actor(name, kind.remote(seat))
+        return _Actor(name, kind.remote(self.seat()))
 
     def _opened(self, actor: _Actor, reference: Any, job: Job) -> None:
         self._say_if_crowded(reference)
@@ -193,6 +197,7 @@ class Ray(Engine):
     def _replace(self, seat: int, job: Job, schedule: Schedule, item: Item, gone: Exception) -> None:
         why = " ".join(str(gone).split()[:12])
         self._died(self._crew[seat].name, why, item)
+        self._ray.kill(self._crew[seat].handle)  # one that only cannot be reached would keep its cores from the next
         schedule.give_back(seat, item, why)
         self._crew[seat] = actor = self._actor()
         self._opened(actor, actor.handle.open.remote(job), job)

@@ -89,7 +89,7 @@ class Slurm(Engine):
             if not left:
                 break
             stretches = _stretches(list(left.values()), self.workers)
-            share = _Share(job, str(place), Seat("auto", self._threads))
+            share = _Share(job, str(place), self.seat())
             jobs = self._executor.map_array(share, stretches)
             try:
                 yield from self._watch(place, left, jobs)
@@ -108,6 +108,10 @@ class Slurm(Engine):
 
     def close(self) -> None:
         """Nothing is left running."""
+
+    def seat(self, number: int = 0) -> Seat:
+        """Return where a job sits; which jobs share a node is Slurm's to know, and the job's own limit counts there."""
+        return Seat("auto", self._threads, here=self.workers if self._executor.cluster == "local" else 1)
 
     def facts(self) -> dict[str, Any]:
         """Return what a run records."""

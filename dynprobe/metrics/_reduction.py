@@ -6,13 +6,16 @@ together costs more than it saves. So on a device both are timed once per (devic
 batch of that kind, and the faster is kept for the life of the process. ``reducing`` says it by hand.
 
 The reduction can also be compiled (``reducing(compiled=True)``): the chord between two states, its one operation of two
-passes, becomes one fused kernel. The model is never compiled. Both choices change the last bits at most.
+passes, becomes one fused kernel. The model is never compiled. On the first states of each kind the compiled chord is
+compared with the other; where there is no compiler, or they differ by more than rounding, it is not used, and a warning
+says so. Both choices change the last bits at most.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +26,7 @@ import torch
 
 from dynprobe.errors import UsageError
 
-__all__ = ["chord_length", "faster", "reducing", "way_of"]
+__all__ = ["chord_length", "compiling", "faster", "reducing", "way_of", "why_not_compiled"]
 
 _WAYS = ("auto", "stack", "layer")
 _TRIALS = 3
@@ -31,7 +34,12 @@ _TRIALS = 3
 _way: ContextVar[str] = ContextVar("way", default="auto")
 _compiled: ContextVar[bool] = ContextVar("compiled", default=False)
 _known: dict[tuple[Any, ...], str] = {}
-_guard = threading.Lock()
+#: Device, dtypes and width → why the compiled chord is not used there; None where it is.
+_unfit: dict[tuple[Any, ...], str | None] = {}
+_BACKEND = "inductor"
+#: How far the compiled chord may be off, relative to what goes into it.
+_ROUNDING = 1e-5
+_guard, _compiling = threading.Lock(), threading.Lock()
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def reducing(how: str = "auto", *, compiled: bool = False) -> Iterator[None]:
 
     Args:
         how: ``"stack"`` (all layers that fit, in one go), ``"layer"`` (one after the other), or ``"auto"``.
-        compiled: Compile the chord with ``torch.compile``; needs a compiler on this machine.
+        compiled: Compile the chord with ``torch.compile``; falls back with a warning where that cannot be done.
 
     Raises:
         UsageError: If ``how`` is none of these.
@@ -57,6 +65,16 @@ def reducing(how: str = "auto", *, compiled: bool = False) -> Iterator[None]:
     finally:
         _way.reset(tokens[0])
         _compiled.reset(tokens[1])
+
+
+@contextmanager
+def compiling(wanted: bool) -> Iterator[None]:
+    """Compile the reduction inside the block where that is wanted; what ``reducing`` said around it stays."""
+    token = _compiled.set(wanted or _compiled.get())
+    try:
+        yield
+    finally:
+        _compiled.reset(token)
 
 
 def way_of(device: torch.device, kind: tuple[Any, ...], again: Callable[[], object]) -> str:
@@ -110,7 +128,7 @@ def chord_length(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor, scratch
         factor: One number per vector.
         scratch: Buffer of the shape of ``a``, overwritten.
     """
-    if _compiled.get():
+    if _compiled.get() and _fit(a, b, factor):
         made: torch.Tensor = _fused()(a, b, factor)
         return made
     # addcmul is one pass; the buffer keeps it inside the cache
@@ -122,4 +140,37 @@ def _fused() -> Callable[..., Any]:
     def chord(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(b - factor[..., None] * a, dim=-1)
 
-    return torch.compile(chord, dynamic=True)
+    return torch.compile(chord, dynamic=True, backend=_BACKEND)
+
+
+def _fit(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor) -> bool:
+    """Whether the compiled chord may be used, found out on the first states of each kind and kept for the process."""
+    kind = (str(a.device), a.dtype, b.dtype, a.shape[-1])
+    with _compiling:  # another lock: what is timed under the first one may come by here
+        if kind not in _unfit:
+            _unfit[kind] = why = _why_not(a, b, factor)
+            if why is not None:
+                warnings.warn(f"the metrics are not compiled: {why}; they go on as they are", stacklevel=4)
+        return _unfit[kind] is None
+
+
+def _why_not(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor) -> str | None:
+    plain = torch.linalg.vector_norm(torch.addcmul(b, a, factor[..., None], value=-1.0), dim=-1)
+    try:
+        made = _fused()(a, b, factor)
+    except Exception as error:  # no compiler, or one that does not compile: whatever it was, nothing depends on it
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    # A difference of two vectors is known to the rounding of the longer one.
+    size = torch.linalg.vector_norm(b, dim=-1).nan_to_num(0.0, 0.0, 0.0)
+    finite = torch.isfinite(plain)
+    off = torch.where(finite, (made - plain).abs(), 0.0)
+    if not torch.equal(torch.isfinite(made), finite) or bool((off > _ROUNDING * (plain.abs() + size)).any()):
+        return f"they would differ by {float(off.max()):.3g} from what is not compiled"
+    return None
+
+
+def why_not_compiled() -> str | None:
+    """Return why compiled metrics fell back in this process; None where they did not, or were not asked for."""
+    return next((why for why in _unfit.values() if why is not None), None)

@@ -26,7 +26,7 @@ from dynprobe.probes._noise import row_key_from_tokens
 __all__ = ["CACHES", "Clock", "Step"]
 
 #: Names under which models take and return what they keep of earlier tokens.
-CACHES = ("past_key_values", "cache_params", "state")
+CACHES = ("past_key_values", "cache_params", "state", "past_buckets_states")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _held(cache: Any) -> int | None:
     """Columns a cache holds; None where it cannot say (a recurrent state), 0 where it is empty."""
     try:
         return int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # state-space caches know only whether they were used
+    except (AttributeError, ValueError, TypeError):  # state-space caches know only whether they were used
         try:
             return None if cache.has_previous_state() else 0
         except (AttributeError, ValueError):

@@ -219,12 +219,27 @@ def generate(
             if _shrinks(subject, batch, ends):
                 with evaluating(subject.model), instrument or nullcontext():
                     adjust = adjusting(processors) if processors else None
-                    return decode(
+                    new = decode(
                         subject, batch, sampling.max_new_tokens, sorted(ends), adjust, instrument, pad_token(subject)
                     )
-            return _by_library(subject, inputs, batch, sampling, ends, instrument)
+            else:
+                new = _by_library(subject, inputs, batch, sampling, ends, instrument)
     finally:
         handle.remove()
+    if instrument is not None:
+        _check_whole(subject, batch, new, instrument)
+    return new
+
+
+def _check_whole(subject: Subject, batch: Batch, new: list[list[int]], instrument: Instrument) -> None:
+    """Refuse a text whose forwards the instrument could not join: positions were counted from 0 again and again."""
+    fed = batch.mask.shape[1] + max(len(row) for row in new) - 1
+    seen = sum(step.positions.shape[1] for step in instrument.steps)
+    if seen < fed:
+        raise ModelError(
+            f"{subject.name} fed {fed} columns while it wrote, and only {seen} of them could be joined to one text: "
+            "what it keeps of earlier tokens has a name that is not known. Read texts instead (--max-new-tokens 0)"
+        )
 
 
 def adjusting(processors: Sequence[Any]) -> Adjust:

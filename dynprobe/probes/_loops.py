@@ -22,7 +22,7 @@ from dynprobe.errors import ModelError
 from dynprobe.probes._noise import gaussian_rows
 from dynprobe.probes._turns import Loop, Start, leading, scaled
 
-__all__ = ["KNOWN_LOOPS", "known_loop", "refuse_unreadable"]
+__all__ = ["KNOWN_LOOPS", "known_loop", "refuse_ambiguous", "refuse_unreadable"]
 
 
 def _cem(model: Any) -> Loop | None:
@@ -229,6 +229,19 @@ def refuse_unreadable(model: nn.Module) -> None:
             f"{type(model).__name__} has z_steps={steps}: its enhanced mask decoder refines the query of its last "
             "layer against a state that stays, which is no track of states, and transformers 5.23 cannot run it (it "
             "appends to a tuple). With z_steps = 0 its layers are read"
+        )
+
+
+def refuse_ambiguous(model: nn.Module) -> None:
+    """Refuse models with several chains of blocks of which the longest is not about tokens, unless one was named.
+
+    Raises:
+        ModelError: The model is one of them; the message says which chains can be named.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) == "blt":
+        raise ModelError(
+            f"{type(model).__name__} has a chain of blocks over bytes on either side of one over patches, whose "
+            "positions are no tokens; name the one to read: layers='model.local_decoder.layers.*'"
         )
 
 

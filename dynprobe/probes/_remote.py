@@ -7,8 +7,7 @@ same with α = 0, perturbed) are one session: one place in the queue.
 
 Where it runs is one word: ``False`` here, through the same block; ``"local"`` here, after nnsight has serialised the
 block and read it back with the modules of this machine hidden, a dry run of the remote road; ``True`` on NDIF; a URL on
-a server of one's own. Before anything is sent the key, the service, its versions and the model are looked at, and each
-has an error that says what to type. The key is nnsight's business: it is never printed, and not stored by dynprobe.
+a server of one's own. What is looked at before anything is sent stands in :mod:`dynprobe.probes._server`.
 
 The service's answer is read with ``weights_only=True``: it holds tensors, numbers and words, so nothing that is
 unpickled here can run.
@@ -27,20 +26,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprobe.errors import ModelError, ModelNotFoundError, OfflineError, UsageError, did_you_mean
+from dynprobe.errors import ModelError, ModelNotFoundError, OfflineError, UsageError
 from dynprobe.metrics import _sent
 from dynprobe.probes._backend import require_nnsight
 from dynprobe.probes._draw import law_of
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._noise import gaussian_rows
 from dynprobe.probes._perturb import Perturb
+from dynprobe.probes._server import hidden, with_login
 
-__all__ = ["block_path_of", "check_service", "pushes_of", "remote_terms", "traced_model"]
+__all__ = ["block_path_of", "pushes_of", "remote_terms", "traced_model"]
 
 #: Seconds between two looks at a job.
 _PATIENCE = 2.0
 #: Looks in a row that may fail.
 _TRIES = 5
+#: Seconds for which a service may not know a job that it took. (A job that waits or runs may take its time.)
+_LOST_SECONDS = 180.0
 
 
 def traced_model(model: str | nn.Module, revision: str | None = None) -> Any:
@@ -187,6 +189,16 @@ def _backend(model: Any, remote: bool | str) -> Any:
     from nnsight.intervention.backends.remote import RemoteBackend
 
     class Careful(RemoteBackend):
+        heard = float("inf")  # when the service last said anything of the job
+
+        def submit(self, tracer: Any) -> None:
+            super().submit(tracer)
+            self.heard = time.monotonic()
+
+        def handle(self, response: Any) -> Any:
+            self.heard = time.monotonic()
+            return super().handle(response)
+
         def finalize(self, content: bytes) -> Any:
             if self.compress:
                 import zstandard
@@ -194,12 +206,17 @@ def _backend(model: Any, remote: bool | str) -> Any:
                 content = zstandard.ZstdDecompressor().decompress(content)
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
-    host = remote if isinstance(remote, str) else None
+    host = with_login(remote) if isinstance(remote, str) else None
     return Careful(model.to_model_key(), host=host, env=model._remoteable_get_env(), blocking=False)
 
 
 def _answer(backend: Any) -> dict[str, Any]:
-    """Wait for a job that was handed in; a line that fails now and then is asked again."""
+    """Wait for a job that was handed in; a line that fails now and then is asked again.
+
+    Raises:
+        ModelError: If the job failed.
+        OfflineError: If the service stops to answer, or no longer knows the job.
+    """
     import httpx
     from nnsight.intervention.backends.remote import RemoteError
 
@@ -210,17 +227,36 @@ def _answer(backend: Any) -> dict[str, Any]:
             found = backend()
             failed = 0
         except RemoteError as error:
-            raise ModelError(f"the job {backend.job_id} failed on {backend.host}: {str(error)[:500]}") from error
+            raise ModelError(
+                f"the job {backend.job_id} failed on {hidden(backend.host)}: {hidden(str(error)[:500])}"
+            ) from _bare(error)
         except httpx.HTTPError as error:
             failed += 1
             if failed == _TRIES:
                 raise OfflineError(
-                    f"{backend.host} stopped to answer while it had the job {backend.job_id} ({type(error).__name__}); "
-                    "what came back is kept, and the same command goes on from there"
-                ) from error
+                    f"{hidden(backend.host)} stopped to answer while it had the job {backend.job_id} "
+                    f"({type(error).__name__}); what came back is kept, and the same command goes on from there"
+                ) from _bare(error)
         if found is not None:
             return found
+        silent = time.monotonic() - backend.heard
+        if not failed and silent > _LOST_SECONDS:
+            raise OfflineError(
+                f"{hidden(backend.host)} took the job {backend.job_id} and has not known it for {silent:.0f} s (404): "
+                "it was dropped, or the service was started again. What came back is kept; the same command sends the "
+                "job again and goes on from there"
+            )
         time.sleep(_PATIENCE)
+
+
+def _bare(error: Exception) -> Exception | None:
+    """An error as a cause; none where its words, or those of its own causes, hold a login that a trace would print."""
+    at: BaseException | None = error
+    while at is not None:
+        if hidden(str(at)) != str(at):
+            return None
+        at = at.__cause__ or at.__context__
+    return error
 
 
 @contextmanager
@@ -238,69 +274,7 @@ def _undisturbed() -> Iterator[None]:
     try:
         yield
     except RemoteError as error:
-        raise ModelError(f"the service did not take the job: {str(error)[:500]}") from error
+        raise ModelError(f"the service did not take the job: {hidden(str(error)[:500])}") from _bare(error)
     finally:
         sys.path[:] = path
         CONFIG.APP.REMOTE_LOGGING = logging
-
-
-def check_service(model_id: str, revision: str | None, remote: bool | str) -> dict[str, Any]:
-    """Look at key, service, versions and model before anything is sent.
-
-    Returns:
-        Host and versions of the service, for the manifest.
-
-    Raises:
-        UsageError: If there is no key, or the service runs another nnsight.
-        OfflineError: If the service does not answer.
-        ModelNotFoundError: If it does not run the model now.
-    """
-    mine = require_nnsight("--remote")
-    import httpx
-    from nnsight import compare, ndif
-    from nnsight.schema.config import CONFIG
-
-    host = remote if isinstance(remote, str) else CONFIG.API.HOST
-    if not isinstance(remote, str) and not CONFIG.API.APIKEY:
-        raise UsageError(
-            f"--remote sends {model_id} to {host}, which wants an API key; none was found in NDIF_API_KEY or in "
-            "nnsight's own settings. Get one at https://login.ndif.us, then type: export NDIF_API_KEY=… (or: nnsight "
-            "login)"
-        )
-    before, CONFIG.API.HOST = CONFIG.API.HOST, host
-    ndif._REMOTE_ENV = None
-    try:
-        deployed = ndif._get("/status").get("deployments", {})
-        found = compare()
-    except (httpx.HTTPError, OSError, ValueError) as error:
-        raise OfflineError(
-            f"--remote asked {host} for its models, and it did not answer ({type(error).__name__}); try later, or look "
-            "at https://nnsight.net/status"
-        ) from error
-    finally:
-        CONFIG.API.HOST = before
-        ndif._REMOTE_ENV = None
-    theirs = str(found.packages.get("nnsight", {}).get("remote", ""))
-    if theirs and theirs.split(".")[:2] != mine.split(".")[:2]:
-        raise UsageError(
-            f"nnsight {mine} is installed and {host} runs {theirs}, which reads other requests; type: pip install "
-            f"'nnsight=={theirs}' (dynprobe wants 0.8.1 or later, below 0.9)"
-        )
-    running = {
-        str(d.get("repo_id")): d.get("revision") or "main"
-        for d in deployed.values()
-        if d.get("application_state") == "RUNNING"
-    }
-    if model_id not in running:
-        near = did_you_mean(model_id, running)
-        raise ModelNotFoundError(
-            f"{model_id} was asked for and does not run on {host} now.{near} It runs "
-            f"{', '.join(sorted(running)) or 'nothing'}"
-        )
-    if revision is not None and running[model_id] != revision:
-        raise ModelNotFoundError(
-            f"{model_id} at revision {revision} was asked for; {host} runs revision {running[model_id]}. Type: "
-            f"--revision {running[model_id]}"
-        )
-    versions = {name: p["remote"] for name, p in found.packages.items() if p["critical"]}
-    return {"host": host, "versions": versions, "python": found.remote_python, "revision": running[model_id]}

@@ -29,6 +29,7 @@ from dynprobe.probes._road import try_road
 from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where
+from dynprobe.probes._while_writing import while_writing
 from dynprobe.probes._writers import make_writers
 
 __all__ = [
@@ -136,7 +137,11 @@ def _of_several_lengths(rows: Rows) -> list[list[int]]:
 def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
     """A row in a padded batch equals the row alone within the noise that batching itself makes.
 
-    The noise floor is the deviation of a row from the same row repeated, where no padding is involved.
+    The noise floor is the deviation of a row from the same row repeated, where no padding is involved. With padding on
+    the left, where texts are written, rows are also let write (:mod:`dynprobe.probes._while_writing`); ``detail`` then
+    has ``writing``, the deviation of the padded row's states meanwhile, which counts like that of the logits, and
+    ``decode``, how far a row's states while it writes are from one whole forward over its text, which is the model's
+    own affair and does not count.
     """
     rows = _of_several_lengths(rows)
     unit = "SD of the logits"
@@ -165,6 +170,12 @@ def check_alone(subject: Subject, rows: Rows, *, side: str = "left") -> Check:
     value = worst / spread
     kappa = max((k for k in kappas if math.isfinite(k)), default=math.nan)
     detail = {"noise_floor": floor / spread, "side": side, "states": states, "kappa_phase": kappa}
+    if side == "left":
+        written = while_writing(subject, rows)
+        detail |= {"writing": written.together, "decode": written.whole}
+        detail |= {"writing_said": written.reason} if written.reason else {}
+        if value <= limit < written.together:
+            return Check("alone", False, written.together, limit, "norm of a state, while writing", detail)
     return Check("alone", value <= limit, value, limit, unit, detail)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dynprobe._types import COMPONENTS
 from dynprobe.errors import ModelError, SiteError, UsageError, did_you_mean
 from dynprobe.probes._dispatch import hooks_of_others, live_hooks
-from dynprobe.probes._loops import known_loop, refuse_unreadable
+from dynprobe.probes._loops import known_loop, refuse_ambiguous, refuse_unreadable
 from dynprobe.probes._outputs import Wrapper
 from dynprobe.probes._placement import device_of, refuse_without_weights
 from dynprobe.probes._trained import warn_beyond
@@ -368,6 +368,7 @@ def discover(
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")
     if loop is None and layers is None:
+        refuse_ambiguous(model)
         loop = known_loop(model)
     if loop is not None:
         return _with_turns(subject, loop, trial_input)

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-__all__ = ["Behind"]
+__all__ = ["WAITING", "Behind"]
 
-_WAITING = 2
+#: Tasks that wait while another one is done.
+WAITING = 2
 _BOUND_SHARE = 0.1
 
 
@@ -37,7 +38,7 @@ class Behind:
     def __init__(self) -> None:
         self.waited = 0.0
         self._begun = time.perf_counter()
-        self._tasks: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
+        self._tasks: queue.Queue[Callable[[], object] | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dynprobe-writer", daemon=True)
 

@@ -25,7 +25,7 @@ from dynprobe.probes import Subject, as_subject, load
 from dynprobe.protocols._bench_case import Case, Measurement, Size
 from dynprobe.protocols._bench_disk import disk_case, states_case
 from dynprobe.protocols._bench_forward import capture_case, metrics_case
-from dynprobe.protocols._bench_peers import chosen, hushed
+from dynprobe.protocols._bench_peers import chosen, hushed, lasting
 from dynprobe.protocols._bench_sweep import sweep_cases
 from dynprobe.protocols._bench_texts import attractor_cases, generation_case
 from dynprobe.protocols._bench_timing import machine_facts
@@ -33,6 +33,8 @@ from dynprobe.protocols._bench_timing import machine_facts
 __all__ = ["SECTIONS", "Bench", "bench"]
 
 SECTIONS = ("capture", "metrics", "states", "disk", "generation", "sweep", "attractor")
+#: Sections with arms that capture, which peers have.
+_CAPTURING = ("capture", "disk")
 _LIBRARIES = (
     "torch", "transformers", "numpy", "pyarrow", "safetensors", "nnsight", "transformer-lens", "pyvene", "torchlens",
 )  # fmt: skip
@@ -149,7 +151,9 @@ def bench(
         >>> found.measurements[0].name, found.ratio("metrics", "core") > 0
         ('1 × 8', True)
     """
-    sections, wanted = _sections(only), chosen(peers)
+    sections, asked = _sections(only), chosen(peers)
+    last = lasting(asked)
+    wanted = None if asked is None else [name for name in asked if name not in last]
     sizes = {"batch": batch, "length": length, "rounds": rounds, "new_tokens": new_tokens, "strengths": strengths}
     for name, value in {**sizes, "layers": layers}.items():
         if not isinstance(value, int) or value < 1:
@@ -167,23 +171,28 @@ def bench(
     before = machine_facts(subject.device)
     measurements: list[Measurement] = []
     left_out: dict[str, str] = {}
-    for section in sections:
+    # A peer that leaves something behind in the process would be in every time that is taken after it.
+    turns: list[tuple[str, list[str] | None]] = [(section, wanted) for section in sections]
+    turns += [(section, [name]) for name in last for section in sections if section in _CAPTURING]
+    for section, some in turns:
         if listener is not None:
             listener(section)
         try:
             with hushed():
-                for case in _cases(section, subject, size, wanted, folder):
+                for case in _cases(section, subject, size, some, folder):
                     if not case.arms:
                         left_out[section] = "; ".join(f"{name} {why}" for name, why in case.absent.items())
                         continue
                     if listener is not None:
                         listener(f"{section}: {case.name}, {len(case.arms)} arms × {rounds} rounds")
+                    if some is not wanted:
+                        case.name = f"{case.name}, beside {', '.join(some or ())}"
                     measurements.append(case.measure(subject.device, rounds))
         except DynprobeError as error:  # what this model cannot do is said; the other sections stand
             left_out[section] = str(error)
     machine = {**before, "load_after": machine_facts(subject.device)["load"]}
     found = Bench(
-        _model_facts(subject), machine, _versions(), {**asdict(size), "peers": wanted or peers}, tuple(measurements),
+        _model_facts(subject), machine, _versions(), {**asdict(size), "peers": asked or peers}, tuple(measurements),
         left_out, target,
     )  # fmt: skip
     if target is not None:

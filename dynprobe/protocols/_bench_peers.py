@@ -26,8 +26,8 @@ from dynprobe.errors import ModelError, UsageError, did_you_mean
 from dynprobe.probes import Subject
 
 __all__ = [
-    "KNOWN", "PEERS", "Peer", "bridge_of", "chosen", "descend", "hushed", "largest_difference", "made", "paths_of",
-    "state_of", "twin",
+    "KNOWN", "PEERS", "Peer", "bridge_of", "chosen", "descend", "hushed", "largest_difference", "lasting", "made",
+    "paths_of", "state_of", "twin",
 ]  # fmt: skip
 
 #: Keyword of each peer on the command line → its name in the tables.
@@ -207,6 +207,12 @@ class TorchLens(Peer):
 
 
 PEERS: tuple[type[Peer], ...] = (RawHooks, NNsight, TransformerLens, Pyvene, TorchLens)
+
+
+def lasting(wanted: Sequence[str] | None) -> list[str]:
+    """Return those of the wanted peers that are here and leave something behind: they are measured last, apart."""
+    kinds = [kind for kind in PEERS if getattr(kind, "lasting", None) and kind.name in (wanted or ())]
+    return [kind.name for kind in kinds if importlib.util.find_spec(kind.package) is not None]
 
 
 class _Kind(Protocol):

@@ -18,6 +18,7 @@ import torch
 from dynprobe import __version__
 from dynprobe.engines import Engine, Job, Seat, content_key
 from dynprobe.errors import EngineError, UsageError
+from dynprobe.metrics._reduction import compiling, why_not_compiled
 from dynprobe.probes import Calibration, Subject
 from dynprobe.probes import load as load_subject
 from dynprobe.protocols._conditions import yardstick
@@ -30,7 +31,7 @@ from dynprobe.protocols._token_text import TokenTexts
 from dynprobe.protocols._units import complete_tables
 from dynprobe.runs._pack import pack
 
-__all__ = ["Call", "engine_of", "job_of"]
+__all__ = ["Call", "engine_of", "job_of", "sharers_of"]
 
 #: Protocols whose units need nothing of each other → what makes their experiment of a call.
 _OPENERS = {
@@ -156,26 +157,47 @@ def open_call(sent: _Sent, seat: Seat) -> Callable[[Any], dict[str, bytes]]:
             f"on {subject.device} a padded row of {subject.name} differs from the row alone, and where the run was "
             "begun it does not; add --padding none, so that only rows of one length share a forward"
         )
-    experiment = Halving(ready, begin(sent.calibration, sent.exact))
-    return _Work(experiment, subject, ready.columns(), str(subject.device))
+    return _Work(ready, begin(sent.calibration, sent.exact), sharers_of(subject.device, sent.loading, seat))
+
+
+def sharers_of(device: torch.device, loading: Mapping[str, Any], seat: Seat) -> int:
+    """How many workers take from what is free where a worker's model is."""
+    if device.type != "cuda":
+        return seat.here
+    if seat.gpu_share is not None:
+        return max(1, round(1 / seat.gpu_share))
+    named = loading["device"] not in ("auto", "cuda") and seat.device != "auto"  # then all of them are on that one
+    return seat.here if named else seat.on_device
 
 
 @dataclass(eq=False)
 class _Work:
-    """Does units and packs what they become."""
+    """Does units and packs what they become, with what happened meanwhile."""
 
-    experiment: Halving
-    subject: Subject
-    columns: Mapping[str, Mapping[str, str]]
-    device: str
+    ready: Prepared
+    experiment: Any
+    sharers: int
 
     def __post_init__(self) -> None:
-        self._texts = TokenTexts(self.subject.tokenizer)
+        subject = self.ready.subject
+        self.device, self._dtype = str(subject.device), str(subject.dtype).removeprefix("torch.")
+        self._columns, self._texts = self.ready.columns(), TokenTexts(subject.tokenizer)
+        self._events: list[dict[str, Any]] = []
+        self._halving = Halving(self.ready, self.experiment, self._note, self.sharers)
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        self._events.append({"kind": kind, **fields})
 
     def __call__(self, unit: Any) -> dict[str, bytes]:
-        made, dtype = self.experiment.work(unit), str(self.subject.dtype).removeprefix("torch.")
-        tables = complete_tables(made.tables, self._texts)
-        return pack(tables, made.states, dtype=dtype, facts=made.facts or None, columns=self.columns)
+        self._events.clear()
+        with compiling(self.ready.config.compile_metrics):
+            made = self._halving.work(unit)
+        if self.ready.config.compile_metrics:
+            self._note("compile-metrics", used=why_not_compiled() is None, why=why_not_compiled())
+        return pack(
+            complete_tables(made.tables, self._texts), made.states, dtype=self._dtype, facts=made.facts or None,
+            columns=self._columns, events=self._events,
+        )  # fmt: skip
 
 
 def _subject(sent: _Sent, seat: Seat) -> Subject:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from dynprobe._yaml import read_yaml
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
 
@@ -62,6 +62,7 @@ class RunConfig(SpreadConfig):
         "auto", description="Padding side; 'none' = exact lengths."
     )
     batch_size: int | Literal["auto"] = Field("auto", description="Rows per batch.")
+    compile_metrics: bool = Field(False, description="Compile the reduction of states with torch.compile; no model.")
     backend: Literal["hooks", "nnsight"] = Field("hooks", description="What reads and writes the states.")
     remote: bool | str = Field(False, description="Run on NDIF (True), on a server (its URL), or try it ('local').")
     out: str = Field("runs", description="Folder of runs, or the run folder to continue.")
@@ -80,6 +81,10 @@ class RunConfig(SpreadConfig):
     def _somewhere(cls, value: bool | str) -> bool | str:
         if isinstance(value, str) and value != "local" and not value.startswith(("http://", "https://")):
             raise ValueError("remote is true, 'local' (a dry run here) or the URL of a server")
+        if isinstance(value, str) and "@" in value:
+            from dynprobe.probes._server import without_login
+
+            return without_login(value)
         return value
 
     @field_validator("temperature")
@@ -115,7 +120,7 @@ class RunConfig(SpreadConfig):
         settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in NOT_IDENTITY}
         if not settings["metrics"]:  # asking for nothing more is the run it was before one could ask
             del settings["metrics"]
-        for name, usual in (("backend", "hooks"), ("remote", False)):
+        for name, usual in (("backend", "hooks"), ("remote", False), ("compile_metrics", False)):
             if settings[name] == usual:
                 del settings[name]
         if settings["quantization"] is None:
@@ -142,8 +147,12 @@ class RunConfig(SpreadConfig):
             first = error.errors()[0]
             if not first["loc"]:  # settings that do not go together: no one of them is to blame
                 raise UsageError(first["msg"].removeprefix("Value error, ")) from error
-            name = ".".join(str(p) for p in first["loc"][:1])
-            raise UsageError(f"{name}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from error
+            name, given = ".".join(str(p) for p in first["loc"][:1]), first["input"]
+            # A password perhaps, and not to be said.
+            login = isinstance(given, str) and "@" in given and (name == "remote" or "://" in given)
+            shown = "a text with an @" if login else repr(given)
+            cause = None if login else error
+            raise UsageError(f"{name}={shown}: {first['msg'].removeprefix('Value error, ')}") from cause
 
 
 def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[str, Any]:
@@ -157,12 +166,7 @@ def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[s
         UsageError: If the file is missing, is no mapping, or has a key that no setting answers to.
     """
     path = Path(path)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"config file {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {path} is not YAML: {error}") from error
+    loaded, _ = read_yaml(path, "config file", same=lambda key: key.replace("-", "_"))
     if not isinstance(loaded, dict):
         raise UsageError(f"config file {path} holds {type(loaded).__name__}; it must be a mapping of settings")
     settings = {str(k).replace("-", "_"): v for k, v in loaded.items()}

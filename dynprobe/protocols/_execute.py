@@ -6,6 +6,7 @@ Units are planned once and stored with the run, so that a continued run does exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,24 +16,25 @@ from typing import Any, Protocol
 import pandas as pd
 
 from dynprobe import models
-from dynprobe.engines import Engine, Job
+from dynprobe.engines import Engine, Job, Seat
 from dynprobe.errors import CalibrationError, InterruptedRunError, UsageError
+from dynprobe.metrics._reduction import compiling, why_not_compiled
 from dynprobe.metrics.statistics import interval_words
 from dynprobe.probes import Calibration, Check, Subject, load_calibration
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._calibrate import calibrated
-from dynprobe.protocols._call import Call, engine_of, job_of
+from dynprobe.protocols._call import Call, engine_of, job_of, sharers_of
 from dynprobe.protocols._conditions import written_depths, yardstick
 from dynprobe.protocols._halving import Halving
 from dynprobe.protocols._prepare import Prepared
 from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
-from dynprobe.protocols._token_text import TokenTexts
+from dynprobe.protocols._token_text import TokenTexts, prompts_table
 from dynprobe.protocols._units import Counts, spread, work_through
 from dynprobe.protocols._weights import structure_of
 from dynprobe.runs import Run, RunWriter, open_run
 from dynprobe.runs._find import find_run
 
-__all__ = ["Begin", "Experiment", "Listener", "Progress", "execute"]
+__all__ = ["Begin", "Experiment", "Listener", "Progress", "execute", "nobody"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def execute(
         SelfTestError: If a self-test shows that no number could be trusted.
         InterruptedRunError: If it was stopped by the user; the same call continues it.
     """
-    say = tell if tell is not None else _nobody
+    say = tell if tell is not None else nobody
     done = ready.finished()
     if done is not None:
         say(Progress("done", notes=(f"already done: {done.path}",)))
@@ -130,7 +132,9 @@ def execute(
         if writer.status == "complete":  # another process finished it meanwhile
             return open_run(writer.folder)
         with writer:
-            _record(writer, ready, calibration, checks, exact, experiment)
+            seat = Seat() if crew is None else crew[0].seat()
+            sharers = sharers_of(ready.subject.device, {"device": ready.config.device}, seat)
+            _record(writer, ready, calibration, checks, exact, experiment, sharers)
             _units(writer, ready, experiment, say, tell is not None, crew, independent=call is not None)
     return open_run(writer.folder)
 
@@ -161,7 +165,7 @@ def _interruption(ready: Prepared) -> Iterator[None]:
         raise InterruptedRunError(f"interrupted; the same command continues {folder}") from stop
 
 
-def _nobody(_: Progress) -> None:
+def nobody(_: Progress) -> None:
     """Listen to nothing."""
 
 
@@ -203,7 +207,7 @@ def _handed_in(ready: Prepared, folder: Path) -> Calibration:
 
 def _record(
     writer: RunWriter, ready: Prepared, calibration: Calibration | None, checks: Mapping[str, Check], exact: bool,
-    experiment: Experiment,
+    experiment: Experiment, sharers: int,
 ) -> None:  # fmt: skip
     """Write down what is known before the first unit."""
     if calibration is not None:
@@ -218,23 +222,15 @@ def _record(
     )
     if exact and ready.config.padding != "none":
         writer.event("exact-lengths", why="self-test alone failed; padded rows would differ from rows alone")
-    prompts, rows, tokenizer = ready.prompts, ready.rows, ready.subject.tokenizer
-    texts = TokenTexts(tokenizer)
-    writer.write_table(
-        "prompts",
-        pd.DataFrame(
-            {
-                "prompt_id": [p.prompt_id for p in prompts], "text": [p.text for p in prompts],
-                "token_ids": [list(r) for r in rows], "category": [p.category for p in prompts],
-                "source": [p.source for p in prompts],
-                **({} if tokenizer is None else {"token_texts": [[t or "" for t in texts.of(row)] for row in rows]}),
-            }
-        ),
-    )  # fmt: skip
+    decode = checks["alone"].detail.get("decode", math.nan)
+    if decode > checks["alone"].limit:
+        writer.event("decode-differs", by=decode, why="states of texts being written are not those of texts read")
+    texts = TokenTexts(ready.subject.tokenizer)
+    writer.write_table("prompts", prompts_table(ready.prompts, ready.rows, texts))
     writer.write_table("conditions", experiment.conditions())
     planned = writer.manifest.batch_plan
     if isinstance(planned, list):
-        writer.update(memory_plan=Halving(ready, experiment).plan(planned).as_dict())
+        writer.update(memory_plan=Halving(ready, experiment, sharers=sharers).plan(planned).as_dict())
 
 
 def _units(
@@ -251,13 +247,17 @@ def _units(
     def tell(now: Counts) -> None:
         say(Progress("batch", now.done, now.total, now.rows, now.tokens, now.seconds, disk_bound=now.disk_bound))
 
+    compiled = ready.config.compile_metrics
     if crew is not None:
         counts = spread(writer, *crew, tell)
     else:
-        counts = work_through(
-            writer, ready.subject, Halving(ready, experiment, writer.event), tell, first_table if heard else None,
-            independent=independent,
-        )  # fmt: skip
+        with compiling(compiled):
+            counts = work_through(
+                writer, ready.subject, Halving(ready, experiment, writer.event), tell, first_table if heard else None,
+                independent=independent,
+            )  # fmt: skip
+        if compiled:
+            writer.event("compile-metrics", used=why_not_compiled() is None, why=why_not_compiled())
     final = experiment.summarise(open_run(writer.folder), writer)
     _pictures(writer)
     writer.finish({**final, "mean_intervals": interval_words(), "seconds": round(counts.seconds, 2)})

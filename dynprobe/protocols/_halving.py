@@ -13,18 +13,20 @@ parts. An experiment says so by giving no rows for it, and then memory that runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pandas as pd
+import torch
 
 from dynprobe.probes._chunks import halving, out_of_memory
 from dynprobe.protocols._batch import Produced
-from dynprobe.protocols._memory import MemoryPlan, free_memory, memory_plan, row_bytes, rows_that_fit, too_large
+from dynprobe.protocols._memory import MemoryPlan, held, memory_plan, rows_fitting, too_large
 from dynprobe.protocols._prepare import Prepared
 
-__all__ = ["Divisible", "Halving", "joined"]
+__all__ = ["Divisible", "Halving", "in_parts", "joined", "state_bytes"]
 
+Made = TypeVar("Made")
 Early = Callable[[pd.DataFrame], None] | None
 
 
@@ -51,22 +53,28 @@ class Halving:
         ready: What is known before the run.
         experiment: The experiment; one that is not :class:`Divisible` is done in whole units.
         note: Told of every cut, as ``note("halved", rows=…, kept=…)``; a run's ``writer.event``.
+        sharers: Workers that share what is free.
 
     Attributes:
         most: Rows that go together at most; None while nothing was too large.
+        kept: Bytes that a token of a finished unit holds until it is on the disk: of states by count, of tables as
+            found in the units before.
     """
 
     def __init__(
-        self, ready: Prepared, experiment: _Works, note: Callable[..., object] = lambda *_, **__: None
-    ) -> None:
-        self.ready, self.experiment, self.note = ready, experiment, note
+        self, ready: Prepared, experiment: _Works, note: Callable[..., object] = lambda *_, **__: None,
+        sharers: int = 1,
+    ) -> None:  # fmt: skip
+        self.ready, self.experiment, self.note, self.sharers = ready, experiment, note, sharers
         self.most: int | None = None
+        self.kept = state_bytes(ready)
 
     def plan(self, units: Sequence[Any]) -> MemoryPlan:
         """Say what the largest unit needs and what is free."""
+        lengths = [self.lengths(self._rows(unit)) for unit in units]
         return memory_plan(
-            self.ready.subject, [self._lengths(self._rows(unit)) for unit in units], generated=self._writes
-        )
+            self.ready.subject, lengths, generated=self._writes, kept=self.kept, sharers=self.sharers
+        )  # fmt: skip
 
     def work(self, unit: Any, early: Early = None) -> Produced:
         """Do one unit, in parts where it does not fit whole.
@@ -81,7 +89,7 @@ class Halving:
         rows, tell = self._rows(unit), _Once(early)
         if not rows:
             return self._whole(unit, tell)
-        size = min(len(rows), self.most or len(rows), self._fitting(rows))
+        size = min(len(rows), self.most or len(rows), self.fitting(rows))
         cut: list[int] = []
 
         def part(some: Sequence[int]) -> Produced:
@@ -103,10 +111,12 @@ class Halving:
         try:
             parts = list(halving(rows, size, part, halved))
         except MemoryError as error:
-            raise too_large(self.ready.subject, self._lengths(rows)) from error
+            raise too_large(self.ready.subject, self.lengths(rows)) from error
+        made = parts[0] if len(parts) == 1 else joined(parts)
+        found = held([*made.tables.values(), *(keys for keys, _ in made.states)], [values for _, values in made.states])
+        self.kept = max(self.kept, found / max(sum(self.lengths(rows)), 1))
         if len(parts) == 1:
-            return parts[0]
-        made = joined(parts)
+            return made
         made.facts |= {"parts": len(parts), **({"halved_rows": cut} if cut else {})}
         return made
 
@@ -117,7 +127,7 @@ class Halving:
             if not out_of_memory(error):
                 raise
             failed = error
-        raise too_large(self.ready.subject, self._lengths(range(len(self.ready.rows))), whole=True) from failed
+        raise too_large(self.ready.subject, self.lengths(range(len(self.ready.rows))), whole=True) from failed
 
     def _rows(self, unit: Any) -> Sequence[int]:
         return self.experiment.rows_of(unit) if isinstance(self.experiment, Divisible) else ()
@@ -126,13 +136,50 @@ class Halving:
     def _writes(self) -> bool:
         return self.ready.config.max_new_tokens > 0
 
-    def _lengths(self, rows: Sequence[int]) -> list[int]:
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of prompts with what is written after them."""
         return [len(self.ready.rows[i]) + self.ready.config.max_new_tokens for i in rows]
 
-    def _fitting(self, rows: Sequence[int]) -> int:
-        subject = self.ready.subject
-        each = row_bytes(subject, max(self._lengths(rows)), generated=self._writes)
-        return rows_that_fit(len(rows), each, free_memory(subject.device))
+    def fitting(self, rows: Sequence[int]) -> int:
+        """How many of some rows go together, by the count."""
+        return rows_fitting(
+            self.ready.subject, len(rows), max(self.lengths(rows)), generated=self._writes, kept=self.kept,
+            sharers=self.sharers,
+        )  # fmt: skip
+
+
+def state_bytes(ready: Prepared) -> float:
+    """Return the bytes of the states of one token that a run writes, over all arms that are stored."""
+    if not ready.saved:
+        return 0.0
+    config, subject = ready.config, ready.subject
+    item = torch.empty(0, dtype=subject.state_dtype or subject.dtype).element_size()
+    arms = 1 + bool(ready.perturbs) * (1 + (config.max_new_tokens > 0))
+    return float(arms * config.num_samples * len(ready.saved) * subject.width * item)
+
+
+def in_parts(ready: Prepared, rows: Sequence[int], work: Callable[[Sequence[int]], Made]) -> Iterator[Made]:
+    """Yield what ``work`` makes of prompts, in parts that fit: for what is found out before the first unit.
+
+    Args:
+        ready: What is known before the run.
+        rows: Numbers of the prompts.
+        work: Does some of them.
+
+    Raises:
+        ModelError: If one row alone does not fit.
+    """
+    alone = Halving(ready, _Nothing())
+    try:
+        yield from halving(rows, alone.fitting(rows), work)
+    except MemoryError as error:
+        raise too_large(ready.subject, alone.lengths(rows)) from error
+
+
+class _Nothing:
+    def work(self, unit: Any, early: Early) -> Produced:
+        """Make nothing."""
+        return Produced({})
 
 
 class _Once:

@@ -1,9 +1,9 @@
 """``iterate``: what more iterations of a looped model buy, at fixed weights and on fixed texts.
 
 Every text is read at each number of iterations T. Where the loop feeds the readout directly (a CSM-style model), one
-long forward holds all of them: its state after T updates is the last state of a run of T. That is checked on the first
-batch against a run of its own, and where it does not hold, or where every layer has a loop of its own (CEM) so that
-more iterations below change what stands above, there is one forward per T.
+long forward holds all of them: its state after T updates is the last state of a run of T. That is checked once, before
+the units and for whoever does them, on a few prompts against a run of its own. Where it does not hold, or where every
+layer has a loop of its own (CEM) so that more iterations below change what stands above, there is one forward per T.
 
 Two numbers that are often taken for one stand side by side: ``converged_at`` (from where on Δ stays below a tolerance)
 and ``best_iteration`` (where the loss is lowest). A model whose Δ shrinks need not predict better.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dynprobe.protocols._call import Call
 from dynprobe.protocols._conditions import resolve_perturbations
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._execute import Begin, Listener, Progress, execute
+from dynprobe.protocols._halving import in_parts
 from dynprobe.protocols._iterate_split import difficulty, iteration_summary
 from dynprobe.protocols._iterations import at_iterations, cut, right_answers, with_best
 from dynprobe.protocols._plan import plan_batches
@@ -49,6 +50,8 @@ ITERATIONS = (3, 5, 10, 15, 20, 25, 30, 40, 45)
 _NESTED = tuple(range(1, 9))
 #: Largest deviation of logits, in their SD, between a long run cut at T and a run of T.
 _PREFIX_LIMIT = 1e-3
+#: Prompts that are asked for it.
+_PREFIX_ROWS = 8
 
 
 class IterateConfig(RunConfig):
@@ -152,7 +155,6 @@ class _Iterate:
     exact: bool
     numbers: tuple[int, ...]
     beyond: str = ""
-    _deviation: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.config: IterateConfig = self.ready.config  # type: ignore[assignment]
@@ -176,13 +178,24 @@ class _Iterate:
         return pd.DataFrame(rows).assign(decode_mode="forced")
 
     def plan(self) -> list[Any]:
-        """Return groups of prompts."""
+        """Return groups of prompts, each told what was found out before: workers may not come to different answers."""
         n = self.numbers[-1] * max(1, len({t.layer for t in self.subject.turns}))
-        return plan_batches(
+        groups = plan_batches(
             [len(self._text(i).fed) for i in range(len(self.ready.rows))], max_new_tokens=0, n_layers=n,
             dim=self.subject.width,
             vocab=self.subject.vocab_size or 1, batch_size=self.config.batch_size, exact=self.exact, early=False,
         )  # fmt: skip
+        decided = self._decided(groups[0])
+        return [{"prompts": group, **decided} for group in groups]
+
+    def _decided(self, group: Sequence[int]) -> dict[str, Any]:
+        """Whether one long run holds the shorter ones, and how far a few prompts of a group were off."""
+        if not self.loop.prefix or len(self.numbers) == 1:
+            return {"one_pass": self.loop.prefix}
+        few = group[:_PREFIX_ROWS]
+        found = in_parts(self.ready, few, lambda some: self._check_prefix([self._text(i) for i in some]))
+        deviation = float(np.max(list(found)))
+        return {"one_pass": deviation <= _PREFIX_LIMIT, "prefix_deviation": deviation}
 
     def _text(self, index: int) -> Text:
         prompt = self.ready.prompts[index]
@@ -197,47 +210,43 @@ class _Iterate:
 
     def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
         """Read a group of prompts at every T."""
-        texts = [self._text(i) for i in unit]
+        chosen, facts = self.rows_of(unit), self._facts(unit)
+        texts = [self._text(i) for i in chosen]
         tables: dict[str, list[pd.DataFrame]] = {}
         for arm in ("", "|perturbed")[: 1 + bool(self.ready.perturbs)]:
-            for T, passage, last in self._passages(texts, bool(arm)):
-                prompts = [self.ready.prompts[i] for i in unit]
+            for T, passage, last in self._passages(texts, bool(arm), facts["one_pass"]):
+                prompts = [self.ready.prompts[i] for i in chosen]
                 labels = Labels(
-                    f"T{T}{arm}", [p.prompt_id for p in prompts], [p.category for p in prompts], 0, [None] * len(unit)
+                    f"T{T}{arm}", [p.prompt_id for p in prompts], [p.category for p in prompts], 0, [None] * len(chosen)
                 )
                 made = passage_tables(
                     passage, labels, span=self._span, perturbed=bool(arm), calibration=self.calibration
                 )
                 made["samples"] = made["samples"].assign(iterations=T, **self._at_the_end(passage, T))
                 # Clean states of a shorter run are those of the longest, which is stored; a written arm's need not be.
-                if not (arm or last) and self.one_pass:
+                if not (arm or last) and facts["one_pass"]:
                     del made["depths"], made["profiles"]
                 for name, table in made.items():
                     tables.setdefault(name, []).append(table)
         done = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
         done["samples"] = with_best(done["samples"])
-        facts: dict[str, Any] = {"one_pass": self.one_pass}
-        if self._deviation is not None:
-            facts["prefix_deviation"] = self._deviation
         return Produced(done, facts=facts)
 
-    @property
-    def one_pass(self) -> bool:
-        """Whether one long run holds the shorter ones."""
-        return self.loop.prefix and (self._deviation is None or self._deviation <= _PREFIX_LIMIT)
+    def _facts(self, unit: Any) -> dict[str, Any]:
+        """What a unit was told."""
+        if not isinstance(unit, Mapping):  # planned by an older version
+            return self._decided(unit)
+        return {name: value for name, value in unit.items() if name != "prompts"}
 
-    def _passages(self, texts: list[Text], perturbed: bool) -> Iterator[tuple[int, Passage, bool]]:
+    def _passages(self, texts: list[Text], perturbed: bool, one_pass: bool) -> Iterator[tuple[int, Passage, bool]]:
         which = (*metrics.CORE, *self.config.metrics, *self._convergence)
-        if self.loop.prefix and not perturbed:
+        if one_pass and not perturbed:
             with at_iterations(self.subject, self.numbers[-1]) as longest:
                 whole = forced(longest, texts, span=self._span, which=which)
-                if self._deviation is None and len(self.numbers) > 1:
-                    self._deviation = self._check_prefix(whole, texts)
-                if self.one_pass:
-                    for T in self.numbers[:-1]:
-                        yield T, cut(whole, T, which, self._span), False
-                    yield self.numbers[-1], whole, True
-                    return
+                for T in self.numbers[:-1]:
+                    yield T, cut(whole, T, which, self._span), False
+                yield self.numbers[-1], whole, True
+                return
         for T in self.numbers:
             with at_iterations(self.subject, T) as subject:
                 writers = make_writers(subject, self.ready.perturbs, calibration=None) if perturbed else []
@@ -250,11 +259,14 @@ class _Iterate:
             return ()
         return (f"converge.iterations/1{{of=delta_rel_prev,tol={self.config.tol:g},patience={self.config.patience}}}",)
 
-    def _check_prefix(self, whole: Passage, texts: list[Text]) -> float:
+    def _check_prefix(self, texts: list[Text]) -> float:
+        """Largest deviation of logits, in their SD, of the longest run cut at the smallest T from a run of that T."""
         T = self.numbers[0]
-        assert whole.tape.subject is not None
-        cut_there = readout(whole.tape.subject, whole.tape.states[T])
-        with at_iterations(self.subject, T) as subject, torch.no_grad():
+        with at_iterations(self.subject, self.numbers[-1]) as longest:
+            whole = forced(longest, texts, which=())
+            with torch.no_grad():
+                cut_there = readout(longest, whole.tape.states[T])
+        with at_iterations(self.subject, T) as subject:
             own = forced(subject, texts, which=())
         assert own.logits is not None
         real = whole.mask.to(cut_there.device)
@@ -281,17 +293,18 @@ class _Iterate:
         return out
 
     def _all_in_one_pass(self, writer: RunWriter) -> bool:
-        """What the units found, whoever did them; this process may have done none."""
-        found = [facts["one_pass"] for facts in writer.manifest.batch_facts.values() if "one_pass" in facts]
-        return all(all(one) if isinstance(one, list) else one for one in found) if found else self.one_pass
+        """What the units went by, whoever did them; this process may have done none."""
+        found = [facts["one_pass"] for facts in writer.manifest.batch_facts.values()]
+        return all(all(one) if isinstance(one, list) else one for one in found)
 
-    def rows_of(self, unit: Sequence[int]) -> Sequence[int]:
+    def rows_of(self, unit: Any) -> Sequence[int]:
         """Return the prompts of a unit."""
-        return unit
+        found: Sequence[int] = unit["prompts"] if isinstance(unit, Mapping) else unit
+        return found
 
-    def with_rows(self, unit: Sequence[int], rows: Sequence[int]) -> list[int]:
+    def with_rows(self, unit: Any, rows: Sequence[int]) -> Any:
         """Return the unit of some of its prompts."""
-        return list(rows)
+        return {**unit, "prompts": list(rows)} if isinstance(unit, Mapping) else list(rows)
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: one unit holds every T."""

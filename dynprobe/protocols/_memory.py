@@ -2,8 +2,10 @@
 
 The need is counted, not measured: two passages are held at once (the clean one and the arm that is compared with it),
 each with its states at every depth and its logits; a forward needs room of its own beside them; and a text that is
-written needs its key–value cache. It is an estimate for choosing how many rows go together, and it is checked against
-the resident memory of real runs in ``docs/devices.md``. What is free is asked of the device at that moment.
+written needs its key–value cache. What a unit becomes stays in the memory of the CPU until it is on the disk, and so
+does what was made before it. It is an estimate for choosing how many rows go together, and it is checked against the
+resident memory of real runs in ``docs/devices.md``. What is free is asked of the device at that moment; workers on one
+machine, or on one device, take equal shares of it.
 
 A CPU under Linux seldom says that memory ran out: it lends more than it has and then ends the process. So a unit that
 would not fit by this count is cut into groups before it is begun, and only what the count missed is left to the
@@ -12,7 +14,7 @@ halving.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ import torch
 
 from dynprobe.errors import ModelError
 from dynprobe.probes import Subject
+from dynprobe.protocols._behind import WAITING
 
-__all__ = ["MemoryPlan", "free_memory", "memory_plan", "row_bytes", "too_large", "weight_bytes"]
+__all__ = ["MemoryPlan", "free_memory", "held", "memory_plan", "row_bytes", "rows_fitting", "too_large", "weight_bytes"]
 
 #: Share of the free memory that a group of rows may take by the estimate.
 _SHARE = 0.8
@@ -31,6 +34,8 @@ _INNER = 16
 _PASSAGES = 2
 #: Logits in float32 that stand beside those that are kept: those being made, their exponentials, a comparison.
 _OUTPUTS = 3
+#: Units that are held finished: the one just made, the one being written, and those that wait for the disk.
+_FINISHED = 2 + WAITING
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class MemoryPlan:
         unit_bytes: The largest unit, all its rows at once.
         rows: Rows of that unit.
         rows_at_once: How many of them fit by this count.
+        waiting_bytes: Of the memory of the CPU: what finished units hold until they are on the disk.
+        sharers: Workers that share what is free.
     """
 
     device: str
@@ -54,6 +61,8 @@ class MemoryPlan:
     unit_bytes: int
     rows: int
     rows_at_once: int
+    waiting_bytes: int = 0
+    sharers: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as a plain mapping."""
@@ -155,24 +164,57 @@ def _cache_width(subject: Subject) -> int:
     return int(heads * size) if heads and size else subject.width
 
 
-def memory_plan(subject: Subject, units: Sequence[Sequence[int]], *, generated: bool = False) -> MemoryPlan:
+def memory_plan(
+    subject: Subject, units: Sequence[Sequence[int]], *, generated: bool = False, kept: float = 0.0, sharers: int = 1
+) -> MemoryPlan:
     """Say what the largest of several units needs.
 
     Args:
         subject: The subject.
         units: Tokens of each row of each unit.
         generated: Whether texts are written.
+        kept: Bytes that a token of a finished unit holds until it is on the disk.
+        sharers: Workers that share what is free.
     """
     widest = max(units, key=lambda lengths: len(lengths) * max(lengths, default=0), default=())
     longest = max((max(lengths, default=0) for lengths in units), default=0)
-    one, free = row_bytes(subject, max(widest, default=0), generated=generated), free_memory(subject.device)
+    tokens = max(widest, default=0)
     return MemoryPlan(
-        str(subject.device), free, weight_bytes(subject), row_bytes(subject, longest, generated=generated),
-        len(widest) * one, len(widest), rows_that_fit(len(widest), one, free),
+        str(subject.device), free_memory(subject.device), weight_bytes(subject),
+        row_bytes(subject, longest, generated=generated),
+        len(widest) * row_bytes(subject, tokens, generated=generated), len(widest),
+        rows_fitting(subject, len(widest), tokens, generated=generated, kept=kept, sharers=sharers),
+        int(_FINISHED * kept * tokens * len(widest)), sharers,
     )  # fmt: skip
 
 
-def rows_that_fit(rows: int, each: int, free: int | None) -> int:
+def rows_fitting(
+    subject: Subject, rows: int, tokens: int, *, generated: bool = False, kept: float = 0.0, sharers: int = 1
+) -> int:
+    """Return how many rows of a length go together beside what waits for the disk, and beside other workers.
+
+    Args:
+        subject: The subject.
+        rows: Rows that are wanted.
+        tokens: Tokens of the longest.
+        generated: Whether texts are written.
+        kept: Bytes that a token of a finished unit holds until it is on the disk.
+        sharers: Workers that share what is free.
+    """
+    each, waiting = row_bytes(subject, tokens, generated=generated), int(_FINISHED * kept * tokens)
+    free = free_memory(subject.device)
+    if subject.device.type == "cpu":
+        return rows_that_fit(rows, each + waiting, free, sharers)
+    beside = rows_that_fit(rows, waiting, free_memory("cpu"), sharers)
+    return min(beside, rows_that_fit(rows, each, free, sharers))
+
+
+def held(tables: Iterable[Any], states: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tables and states, each text that tables refer to counted as its reference."""
+    return sum(int(table.memory_usage(index=True).sum()) for table in tables) + sum(s.nbytes for s in states)
+
+
+def rows_that_fit(rows: int, each: int, free: int | None, sharers: int = 1) -> int:
     """Return how many of ``rows`` rows go together; one at least, since the count may be wrong.
 
     Example:
@@ -181,7 +223,7 @@ def rows_that_fit(rows: int, each: int, free: int | None) -> int:
     """
     if free is None or each <= 0:
         return rows
-    return max(1, min(rows, int(free * _SHARE) // each))
+    return max(1, min(rows, int(free * _SHARE / sharers) // each))
 
 
 def too_large(subject: Subject, rows: Sequence[int], *, whole: bool = False) -> ModelError:

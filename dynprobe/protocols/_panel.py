@@ -10,6 +10,7 @@ rest goes on; its cells are tried again by the next call.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from dynprobe.protocols._spread_config import in_words
 from dynprobe.runs._panel_folder import PANEL_NAME, Panel, open_panel
 
 __all__ = ["panel", "plan_panel"]
+
+#: Seconds per condition: of a metric's variance and skeleton, of the clusters, of a model's clusters and regimes.
+_PER_METRIC, _PER_CLUSTERING, _PER_MODEL = 0.06, 1.6, 0.07
 
 
 def panel(
@@ -70,7 +74,9 @@ def plan_panel(
         **settings: As for :func:`panel`.
 
     Returns:
-        Totals, one row per model, and the models that could not be looked at.
+        Totals, one row per model, and the models that could not be looked at. ``seconds`` of a model are its loading
+        and its cells, each as :func:`dynprobe.plan` has it; those of the panel have ``table_seconds`` in them. What a
+        model needs once in its life (self-tests, calibration) is not counted.
     """
     config, folder = _design(design, settings)
     work = PanelWork(config, folder, _nobody)
@@ -79,11 +85,13 @@ def plan_panel(
     known = [row for row in rows if row["reason"] is None]
     totals = {k: sum(row[k] for row in known) for k in ("samples", "forward_tokens", "metric_bytes")}
     seconds = [row["seconds"] for row in known]
+    left = len(finished) < len(work.cells)
+    tables = table_seconds(config) if left else 0.0
     return {
         "panel": None if work.folder is None else str(work.folder), "cells": len(work.cells), "done": len(finished),
         "copies_left_out": work.copies, "prompts": len(work.prompts), "models": rows, **totals,
         "memory_bytes": max((row["memory_bytes"] for row in known), default=0),
-        "seconds": None if None in seconds else sum(seconds),
+        "seconds": None if None in seconds else sum(seconds) + tables, "table_seconds": tables,
     }  # fmt: skip
 
 
@@ -117,8 +125,10 @@ def _cost(work: PanelWork, entry: PanelModelEntry, finished: set[str], measure: 
         return row
     estimates: dict[tuple[int, bool], Any] = {}
     held: Held | None = None
+    begun = time.perf_counter()
     try:
         held = work.load(entry)
+        loading = time.perf_counter() - begun
         for cell in own:
             kind = (cell.max_new_tokens, cell.alpha > 0)
             if kind not in estimates:
@@ -131,12 +141,24 @@ def _cost(work: PanelWork, entry: PanelModelEntry, finished: set[str], measure: 
                 row[key] += getattr(cost, key) * times
             row["memory_bytes"] = max(row["memory_bytes"], cost.memory_bytes)
             row["seconds"] = None if cost.seconds is None else row["seconds"] + cost.seconds * times
+        row["seconds"] = None if row["seconds"] is None else row["seconds"] + loading
     except DynprobeError as error:
         row["reason"] = str(error)
     finally:
         del held
         release()
     return row
+
+
+def table_seconds(config: PanelConfig) -> float:
+    """Return about how long the tables of a panel take: fitted by eye to panels of 2, 6 and 18 models on one core."""
+    models, pushed = len(config.models), sum(alpha > 0 for alpha in config.alphas)
+    texts = [1] if config.protocol == "iterate" else [1 + (tokens > 0) for tokens in config.max_new_tokens]
+    clean = max(len(config.iterations), 1)
+    conditions = sum(clean + pushed * arms * clean for arms in texts) * len(config.temperatures)
+    fits = _PER_METRIC * len(config.decompose) * (1 + models / 9)
+    clusters = (_PER_CLUSTERING * (models >= 3) + _PER_MODEL * models) * config.n_boot / 1000
+    return conditions * (fits + clusters)
 
 
 def _nobody(_: Progress) -> None:

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dynprobe._yaml import read_yaml
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._model_skeleton import COVARIATES
+from dynprobe.protocols._panel_columns import no_column
 from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
 
 __all__ = ["DECOMPOSED", "PanelConfig", "PanelModelEntry", "read_panel"]
@@ -119,6 +121,9 @@ class PanelConfig(SpreadConfig):
             if name not in COVARIATES and name not in given:
                 near = did_you_mean(name, [*COVARIATES, *given])
                 raise ValueError(f"covariates: {name} is none ({', '.join(COVARIATES)}) and no model sets it.{near}")
+        for name in self.decompose:
+            if name not in DECOMPOSED and (wrong := no_column(name, self.protocol, self.metrics)):
+                raise ValueError(f"decompose: {wrong}")
         if any(self.alphas) and self.perturb is None:
             raise ValueError("alphas above 0 need perturb, such as perturb: scale=relnorm,layers=50%")
         if self.perturb is not None and (self.perturb.startswith("@") or "alpha" in self.perturb):
@@ -200,37 +205,15 @@ def read_panel(path: str | Path) -> PanelConfig:
         UsageError: The file cannot be read, or something in it is wrong; with the line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UsageError(f"panel file {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"panel file {path} is not YAML: {error}") from error
+    values, root = read_yaml(path, "panel file", same=lambda key: key.replace("-", "_"))
     if values is None:
         raise UsageError(f"panel file {path} is empty; it must be a mapping with a key models: {_EXAMPLE['models']}")
     if not isinstance(values, dict):
         raise UsageError(f"panel file {path} holds {type(values).__name__}; it must be a mapping with a key models")
-    _once(root, str(path))
     beside = values.get("prompts")
     if isinstance(beside, str) and not Path(beside).is_absolute() and (path.parent / beside).is_file():
         values["prompts"] = str(path.parent / beside)
     return PanelConfig.build(values, _lines(root), str(path))
-
-
-def _once(node: Any, file: str) -> None:
-    """Refuse a key that stands twice in one mapping: YAML would take the last and say nothing."""
-    inside = node.value if isinstance(node, yaml.MappingNode | yaml.SequenceNode) else ()
-    seen: dict[str, int] = {}
-    for item in inside:
-        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-        if key is not None:
-            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-            if name in seen:
-                raise UsageError(f"panel file {file}, line {line}: {name} stands there twice (line {seen[name]} too)")
-            seen[name] = line
-        _once(value, file)
 
 
 def _lines(node: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:

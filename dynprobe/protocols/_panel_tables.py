@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dynprobe.protocols._panel_config import PanelConfig
+from dynprobe.protocols._panel_config import DECOMPOSED, PanelConfig
 from dynprobe.protocols._summary import without_remarks
 from dynprobe.runs import Run
 from dynprobe.runs._atomic import sync_folder, write_bytes, writing
@@ -186,6 +186,9 @@ def _warnings(
             f"{found.manifest['copies_left_out']} cells in which nothing is drawn (no perturbation, greedy) were left "
             "out: another seed gives the same run, so their conditions have no term for seeds"
         )
+    absent = [] if config.decompose == DECOMPOSED else [m for m in config.decompose if m not in frames["observations"]]
+    if len(frames["observations"]) and absent:
+        out.append(f"no cell that is done has {', '.join(absent)}: there is nothing to decompose")
     if len(variance):
         some = frames["observations"].groupby("model", observed=True)[_decomposed(config, frames)].count()
         lacking = {str(m): tuple(str(v) for v in some.index[some[m] == 0]) for m in some if (some[m] == 0).any()}

@@ -207,7 +207,10 @@ class PanelWork:
         begun = time.perf_counter()
         protocol: Callable[..., Any] = iterate if self.config.protocol == "iterate" else run
         try:
-            mend(folder, record)
+            mended = mend(folder, record)
+            if mended:
+                record["mended"] = [*record.get("mended", ()), *mended]
+                self.tell(Progress("again", notes=(f"mended {record['run']}: {'; '.join(mended)}",)))
             found = protocol(as_model(held), self.prompts, revision=entry.revision, **asked)
         except Exception as error:
             if isinstance(error, InterruptedRunError):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Estimate", "estimate", "plan_batches"]
+__all__ = ["BYTES_PER_DEPTH_ROW", "BYTES_PER_TOKEN_ROW", "Estimate", "estimate", "plan_batches"]
 
 #: Rows of a planned batch hold at most this many bytes of states and of logits.
 _BATCH_BYTES = 512 * 2**20
@@ -19,8 +19,14 @@ _MAX_ROWS = 32
 #: … except the first, which brings a first table on screen soon and fails early where something is wrong.
 _FIRST_ROWS = 4
 
-_BYTES_PER_TOKEN_ROW = 40
-_BYTES_PER_DEPTH_ROW = 30
+#: Fitted to 45 runs of five models (``benchmarks/cost.py``; 4.7 and 14.7 bytes, relative error 9 % in the median and
+#: 30 % at worst): compressed rows of the tokens and of the depths table.
+BYTES_PER_TOKEN_ROW, BYTES_PER_DEPTH_ROW = 5, 15
+#: Headers, footers and dictionaries of the files of one batch, however few rows they hold: what 314 batches of ten
+#: thousand prompts took beyond their rows, 56 kB each (docs/benchmarks.md).
+_BYTES_PER_BATCH = 60_000
+#: What a run does once (folder, tables of prompts and conditions, summary, figures): the mean of the same fits.
+_SECONDS_ONCE = 0.3
 
 
 def plan_batches(
@@ -139,8 +145,8 @@ def estimate(
         state_sites: Sites whose states are written.
         update_sites: Of those, attention and MLP outputs, which have rows of their own in the depths table.
         itemsize: Bytes of one coordinate.
-        tokens_per_second: Measured speed of a forward over whole texts.
-        steps_per_second: Measured speed of decoding steps.
+        tokens_per_second: Measured speed of whole texts, forward and metrics.
+        steps_per_second: Measured speed of decoding steps, with what is measured at each.
     """
     grown = max(max_new_tokens - 1, 0)
     tokens = sum(n + grown for n in lengths) * num_samples
@@ -153,13 +159,15 @@ def estimate(
     steps = max_new_tokens * free_arms * num_samples * len(batches)
     seconds = None
     if tokens_per_second:
-        seconds = (tokens * forced_arms + prefill) / tokens_per_second
+        seconds = _SECONDS_ONCE + (tokens * forced_arms + prefill) / tokens_per_second
         seconds += steps / steps_per_second if steps_per_second else 0.0
     return Estimate(
         samples=len(lengths) * num_samples * arms,
         token_rows=token_rows,
         depth_rows=depth_rows,
-        metric_bytes=token_rows * _BYTES_PER_TOKEN_ROW + depth_rows * _BYTES_PER_DEPTH_ROW,
+        metric_bytes=token_rows * BYTES_PER_TOKEN_ROW
+        + depth_rows * BYTES_PER_DEPTH_ROW
+        + len(batches) * _BYTES_PER_BATCH,
         state_bytes=token_rows * state_sites * dim * itemsize,
         memory_bytes=widest * 4 * ((n_layers + 1) * dim * 2 + vocab * 2),
         forward_tokens=tokens * forced_arms + prefill + max_new_tokens * free_arms * num_samples * len(lengths),

@@ -11,6 +11,7 @@ made on every batch: the sham arm must send back what the clean arm does, bit fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -25,26 +26,28 @@ import pandas as pd
 import torch
 
 from dynprobe import __version__, metrics
-from dynprobe.errors import SelfTestError, UsageError
+from dynprobe.errors import ModelNotFoundError, OfflineError, RunFolderError, SelfTestError, UsageError
 from dynprobe.metrics._measure_terms import measure_terms
 from dynprobe.metrics.statistics import interval_words
 from dynprobe.probes import Batch, Perturb, States, Subject, Tape, load, make_batch
 from dynprobe.probes._backend import require_nnsight
 from dynprobe.probes._nnsight import forwards_of, restore
-from dynprobe.probes._remote import block_path_of, check_service, pushes_of, remote_terms, traced_model
+from dynprobe.probes._remote import block_path_of, pushes_of, remote_terms, traced_model
+from dynprobe.probes._server import check_service, host_of
 from dynprobe.prompts import Prompt, content_hash
 from dynprobe.protocols._arms import Passage, Text, aligned
 from dynprobe.protocols._columns import PASSPORT, column_facts
 from dynprobe.protocols._conditions import conditions_table, resolve_perturbations, written_depths
 from dynprobe.protocols._config import RunConfig
-from dynprobe.protocols._execute import Listener, Progress
+from dynprobe.protocols._execute import Listener, Progress, nobody
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prompts import choose_prompts, token_rows
 from dynprobe.protocols._summary import summarise
 from dynprobe.protocols._tables import Labels, passage_tables
-from dynprobe.protocols._token_text import TokenTexts
+from dynprobe.protocols._token_text import TokenTexts, prompts_table
 from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
 from dynprobe.runs import Run, RunWriter, identity, open_run
+from dynprobe.runs._manifest import MANIFEST_NAME
 
 __all__ = ["run_remote"]
 
@@ -91,17 +94,26 @@ def _run(
     model: Subject | str, prompts: Sequence[Any] | None, config: RunConfig, given: Sequence[Perturb | str],
     tell: Listener | None, known: Mapping[str, Any] | None,
 ) -> Run:  # fmt: skip
-    traced, subject, service = _open(model, config)
+    service, refused, earlier = _service(model, config)
+    traced, subject = _open(model, config)
     chosen = choose_prompts(config, prompts)
     rows = token_rows(subject, chosen, chat_template=config.chat_template)
     perturbs = resolve_perturbations(subject, config, given)
     pushes_of(perturbs, make_batch(subject, rows[:1]), subject.n_layers, subject.width)  # refuses before anything runs
-    where = f"{service['host']}:{subject.name}@{service['revision']}"
     settings = {**config.identity(), "perturb": [str(p) for p in perturbs], "prompts": content_hash(list(chosen))}
     settings["directions"] = [p.direction_digest for p in perturbs if p.direction_digest]
     if known is not None:
         settings |= {name: fact for name, fact in known.items() if name != "weights"}
-        where = known["weights"]
+        where = str(known["weights"])
+    elif refused is None:
+        where = f"{service['host']}:{subject.name}@{service['revision']}"
+    else:  # what is finished needs no service
+        tokens = [list(r) for r in rows]
+        done = next((run for run in earlier if run.manifest.id8 == identity(settings, tokens, _where(run))), None)
+        if done is None:
+            raise refused
+        (tell or nobody)(Progress("done", notes=(f"already done: {done.path}",)))
+        return done
     batches = plan_batches(
         [len(r) for r in rows], max_new_tokens=0, n_layers=subject.n_layers, dim=subject.width,
         vocab=subject.vocab_size or 1, batch_size=config.batch_size, exact=config.padding == "none",
@@ -156,14 +168,48 @@ def _refuse(model: Any, config: RunConfig) -> None:
         )
 
 
-def _open(model: Subject | str, config: RunConfig) -> tuple[Any, Subject, dict[str, Any]]:
-    """The traced model, what is known of it, and where it runs."""
+def _service(model: Subject | str, config: RunConfig) -> tuple[dict[str, Any], Exception | None, list[Run]]:
+    """Where the model runs; if it cannot be had now, why, and the finished runs that it may have been asked for.
+
+    Raises:
+        UsageError, OfflineError, ModelNotFoundError: If there is no service and nothing was finished with it.
+    """
+    if isinstance(model, Subject):
+        return {"host": "local", "revision": config.revision or "main"}, None, []
+    try:
+        return check_service(model, config.revision, config.remote), None, []
+    except (OfflineError, ModelNotFoundError, UsageError) as error:
+        found = _finished(config, model)
+        if not found:
+            raise
+        return {}, error, found
+
+
+def _finished(config: RunConfig, name: str) -> list[Run]:
+    """Finished runs of a hosted model under ``out``, the newest first, whatever revision the service had then."""
+    out, place = Path(config.out), f"{host_of(config.remote)}:{name}@"
+    folders = [out] if (out / MANIFEST_NAME).is_file() else sorted(p.parent for p in out.glob(f"*/{MANIFEST_NAME}"))
+    found = []
+    for folder in reversed(folders):
+        with contextlib.suppress(RunFolderError):  # another run's damage is no business of this one
+            run = open_run(folder)
+            if run.status == "complete" and _where(run).startswith(place):
+                found.append(run)
+    return found
+
+
+def _where(run: Run) -> str:
+    """What stands for the weights of a hosted model."""
+    weights = run.manifest.weights
+    return str(weights.get("hash")) if isinstance(weights, dict) else ""
+
+
+def _open(model: Subject | str, config: RunConfig) -> tuple[Any, Subject]:
+    """The traced model, and what is known of it."""
     if isinstance(model, Subject):
         traced = traced_model(model.model)
-        service: dict[str, Any] = {"host": "local", "revision": config.revision or "main"}
         name, tokenizer = model.name, model.tokenizer
     else:
-        service = check_service(model, config.revision, config.remote)
         traced = traced_model(model, config.revision)
         name, tokenizer = model, traced.tokenizer
     module = traced._module
@@ -173,7 +219,7 @@ def _open(model: Subject | str, config: RunConfig) -> tuple[Any, Subject, dict[s
         model=module, tokenizer=tokenizer, name=name, block_path=f"{path}.*", blocks=tuple(module.get_submodule(path)),
         dim=int(text.hidden_size) if text is not None else None,
     )  # fmt: skip
-    return traced, subject, service
+    return traced, subject
 
 
 def _tables(
@@ -181,17 +227,7 @@ def _tables(
     rows: Sequence[Sequence[int]], perturbs: Sequence[Perturb], tell: Listener | None,
 ) -> None:  # fmt: skip
     words = TokenTexts(subject.tokenizer)
-    writer.write_table(
-        "prompts",
-        pd.DataFrame(
-            {
-                "prompt_id": [p.prompt_id for p in chosen], "text": [p.text for p in chosen],
-                "token_ids": [list(r) for r in rows], "category": [p.category for p in chosen],
-                "source": [p.source for p in chosen],
-                **({} if subject.tokenizer is None else {"token_texts": [words.of(row) for row in rows]}),
-            }
-        ),
-    )  # fmt: skip
+    writer.write_table("prompts", prompts_table(chosen, rows, words))
     writer.write_table("conditions", conditions_table(config, perturbs))
     units, begun = writer.manifest.batch_plan, time.perf_counter()
     assert isinstance(units, list)

@@ -12,13 +12,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dynprobe.probes import Calibration, Subject, logits_of, make_batch
+from dynprobe.probes import Calibration, Subject
+from dynprobe.protocols._arms import Text, forced
 from dynprobe.protocols._batch import BatchRunner, Produced
 from dynprobe.protocols._call import Call
 from dynprobe.protocols._conditions import Push, conditions_table
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._disk import refuse_full_disk
 from dynprobe.protocols._execute import Begin, Listener, Progress, execute
+from dynprobe.protocols._halving import state_bytes
 from dynprobe.protocols._memory import memory_plan
 from dynprobe.protocols._plan import Estimate, estimate, plan_batches
 from dynprobe.protocols._prepare import Prepared, configured, prepare
@@ -151,7 +153,8 @@ def plan(
     Args:
         model: As for :func:`run`.
         prompts: As for :func:`run`.
-        measure: Time one short forward and one decode step on this machine; without it seconds are None.
+        measure: Time one short forward and one decode step, with their metrics, on this machine; without it seconds
+            are None.
         **settings: As for :func:`run`.
 
     Returns:
@@ -168,8 +171,9 @@ def _cost(ready: Prepared, measure: bool) -> Estimate:
     per_token = per_step = None
     if measure:
         rows = [ready.rows[i] for i in batches[0]]
-        per_token = _seconds(subject, rows) / sum(len(r) for r in rows)
-        per_step = _seconds(subject, [r[:1] for r in rows])
+        which = config.measured_metrics
+        per_token = _seconds(subject, rows, which) / sum(len(r) for r in rows)
+        per_step = _seconds(subject, [r[:1] for r in rows], which)
     cost = estimate(
         lengths, batches, max_new_tokens=config.max_new_tokens, num_samples=config.num_samples,
         n_layers=n_layers, dim=dim, vocab=vocab,
@@ -180,19 +184,18 @@ def _cost(ready: Prepared, measure: bool) -> Estimate:
         steps_per_second=None if per_step is None else 1 / per_step,
     )  # fmt: skip
     units = [[lengths[i] + config.max_new_tokens for i in batch] for batch in batches]
-    memory = memory_plan(subject, units, generated=config.max_new_tokens > 0)
+    memory = memory_plan(subject, units, generated=config.max_new_tokens > 0, kept=state_bytes(ready))
     return replace(
         cost, memory_bytes=memory.unit_bytes, weight_bytes=memory.weight_bytes, free_bytes=memory.free_bytes,
         rows_at_once=memory.rows_at_once,
     )  # fmt: skip
 
 
-def _seconds(subject: Subject, rows: Sequence[Sequence[int]]) -> float:
-    """Time of one forward after a first one that warms up."""
-    inputs = make_batch(subject, rows).model_inputs(subject)
+def _seconds(subject: Subject, rows: Sequence[Sequence[int]], which: Sequence[str]) -> float:
+    """Time of one forward with its metrics, after a first one that warms up."""
+    texts = [Text(str(number), tuple(row)) for number, row in enumerate(rows)]
     begun = 0.0
-    with torch.no_grad():
-        for _ in range(2):
-            begun = time.perf_counter()
-            logits_of(subject.model(**inputs)).flatten()[-1].item()  # a device has finished when a number arrives
+    for _ in range(2):
+        begun = time.perf_counter()
+        forced(subject, texts, which=which)  # a device has finished when the metrics are here
     return max(time.perf_counter() - begun, 1e-6)

@@ -36,7 +36,7 @@ __all__ = ["all_checks", "model_checks", "refuse_if_broken"]
 _MAX_TOKENS = 12
 _MAX_ROWS = 3
 #: Raise when a check stores other numbers, so that an old cache is not taken for a new one.
-_CACHE_SCHEMA = 5
+_CACHE_SCHEMA = 6
 
 Rows = Sequence[Sequence[int]]
 

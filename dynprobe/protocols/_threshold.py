@@ -12,7 +12,7 @@ the clean forward and start above the blocks the write leaves alone. Every trial
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +30,13 @@ from dynprobe.protocols._criteria import NULL_SEEDS, Criterion, criterion_named,
 from dynprobe.protocols._execute import Begin, Listener, Progress, execute
 from dynprobe.protocols._fits import fits_table
 from dynprobe.protocols._grid import Cell, cells_table, grid_of, in_order
+from dynprobe.protocols._halving import in_parts
 from dynprobe.protocols._null import numerical_null, paraphrase_null, refuse_without_paraphrases
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prepare import Prepared, prepare
 from dynprobe.protocols._prompts import answer_tokens
 from dynprobe.protocols._threshold_config import BOTH_SCALES, ThresholdConfig
-from dynprobe.protocols._trials import Trials, positions_of, rows_to_try
+from dynprobe.protocols._trials import FEW, Trials, positions_of, rows_to_try
 from dynprobe.protocols._trunk import Trunk, roads_of
 from dynprobe.runs import Run, RunWriter
 
@@ -167,8 +168,7 @@ class _Threshold:
     def __post_init__(self) -> None:
         self.config: ThresholdConfig = self.ready.config  # type: ignore[assignment]
         self._held: tuple[Any, Trunk] | None = None
-        self._levels: dict[tuple[str, str], float] = {}
-        self._most: int | None = None
+        self._floors: dict[tuple[Any, ...], float] = {}
 
     @cached_property
     def writes(self) -> dict[str, tuple[int, list[Perturb]]]:
@@ -189,7 +189,16 @@ class _Threshold:
         return table
 
     def plan(self) -> list[Any]:
-        """Return the units; a group's trunk is made once."""
+        """Return the units; a group's trunk is made once, and a null is made here, for whoever does the units."""
+        groups = self._groups()
+        return [
+            {"criterion": criterion, "prompts": group, "write": name, **level}
+            for criterion, levels in ((c, self._null_levels(criterion_named(c), groups)) for c in self.config.criterion)
+            for group in groups
+            for name, level in levels.items()
+        ]
+
+    def _groups(self) -> list[list[int]]:
         subject = self.ready.subject
         lengths = [len(r) for r in self.ready.rows]
         groups = plan_batches(
@@ -203,24 +212,22 @@ class _Threshold:
                     "than rows alone; give prompts of one length, or leave --placement quest out"
                 )
             groups = [list(range(len(lengths)))]
-        return [
-            {"criterion": criterion, "prompts": group, "write": name}
-            for criterion in self.config.criterion
-            for group in groups
-            for name in self.writes
-        ]
+        return groups
 
     def work(self, unit: Any, early: Callable[[pd.DataFrame], None] | None) -> Produced:
         """Search the thresholds of a group of prompts."""
         criterion, config = criterion_named(unit["criterion"]), self.config
         layer, perturbs = self.writes[unit["write"]]
+        level = self._level(criterion, unit)
+        every = bool(config.alphas) or config.placement == "quest"
+        telling, floor = self._floor_of_the_whole(criterion, unit, every=every)
         trunk = self._trunk(criterion, unit["prompts"])
-        level = self._level(criterion, unit["write"])
         rows = rows_to_try(trunk, perturbs, unit["write"], each_position=config.each_position)
         if not rows:  # each position, and these texts have none that is written
             return Produced({})
         trials = Trials(trunk, criterion, rows)
-        floor = trials.sham(every=bool(config.alphas) or config.placement == "quest")
+        own = trials.sham(every=every, telling=telling)
+        floor = own if floor is None else floor
         if config.alphas:
             trials.grid([a for a in sorted(config.alphas) if a > 0])
         elif math.isfinite(level) and config.placement == "quest":
@@ -240,28 +247,63 @@ class _Threshold:
         facts: dict[str, Any] = {"halved": list(trunk.halved)} if trunk.halved else {}
         return Produced({"trials": table}, facts={**facts, "roads": roads_of(trunk)})
 
-    def _level(self, criterion: Criterion, write: str) -> float:
+    def _floor_of_the_whole(
+        self, criterion: Criterion, unit: Any, *, every: bool
+    ) -> tuple[Collection[int] | None, float | None]:
+        """Of a part of a unit: its texts that tell a floor, and the floor of the unit; None twice of a whole unit.
+
+        Memory decides into how many parts a unit is cut, and may not decide which strengths are tried.
+        """
+        whole: Sequence[int] | None = unit.get("whole")
+        if whole is None:
+            return None, None
+        perturbs, rows, each = self.writes[unit["write"]][1], self.ready.rows, self.config.each_position
+        tried = [i for i in whole if not each or any(positions_of(p, len(rows[i])) for p in perturbs)]
+        telling = tried[-FEW:]
+        key = (criterion.name, unit["write"], tuple(whole))
+        if key not in self._floors:
+            wanted, size, found = tried if every else telling, len(unit["prompts"]), [0.0]
+            for some in (wanted[at : at + size] for at in range(0, len(wanted), size)):
+                trunk = self._trunk(criterion, some)
+                trials = Trials(trunk, criterion, rows_to_try(trunk, perturbs, unit["write"], each_position=each))
+                found.append(trials.sham(every=every, telling=_among(some, telling), note=False))
+            self._floors[key] = max(found)
+        return _among(unit["prompts"], telling), self._floors[key]
+
+    def _level(self, criterion: Criterion, unit: Any) -> float:
         """The level a response must reach; for ``kappa`` the 99 % quantile of its null."""
         if self.config.level is not None:
             return self.config.level
         if criterion.level is not None:
             return criterion.level
-        key = (criterion.name, "" if self.config.null == "paraphrase" else write)
-        if key not in self._levels:
-            groups = list({tuple(unit["prompts"]): None for unit in self.plan()})
-            if self._most is not None:  # what did not fit as a unit does not fit here
-                groups = [g[i : i + self._most] for g in groups for i in range(0, len(g), self._most)]
-            if self.config.null == "paraphrase":
-                values = paraphrase_null(
-                    self.ready.subject, self.ready.prompts, ((g, self._trunk(criterion, g)) for g in groups),
-                    lambda texts: self._new_trunk(texts, criterion), self.config.chat_template,
-                )  # fmt: skip
-            else:
-                values = numerical_null(
-                    (self._trunk(criterion, g) for g in groups), criterion, self.writes[write][1][0]
-                )
-            self._levels[key] = null_level(values)
-        return self._levels[key]
+        if "level" not in unit:  # planned by an older version
+            unit = self._null_levels(criterion, self._groups())[unit["write"]]
+        return math.nan if unit["level"] is None else float(unit["level"])
+
+    def _null_levels(self, criterion: Criterion, groups: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
+        """What a unit of each write is told of its level: nothing where it is known, else what the null says."""
+        if self.config.level is not None or criterion.level is not None:
+            return {name: {} for name in self.writes}
+        if self.config.null == "paraphrase":
+            same = _told(self._null(criterion, groups, None))
+            return dict.fromkeys(self.writes, same)
+        return {name: _told(self._null(criterion, groups, perturbs[0])) for name, (_, perturbs) in self.writes.items()}
+
+    def _null(self, criterion: Criterion, groups: Sequence[Sequence[int]], perturb: Perturb | None) -> float:
+        """The quantile of the null, over the groups in as many parts as fit into memory."""
+
+        def part(some: Sequence[int]) -> list[float]:
+            trunk = self._trunk(criterion, some)
+            if perturb is not None:
+                return numerical_null([trunk], criterion, perturb)
+            return paraphrase_null(
+                self.ready.subject, self.ready.prompts, [(some, trunk)],
+                lambda texts: self._new_trunk(texts, criterion), self.config.chat_template,
+            )  # fmt: skip
+
+        values = [value for group in groups for made in in_parts(self.ready, group, part) for value in made]
+        self._held = None  # nothing is kept on the device between the plan and the units
+        return null_level(values)
 
     def _trunk(self, criterion: Criterion, chosen: Sequence[int]) -> Trunk:
         ready, key = self.ready, (criterion.which, criterion.name == "task", tuple(chosen))
@@ -291,9 +333,8 @@ class _Threshold:
         return () if self.config.placement == "quest" else unit["prompts"]
 
     def with_rows(self, unit: Any, rows: Sequence[int]) -> Any:
-        """Return the unit of some of its prompts; the null is made in groups of that size too."""
-        self._most = len(rows) if self._most is None else max(min(self._most, len(rows)), 1)
-        return {**unit, "prompts": list(rows)}
+        """Return the unit of some of its prompts, which knows what it is a part of."""
+        return {**unit, "prompts": list(rows), "whole": unit["prompts"]}
 
     def first_look(self, samples: pd.DataFrame) -> dict[str, Any]:
         """There is no first table: a search has no means until it is done."""
@@ -317,3 +358,13 @@ class _Threshold:
         if self.config.level is not None or all(criterion_named(c).level is not None for c in self.config.criterion):
             return None
         return len(self.ready.rows) * (2 if self.config.null == "paraphrase" else NULL_SEEDS)
+
+
+def _among(prompts: Sequence[int], telling: Sequence[int]) -> set[int]:
+    """Places of some prompts among others."""
+    return {place for place, index in enumerate(prompts) if index in telling}
+
+
+def _told(level: float) -> dict[str, Any]:
+    """A level as a unit holds it; a null without a value has none."""
+    return {"level": level if math.isfinite(level) else None}

@@ -9,14 +9,16 @@ name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-__all__ = ["TokenTexts"]
+from dynprobe.prompts import Prompt
+
+__all__ = ["TokenTexts", "prompts_table"]
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 #: What SentencePiece writes for a space.
@@ -41,7 +43,12 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, str | None] = {}
+        self._made: dict[int, str | None] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
 
     def of(self, ids: Iterable[int]) -> list[str | None]:
         """Return the text of every id; None where there is no tokenizer, or the id is none of its own."""
@@ -54,12 +61,30 @@ class TokenTexts:
         return tokens.assign(token_text=texts[place] if len(texts) else None)
 
     def _one(self, token: int) -> str | None:
-        if token not in self._known:
+        if token not in self._made:
             try:
-                self._known[token] = None if self._tokenizer is None or token < 0 else _text(self._tokenizer, token)
+                self._made[token] = None if self._tokenizer is None or token < 0 else _text(self._tokenizer, token)
             except (LookupError, OverflowError, TypeError, ValueError):
-                self._known[token] = None  # some tokenizers answer so where a padded vocabulary is larger than theirs
-        return self._known[token]
+                self._made[token] = None  # some tokenizers answer so where a padded vocabulary is larger than theirs
+        return self._made[token]
+
+
+def prompts_table(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], texts: TokenTexts) -> pd.DataFrame:
+    """Return the prompts table of a run.
+
+    Args:
+        prompts: The prompts.
+        rows: Their token ids.
+        texts: The text of each token; a model without a tokenizer has no column of them.
+    """
+    columns: dict[str, Any] = {
+        "prompt_id": [p.prompt_id for p in prompts], "text": [p.text for p in prompts],
+        "token_ids": [list(r) for r in rows], "category": [p.category for p in prompts],
+        "source": [p.source for p in prompts],
+    }  # fmt: skip
+    if texts.known:
+        columns["token_texts"] = [[text or "" for text in texts.of(row)] for row in rows]
+    return pd.DataFrame(columns)
 
 
 def _text(tokenizer: Any, token: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ from dynprobe.protocols._criteria import NULL_ALPHA, Criterion
 from dynprobe.protocols._threshold_config import ThresholdConfig
 from dynprobe.protocols._trunk import Branch, Request, Trunk
 
-__all__ = ["Subjected", "Trials", "positions_of", "rows_to_try"]
+__all__ = ["FEW", "Subjected", "Trials", "positions_of", "rows_to_try"]
 
 #: Texts that tell the noise floor: their response to no write and to one of numerical size.
-_FEW = 4
+FEW = 4
 #: Trials of one round of placement=quest, and how far apart the seeds of its rounds over the prompts lie.
 _QUEST_ROUND, _QUEST_SEEDS = 12, 1_000
 
@@ -103,7 +103,7 @@ class Trials:
             **sizes,
         }  # fmt: skip
 
-    def sham(self, *, every: bool = True) -> float:
+    def sham(self, *, every: bool = True, telling: Collection[int] | None = None, note: bool = True) -> float:
         """Noise floor: the largest response where nothing is written, or next to nothing.
 
         A sham row often repeats the clean arithmetic bit for bit. So a few rows are written by a millionth of their
@@ -112,11 +112,13 @@ class Trials:
 
         Args:
             every: One sham row per text, which a base rate is read from; else of a few texts only.
+            telling: Numbers of those few on the trunk; None takes the last, which are the longest.
+            note: Whether the sham rows stand in the table.
         """
         first = list({row.text: i for i, row in reversed(list(enumerate(self.rows)))}.values())
-        few = first[:_FEW]
+        few = first[:FEW] if telling is None else [i for i in first if self.rows[i].text in telling]
         shams = first if every else few
-        responses = np.abs(self.evaluate(shams, [0.0] * len(shams), -1))
+        responses = np.abs(self.evaluate(shams, [0.0] * len(shams), -1, note=note))
         if self.criterion.name == "kl":
             tiny = np.abs(self.evaluate(few, [NULL_ALPHA] * len(few), -1, note=False))
             responses = np.concatenate([responses, tiny])

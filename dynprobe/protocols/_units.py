@@ -21,6 +21,7 @@ from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._behind import Behind
 from dynprobe.protocols._token_text import TokenTexts
 from dynprobe.runs import RunWriter
+from dynprobe.runs._pack import events_in
 
 __all__ = ["Counts", "Works", "complete_tables", "spread", "work_through"]
 
@@ -126,6 +127,8 @@ def spread(writer: RunWriter, engine: Engine, job: Job, tell: Callable[[Counts],
 
     def write(number: int, files: Mapping[str, bytes], worker: str, seconds: float) -> None:
         rows = writer.write_files(number, files)
+        for told in events_in(files):
+            writer.event(**{**told, "number": number, "worker": worker})
         writer.event("batch", number=number, rows=rows.get("samples", 0), seconds=round(seconds, 3), worker=worker)
         counts.rows += rows.get("samples", 0)
         counts.tokens += rows.get("tokens", 0)

@@ -29,6 +29,8 @@ Found: TypeAlias = Iterator[tuple[bool, str]]
 _HALF = ("bfloat16", "float16", "bf16", "fp16", "half")
 _ANGLES = ("kappa", "angle", "limen", "curv", "diverge")
 _READOUT = ("nll", "ppl", "entropy", "margin", "kl_clean_pert")
+#: Units of a length in the space of states, which another model does not share.
+_OWN_UNIT = ("state", "model units")
 #: What two conditions of one name must share.
 _CONDITION = ("decode_mode", "scale", "alpha", "kind", "seed", "controller", "temperature", "top_p", "max_new_tokens")
 #: Lengths that differ by less than this do not matter.
@@ -46,7 +48,8 @@ def find_warnings(
 ) -> tuple[list[str], list[str]]:
     """Return the grave warnings, and the others; of both the most serious first."""
     found = [
-        *_weights(sides), *_precision(sides, quantities), *_lengths(sampled, values, quantities),
+        *_weights(sides), *_precision(sides, quantities), *_units(sides, quantities),
+        *_lengths(sampled, values, quantities),
         *_conditions(sampled, pairings), *_replication(sampled, values, prompts), *_prompts(sides, prompts),
         *_tokenizers(sampled, quantities), *_calibrations(sides), *_versions(sides), *_models(sides),
     ]  # fmt: skip
@@ -77,6 +80,17 @@ def _precision(sides: Sequence[Side], quantities: Sequence[Quantity]) -> Found:
     known = {d for d in dtypes.values() if d}
     if len(known) > 1:
         yield False, "other dtype: " + "; ".join(f"{label} {d}" for label, d in dtypes.items())
+
+
+def _units(sides: Sequence[Side], quantities: Sequence[Quantity]) -> Found:
+    """Say which quantities are in the lengths of a model's own states."""
+    own = list(dict.fromkeys(q.column for q in quantities if q.unit in _OWN_UNIT))
+    if own and len({side.weights or side.label for side in sides}) > 1:
+        yield (
+            True,
+            f"{_listed(own)}: the unit is the length of a state, which is each model's own (its width, its scale): "
+            "between models a difference or a ratio of these means nothing",
+        )
 
 
 def _lengths(sides: Sequence[Side], values: SideValues, quantities: Sequence[Quantity]) -> Found:

@@ -18,7 +18,7 @@ from dynprobe.runs._export_tables import describe_columns
 from dynprobe.runs._manifest import Manifest
 from dynprobe.runs._schema import TABLES
 
-__all__ = ["export_card"]
+__all__ = ["export_card", "main_table"]
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
@@ -73,7 +73,7 @@ def _front(
     side: Mapping[str, Any], schemas: Mapping[str, pa.Schema], licence: str | None, title: str
 ) -> dict[str, Any]:
     tables = [t for t in side["tables"] if t["files"]]
-    main = "samples" if any(t["name"] == "samples" for t in tables) else (tables[0]["name"] if tables else None)
+    main = main_table({t["name"]: t["rows"] for t in tables})
     rows = sum(t["rows"] for t in tables)
     front: dict[str, Any] = {
         "pretty_name": title,
@@ -111,16 +111,32 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
 
 
 def _reading(side: Mapping[str, Any]) -> list[str]:
-    code = {
-        "hf": 'import datasets\ntable = datasets.load_dataset("FOLDER", "samples")["train"].to_pandas()',
-        "arrow": 'import pyarrow as pa\ntable = pa.ipc.open_file(pa.memory_map("FOLDER/samples.arrow")).read_all()',
-        "csv": 'import pandas as pd\ntable = pd.read_csv("FOLDER/samples.csv")',
-        "npz": 'import numpy as np\narrays = np.load("FOLDER/samples.npz")   # column.codes, column.utf8, …: see docs',
-        "safetensors": 'from safetensors.numpy import load_file\narrays = load_file("FOLDER/samples.safetensors")',
-        "zarr": 'import zarr\narrays = zarr.open_group("FOLDER/run.zarr", mode="r")["samples"]',
-    }[side["to"]]
+    held = [t for t in side["tables"] if t["files"]]
+    main = main_table({t["name"]: t["rows"] for t in held})
+    lines = ["", "## To read it", "", "```python"]
+    if main is not None:
+        file = f"FOLDER/{next(t['files'][0] for t in held if t['name'] == main)}"
+        lines += [{
+            "hf": f'import datasets\ntable = datasets.load_dataset("FOLDER", "{main}")["train"].to_pandas()',
+            "arrow": f'import pyarrow as pa\ntable = pa.ipc.open_file(pa.memory_map("{file}")).read_all()',
+            "csv": f'import pandas as pd\ntable = pd.read_csv("{file}")',
+            "npz": f'import numpy as np\narrays = np.load("{file}")   # column.codes, column.utf8, …: see docs',
+            "safetensors": f'from safetensors.numpy import load_file\narrays = load_file("{file}")',
+            "zarr": f'import zarr\narrays = zarr.open_group("FOLDER/run.zarr", mode="r")["{main}"]',
+        }[side["to"]], ""]  # fmt: skip
     again = 'import dynprobe as dp\nrun = dp.ingest("FOLDER", out="runs")   # a run folder again, the same tables'
-    return ["", "## To read it", "", "```python", code, "", again, "```"]
+    return [*lines, again, "```"]
+
+
+def main_table(rows: Mapping[str, int]) -> str | None:
+    """Return the table that a reader wants first: the results, else the first one that has rows.
+
+    Example:
+        >>> main_table({"prompts": 3, "samples": 6}), main_table({"prompts": 3, "fits": 2}), main_table({"fits": 0})
+        ('samples', 'fits', None)
+    """
+    held = [name for name, n in rows.items() if n]
+    return next((name for name in ("samples", "items", "fits", "trials") if name in held), next(iter(held), None))
 
 
 def _made(manifest: Manifest) -> list[str]:

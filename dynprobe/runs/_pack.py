@@ -1,14 +1,15 @@
 """One unit of work as files, so that another process can make what this one writes.
 
 A worker packs its tables and states exactly as the writer would and sends the bytes: ``<table>.parquet``,
-``states-NN.parquet`` and ``facts.json``. The same unit gives the same bytes wherever it is made.
+``states-NN.parquet``, ``facts.json`` and, where anything happened on the way, ``events.json``. The same unit gives the
+same tables and states wherever it is made.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,9 +20,9 @@ from dynprobe.runs._encode import conform, to_bytes
 from dynprobe.runs._json import dumps, plain
 from dynprobe.runs._states import states_table, write_states_file
 
-__all__ = ["facts_in", "n_rows", "pack", "table_of"]
+__all__ = ["events_in", "facts_in", "n_rows", "pack", "table_of"]
 
-_FACTS = "facts.json"
+_FACTS, _EVENTS = "facts.json", "events.json"
 _STATES = re.compile(r"states-\d+\.parquet")
 
 
@@ -32,6 +33,7 @@ def pack(
     dtype: str = "float32",
     facts: Mapping[str, Any] | None = None,
     columns: Mapping[str, Mapping[str, str]] | None = None,
+    events: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, bytes]:
     """Pack tables, states and facts of one unit.
 
@@ -41,6 +43,7 @@ def pack(
         dtype: Dtype of the states.
         facts: What the unit says about itself.
         columns: Facts of the columns.
+        events: What happened meanwhile, each with its ``kind``.
 
     Raises:
         RunFolderError: A key is missing, or a column cannot be stored.
@@ -62,16 +65,18 @@ def pack(
         files[f"states-{number:02d}.parquet"] = sink.getvalue().to_pybytes()
     if facts:
         files[_FACTS] = dumps(plain(facts, "facts")).encode()
+    if events:
+        files[_EVENTS] = dumps(plain(list(events), "events")).encode()
     return files
 
 
 def table_of(name: str) -> str | None:
-    """Return the table that a packed file belongs to; None for the facts.
+    """Return the table that a packed file belongs to; None for facts and events.
 
     Raises:
         RunFolderError: If it is no name that :func:`pack` gives.
     """
-    if name == _FACTS:
+    if name in (_FACTS, _EVENTS):
         return None
     if _STATES.fullmatch(name):
         return "states"
@@ -95,3 +100,8 @@ def n_rows(content: bytes) -> int:
 def facts_in(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the facts among packed files."""
     return dict(json.loads(files[_FACTS])) if _FACTS in files else {}
+
+
+def events_in(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """Return the events among packed files."""
+    return list(json.loads(files[_EVENTS])) if _EVENTS in files else []

@@ -25,10 +25,10 @@ from dynprobe.runs._lock import FolderLock
 from dynprobe.runs._manifest import MANIFEST_NAME, Manifest, encode_manifest
 from dynprobe.runs._start import library_version, now
 
-__all__ = ["repair"]
+__all__ = ["REOPENS", "repair"]
 
 #: Damages after which the run has to go on, so that something is made again.
-_REOPEN = {"missing", "cut", "changed", "layout", "batch", "calibration", "summary"}
+REOPENS = {"missing", "cut", "changed", "layout", "batch", "calibration", "summary"}
 _PARTS = {"missing", "cut", "changed", "layout"}
 
 
@@ -80,7 +80,7 @@ def _mend(found: Examination, manifest: Manifest, mending: Sequence[Damage]) -> 
     aside += [d.path for d in mending if d.kind == "summary" and (folder / d.path).exists()]
     restored = any(d.kind == "manifest" for d in mending)
     unfinished = manifest.status == "running"
-    if any(d.kind in _REOPEN for d in mending) or unfinished:
+    if any(d.kind in REOPENS for d in mending) or unfinished:
         update["status"] = "interrupted"
         steps.append(f"the run is called interrupted; {who_continues(manifest.schema_version)}")
     if restored:

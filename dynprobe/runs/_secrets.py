@@ -76,7 +76,7 @@ _TEXT_TOKENS = frozenset(
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"
     r"|\bglpat-[\w-]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?<=://)[^/?#\s]+(?=@)"
 )
 _FLAG = re.compile(r"(?P<name>--?[A-Za-z][\w-]*|\b[A-Za-z_]\w*(?==))(?P<gap>=|\s+)(?P<value>'[^']*'|\"[^\"]*\"|\S+)")
 

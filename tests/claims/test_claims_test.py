@@ -11,6 +11,7 @@ from planted import runs_of
 
 from dynprobe import claims, protocols
 from dynprobe.claims import ClaimLog, LogError
+from dynprobe.claims._settings import check_settings
 from dynprobe.errors import RunFolderError, UsageError
 from dynprobe.testing import tiny_llama
 
@@ -145,3 +146,35 @@ def test_a_threshold_of_a_real_model_is_read_from_its_trials(tmp_path: Path, mod
     )
     assert found.effect == pytest.approx(fit["alpha50"])
     assert (found.low, found.high) == pytest.approx((fit["low"], fit["high"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"foo": 1}, r"kappa\.rises .* protocol run, which has no setting 'foo'\. Settings: .*max_new_tokens"),
+        ({"max_new_token": 1}, r"no setting 'max_new_token'\. Did you mean 'max_new_tokens'\?"),
+        ({"max_new_tokens": "many"}, "max_new_tokens='many'"),
+        ({"limit": 0}, "limit=0"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_leave_no_registration(tmp_path: Path, model: Any, settings: dict[str, Any], said: str) -> None:
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(UsageError, match=said):
+        claims.test("kappa.rises", [model], out=tmp_path, log=log, **settings)
+    assert not log.exists()
+
+
+def test_the_settings_of_every_claim_are_such_that_its_protocol_takes_them() -> None:
+    for claim in claims.load():
+        if claim.testable:
+            check_settings(claim, {"limit": 4, "prompts": ["a text", "another"], "seed": 1})
+
+
+def test_a_value_that_no_text_has_says_why(tmp_path: Path) -> None:
+    verdict = claims.test(
+        "kappa.rises", "panel/llama-depth1-width32-seed0", out=tmp_path, limit=3, max_new_tokens=2
+    )  # fmt: skip
+    assert verdict.outcome == "inconclusive"
+    assert "no value (no text of panel/llama-depth1-width32-seed0 has kappa_phase_d: depth<2" in verdict.reason
+    assert "too few layers" in verdict.reason
+    assert "empty" not in verdict.reason

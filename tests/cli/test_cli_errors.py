@@ -148,3 +148,18 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(commands, "metrics_command", defect)
     with pytest.raises(ZeroDivisionError):
         main(["metrics"])
+
+
+@pytest.mark.parametrize("where", ["imports", "command"])
+def test_a_stop_at_any_moment_is_said(monkeypatch, capsys, where):
+    from dynprobe.cli import _commands, _main
+
+    def stop(*_given, **_settings):
+        raise KeyboardInterrupt
+
+    if where == "imports":
+        monkeypatch.setattr(_main, "_command", stop)
+    else:
+        monkeypatch.setattr(_commands, "ls_command", stop)
+    assert _main.main(["ls"]) == 130
+    assert capsys.readouterr().err == "dynprobe: interrupted; the same command continues\n"

@@ -77,6 +77,13 @@ def test_doctor_of_a_run_explains_mends_and_the_command_goes_on(cli, run, tmp_pa
     shutil.rmtree(calibration)
     lost = cli("doctor", folder, "--json")
     assert json.loads(lost.out)["damages"][0]["kind"] == "calibration"
+    assert f"1 damage in {folder}" in lost.err
+    mended = cli("doctor", folder, "--repair")  # what is gone cannot be put back by a repair, but by the command
+    assert mended.code == 1
+    assert "left until the run is continued" in mended.err
+    assert "make the run again" not in mended.err
+    assert cli("run", *OPTIONS, "--states", "--perturb", "alpha=0.1", "--out", folder, "--json").code == 0
+    assert cli("doctor", folder).code == 0
 
 
 def test_doctor_of_other_folders(cli, tmp_path):

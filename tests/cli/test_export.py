@@ -42,6 +42,25 @@ def test_a_run_goes_out_and_comes_back(run, tmp_path, capsys):
     assert "imported from" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("hf", 'load_dataset("FOLDER", "prompts")'), ("csv", 'read_csv("FOLDER/prompts.csv")'),
+        ("arrow", "FOLDER/prompts.arrow"), ("npz", "FOLDER/prompts.npz"), ("safetensors", "FOLDER/prompts.safetensors"),
+    ],
+)  # fmt: skip
+def test_reading_lines_name_a_table_that_is_there(run, tmp_path, capsys, to, words):
+    out = tmp_path / "out"
+    tables = ["--table", "prompts", "--table", "conditions"]
+    assert main(["export", str(run.path), str(out), "--to", to, *tables]) == 0
+    said, page = capsys.readouterr().out, (out / "README.md").read_text()
+    assert "'samples'" not in said
+    assert "samples" not in page.split("## To read it")[1].split("##")[0]
+    assert words in page
+    if to == "hf":
+        assert f"load_dataset({str(out)!r}, 'prompts')" in said
+
+
 def test_flags_and_refusals(run, tmp_path, capsys):
     out = str(tmp_path / "out")
     arguments = ["export", str(run.path), out, "--to", "npz", "--table", "samples", "--condition", "clean", "--json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 
 from dynprobe.cli import main
@@ -32,10 +33,35 @@ def test_panel_prints_its_tables_and_is_found_again(design, tmp_path, capsys):
     assert "2 models, 3 prompts in 1 categories; cells: 2 done" in said
     assert "share of the variance" in said
     assert "too few models per family" in said
+    assert "R² of the skeletons: none for clean, 2 tokens (– p<1)\n" in said  # a line, no table of refusals
+    assert "p<1: no covariate differs between these models" in said
+    assert "clusters: none for clean, 2 tokens (– models<3)\n" in said
+    assert "models<3: clusters need three models at least" in said
+    assert "R² of" not in said.split("R² of the skeletons: none")[0]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["status"] == "complete"
     assert [row["term"] for row in found["summary"]["variance"]][:2] == ["model", "category"]
+
+
+def test_reasons_beside_numbers_are_said_once():
+    from dynprobe.cli import _render_panel
+
+    front = {"condition": "clean", "alpha": 0.0, "temperature": 0.0, "max_new_tokens": 2}
+    rows = [
+        {**front, "metric": m, "term": term, "eta2": eta2, "p": p, "reason": why}
+        for m, eta2, p, why in (("nll", 0.5, float("nan"), "prompts<2"), ("ppl", float("nan"), float("nan"), "empty"))
+        for term in ("model", "prompt")
+    ]  # fmt: skip
+    lines, shown = [], []
+
+    class Lines:
+        def print(self, text, **_):
+            lines.append(text)
+
+    _render_panel._each(Lines(), pd.DataFrame(rows), "shares", "eta2", lambda *given: shown.append(given[1]))
+    assert shown == ["clean, 2 tokens"]  # one of its metrics has a number
+    assert [line.split(":")[0].strip() for line in lines] == ["– empty", "– prompts<2"]
 
 
 def test_dry_run_writes_nothing(design, tmp_path, capsys):

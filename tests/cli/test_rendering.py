@@ -138,3 +138,22 @@ def test_a_table_on_a_narrow_terminal_loses_no_digit():
     body = [line for line in screen.getvalue().splitlines() if "│" in line]
     cells = ["".join(line.split("│")[i].strip() for line in body) for i in (1, 2, 3)]
     assert cells == ["kappa_phase_of_the_step", "[-0.07655,-0.07391]", "1.234e-05"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [
+        (0.1234567, "+0.1235"), (0.0012, "+0.0012"), (0.00053, "+0.00053"), (0.0001234, "+0.00012"),
+        (-2.34e-7, "-2.3e-07"), (0.0, "+0.0000"),
+    ],
+)  # fmt: skip
+def test_a_small_number_keeps_two_digits(mean, said):
+    entry = {"mean": mean, "low": mean / 10, "high": mean * 2, "n": 4}
+    assert _render._number(entry, 4, True).split("\n")[0] == said
+    low = _render._number(entry, 4, True).split("\n")[1].split(" … ")[0]
+    assert float(low) == pytest.approx(mean / 10, rel=0.05)
+
+
+def test_a_small_number_without_an_interval_keeps_two_digits():
+    assert _render._number({"mean": 0.00123}, 2, False) == "0.0012"
+    assert _render._number({"mean": 1.5}, 2, False) == "1.50"

@@ -37,6 +37,7 @@ def open_job(payload, seat):
         if unit == payload.get("defect"):
             raise UnpicklableError("this", "that")
         time.sleep(payload.get("sleep", 0.0))
-        return {"square.txt": str(unit * unit).encode(), "threads.txt": str(seat.threads).encode()}
+        told = {"square": unit * unit, "threads": seat.threads, "here": seat.here}
+        return {f"{name}.txt": str(value).encode() for name, value in told.items()}
 
     return work

@@ -66,6 +66,7 @@ def test_every_item_is_done_once_and_by_whom_is_known(engine, job, items):
     assert {done.worker for done in found} == {worker["id"] for worker in facts["workers"]}
     assert all(worker["pid"] != os.getpid() for worker in facts["workers"])
     assert {done.files["threads.txt"] for done in found} == {b"1"}
+    assert {done.files["here.txt"] for done in found} == {b"2"}  # two workers on this machine share its memory
     assert not facts["lost"]
     assert engine.facts()["workers"] == []  # told once
 
@@ -238,6 +239,13 @@ def test_an_actor_that_waits_for_its_place_is_told_of(ray_here, job, items, monk
     assert any("a worker needs 1 CPU and 0 GPU, and 0 CPU" in text and "--workers" in text for text in told)
     assert squares(second.map(job(name="b"), items(3))) == {0: 0, 1: 1, 2: 4}
     second.close()
+
+
+def test_workers_sit_on_devices_in_turn():
+    crowded = Local(5, threads=1, devices=["cuda:0", "cuda:1"])
+    assert [crowded.seat(n).device for n in range(5)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert (crowded.seat().here, crowded.seat().on_device) == (5, 3)
+    assert (Local(2, threads=1).seat().device, Local(2, threads=1).seat().here) == ("auto", 2)
 
 
 def test_the_name_of_an_item_is_its_content():

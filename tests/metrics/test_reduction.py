@@ -82,14 +82,80 @@ def test_another_word_is_refused() -> None:
     assert _reduction._way.get() == "auto"
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no compiler on this machine")
-def test_the_compiled_reduction_differs_by_rounding(states: list[torch.Tensor]) -> None:
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compile with a backend, as a fresh process would."""
+
+    def use(backend: Any) -> None:
+        monkeypatch.setattr(_reduction, "_BACKEND", backend)
+        _reduction._fused.cache_clear()
+        torch._dynamo.reset()
+
+    monkeypatch.setattr(_reduction, "_unfit", {})
+    yield use
+    _reduction._fused.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_the_compiled_reduction_differs_by_rounding(
+    states: list[torch.Tensor], backend: str, compiling: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    if backend == "inductor" and shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no compiler on this machine")
     whole = metrics.measure(states, MASK)
-    try:
-        with metrics.reducing(compiled=True):
-            made = metrics.measure(states, MASK)
-    except torch._inductor.exc.InductorError as error:
-        pytest.skip(f"the compiler does not compile: {str(error).splitlines()[0]}")
+    compiling(backend)
+    with metrics.reducing(compiled=True):
+        made = metrics.measure(states, MASK)
+    why = _reduction.why_not_compiled()
+    if backend == "inductor" and why is not None:
+        pytest.skip(f"the compiler does not compile: {why}")
+    assert why is None
+    assert not [w for w in recwarn if "not compiled" in str(w.message)]
     assert _reduction._fused.cache_info().currsize == 1  # it was used
+    assert list(_reduction._unfit) == [("cpu", torch.float32, torch.float32, 32)]
     _same(whole, made, rtol=1e-5, atol=2e-6)
     assert not _reduction._compiled.get()
+
+
+def _absent(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("there is no compiler here\nand more words")
+
+
+def _wrong(graph: Any, inputs: Any) -> Any:
+    return lambda *given: [out * 1.001 for out in graph.forward(*given)]
+
+
+@pytest.mark.parametrize(("backend", "words"), [(_absent, "there is no compiler here"), (_wrong, "would differ by")])
+def test_where_it_cannot_be_compiled_or_differs_the_reduction_is_as_it_was(
+    states: list[torch.Tensor], backend: Any, words: str, compiling: Any
+) -> None:
+    whole = metrics.measure(states, MASK)
+    compiling(backend)
+    said = f"metrics are not compiled: .*{words}"
+    with pytest.warns(UserWarning, match=said) as told, metrics.reducing(compiled=True):
+        found = [metrics.measure(states, MASK) for _ in range(2)]
+    assert len([w for w in told if "not compiled" in str(w.message)]) == 1  # said once
+    assert words in str(_reduction.why_not_compiled())
+    for made in found:
+        _same(whole, made, rtol=0, atol=0)
+
+
+def test_timing_both_ways_of_a_device_does_not_wait_for_itself(
+    states: list[torch.Tensor], compiling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_reduction, "_known", {})
+    compiling("eager")
+    with metrics.reducing(compiled=True):
+        found = way_of(torch.device("cuda:0"), (torch.float32, 32, 9), lambda: metrics.measure(states, MASK))
+    assert found in ("stack", "layer")
+    assert _reduction.why_not_compiled() is None
+
+
+def test_asking_a_run_for_it_leaves_what_was_said_around_it() -> None:
+    with metrics.reducing("layer", compiled=True), _reduction.compiling(wanted=False):
+        assert (_reduction._way.get(), _reduction._compiled.get()) == ("layer", True)
+    with metrics.reducing("layer"):
+        with _reduction.compiling(wanted=True):
+            assert (_reduction._way.get(), _reduction._compiled.get()) == ("layer", True)
+        assert not _reduction._compiled.get()

@@ -13,7 +13,6 @@ from dynprobe.models._hash import module_hash
 from dynprobe.models._quantize import QUANTIZATIONS, quantization_config, quantized_hashes
 from dynprobe.protocols._model_skeleton import skeleton_of
 from dynprobe.protocols._weights import structure_of
-from dynprobe.testing import tiny_llama
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11]]
 #: Largest relative change of the last state that each may make in a tiny random model; measured 0.02, 0.04, 0.36, 0.55.
@@ -21,10 +20,8 @@ ROUGH = {"torchao-int8wo": 0.05, "int8": 0.1, "nf4": 0.6, "fp4": 0.8}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_llama(dim=64).model.save_pretrained(path)
-    return path
+def folder(llama_of_width_64: Path) -> Path:
+    return llama_of_width_64
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from dynprobe.probes import (
     sites_to_read,
 )
 from dynprobe.probes._generate import _GumbelMax, end_tokens
+from dynprobe.testing import tiny_causal_lm
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12], [3, 9, 27, 81]]
 
@@ -248,3 +249,21 @@ def test_models_that_mix_rows_are_refused() -> None:
 def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Sampling(**settings)
+
+
+def test_a_cache_of_an_unknown_name_is_refused_and_not_read_as_many_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = discover(tiny_causal_lm("reformer"), name="reformer")
+    batch = make_batch(found, ROWS[:1], side="left")
+
+    def written() -> tuple[list[list[int]], Instrument]:
+        instrument = Instrument(found, sites_to_read(found, Where.parse("layers=all")), **batch.rows)
+        return generate(found, batch, Sampling(4, stop_at_eos=False), instrument), instrument
+
+    (new,), instrument = written()
+    tape = instrument.tape()
+    assert tape.positions.tolist() == [list(range(len(ROWS[0]) + len(new) - 1))]
+    whole = capture(found, [ROWS[0] + new[:-1]], logits=None)
+    assert torch.allclose(tape.states[2], whole.states[2], atol=1e-4)
+    monkeypatch.setattr("dynprobe.probes._clock.CACHES", ("past_key_values",))
+    with pytest.raises(ModelError, match=r"fed 9 columns while it wrote, and only 1 of them could be joined"):
+        written()

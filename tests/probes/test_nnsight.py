@@ -93,6 +93,8 @@ def test_every_kind_of_write_is_what_hooks_write(perturb: Any) -> None:
         for s in (hooked, subject)
     )
     assert worst(one, other) <= TOLERANCE
+    clean = dp.capture(hooked, models.ROWS, "layers=all,component=resid_post+mlp_out", logits="all")
+    assert (worst(clean, other) > 1e-4) == (perturb != "alpha=0")  # two that write nothing are equal too
     assert list(one.passport) == list(other.passport)
 
 

@@ -12,7 +12,6 @@ from dynprobe.errors import ModelError
 from dynprobe.models import weights_hash
 from dynprobe.probes._placement import device_of
 from dynprobe.probes._selftest import check_null
-from dynprobe.testing import tiny_llama
 
 pytest.importorskip("accelerate")
 
@@ -26,10 +25,8 @@ SPREAD = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_llama(dim=64).model.save_pretrained(path)
-    return path
+def folder(llama_of_width_64: Path) -> Path:
+    return llama_of_width_64
 
 
 @pytest.fixture(scope="module")

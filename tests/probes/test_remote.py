@@ -4,9 +4,11 @@ import io
 import pickle
 import pickletools
 import sys
+import traceback
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import models
@@ -19,9 +21,10 @@ from dynprobe import metrics
 from dynprobe.errors import ModelError, ModelNotFoundError, OfflineError, UsageError
 from dynprobe.metrics._measure_terms import OF_TERMS, measure_terms
 from dynprobe.metrics._sent import output_terms
-from dynprobe.probes import Batch, Subject, _remote, discover, make_batch
+from dynprobe.probes import Batch, Subject, _remote, _server, discover, make_batch
 from dynprobe.probes._nnsight import controllers_left, forwards_of, restore
-from dynprobe.probes._remote import block_path_of, check_service, pushes_of, remote_terms
+from dynprobe.probes._remote import block_path_of, pushes_of, remote_terms
+from dynprobe.probes._server import check_service, without_login
 from dynprobe.testing import tiny_causal_lm, tiny_llama
 
 nnsight = pytest.importorskip("nnsight")
@@ -209,10 +212,12 @@ class Service:
     def __init__(self, model: Any, repo: str = "org/tiny") -> None:
         self.model, self.repo, self.jobs, self.keys = traced_model(model), repo, {}, []
         self.state, self.nnsight, self.failure, self.refusal = "RUNNING", nnsight.__version__, "", ""
-        self.polls = self.silent = 0
+        self.polls = self.silent = self.unknown = self.waiting = 0
+        self.logins: list[str | None] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.keys.append(request.headers.get("ndif-api-key"))
+        self.logins.append(unquote(request.url.userinfo.decode()) or None)
         path = request.url.path
         if path == "/status":
             one = {
@@ -233,9 +238,11 @@ class Service:
             self.polls += 1
             if self.polls <= self.silent:
                 raise httpx.ConnectError("no route", request=request)
+            if self.polls <= self.unknown:
+                return httpx.Response(404)
             if self.failure:
                 return httpx.Response(200, json={"id": "job-1", "status": "ERROR", "description": self.failure})
-            if self.polls == 1 + self.silent:
+            if self.polls <= max(1, self.waiting) + self.silent + self.unknown:
                 return httpx.Response(200, json={"id": "job-1", "status": "RUNNING"})
             return httpx.Response(200, json={"id": "job-1", "status": "COMPLETED", "data": "http://stub/result"})
         return httpx.Response(200, content=self.jobs["job-1"])
@@ -328,6 +335,58 @@ def test_a_line_that_fails_now_and_then_is_asked_again_and_not_for_ever(service:
     with pytest.raises(OfflineError, match=r"http://stub stopped to answer while it had the job job-1.*ConnectError"):
         remote_terms(*asked)
     assert service.polls == 5
+
+
+def test_a_job_that_vanished_is_not_waited_for_for_ever(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny_llama()
+    batch = make_batch(subject, ROWS)
+    asked = (traced_model(subject.model), "model.layers", batch, targets_of(batch), [{}], True)
+    service.unknown = 4  # no status is recorded yet: that is waited for
+    assert len(remote_terms(*asked)) == 1
+    now = [0.0]
+
+    def later(_: float) -> None:
+        now[0] += 50.0
+
+    monkeypatch.setattr(_remote.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_remote.time, "sleep", later)
+    service.polls, service.unknown = 0, 10**6
+    with pytest.raises(OfflineError, match=r"http://stub took the job job-1 and has not known it for 200 s \(404\)"):
+        remote_terms(*asked)
+    assert service.polls == 5
+    now[0], service.polls, service.unknown, service.waiting = 0.0, 0, 0, 40  # in a queue for half an hour
+    assert len(remote_terms(*asked)) == 1
+    assert now[0] == 50.0 * 40
+
+
+def test_a_login_goes_to_the_server_and_nowhere_else(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_server, "_LOGINS", {})
+    subject = tiny_llama()
+    batch = make_batch(subject, ROWS)
+    host = without_login("http://me:pass%2Fword@stub")
+    assert host == "http://stub"
+    asked = (traced_model(subject.model), "model.layers", batch, targets_of(batch), [{}], host)
+    assert check_service("org/tiny", None, host)["host"] == "http://stub"
+    assert len(remote_terms(*asked)) == 1
+    assert {login for login in service.logins if login} == {"me:pass/word"}
+    told = []
+    for name, value in (("failure", "no GPU at http://me:pass%2Fword@stub"), ("refusal", "me:pass%2Fword@ is no user")):
+        monkeypatch.setattr(service, name, value)
+        with pytest.raises(ModelError) as failed:
+            remote_terms(*asked)
+        told.append(failed)
+        monkeypatch.setattr(service, name, "")
+    service.polls, service.silent = 0, 99
+    with pytest.raises(OfflineError) as silent:
+        remote_terms(*asked)
+    monkeypatch.setattr(service, "state", "DEPLOYING")
+    with pytest.raises(ModelNotFoundError) as absent:
+        check_service("org/tiny", None, host)
+    monkeypatch.setattr(httpx, "get", lambda url, **_: (_ for _ in ()).throw(httpx.ConnectError(f"refused: {url}")))
+    with pytest.raises(OfflineError) as down:
+        check_service("org/tiny", None, host)
+    for error in (*told, silent, absent, down):
+        assert "pass" not in "".join(traceback.format_exception(error.value))
 
 
 def test_an_answer_that_would_run_something_is_not_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from dynprobe.probes import (
     check_resume,
     discover,
 )
+from dynprobe.testing import tiny_causal_lm
 
 
 def checks(found: Subject, rows: list[list[int]] = ROWS) -> dict[str, Check]:
@@ -67,7 +68,9 @@ def test_alone_fails_when_gpt2_gets_no_position_ids(monkeypatch: pytest.MonkeyPa
     assert not check.passed
     assert check.value > 100 * check.limit
     assert check.detail["states"] > 0.01
-    assert check_alone(subject("llama"), ROWS).passed  # rotary positions are relative: it does not need them
+    rotary = check_alone(subject("llama"), ROWS)  # its positions are relative: reading does not need them
+    assert rotary.detail["states"] < 1e-4
+    assert not rotary.passed  # but writing goes on with others
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])
@@ -183,3 +186,42 @@ def test_half_precision_has_its_own_limit() -> None:
     for check in checks(found).values():
         assert check.passed
     assert check_alone(found, ROWS).limit >= 0.2
+
+
+def test_alone_lets_rows_write_and_says_what_their_states_do_meanwhile() -> None:
+    fine = check_alone(subject("llama"), ROWS)
+    assert fine.detail["writing"] <= 1e-5
+    assert fine.detail["decode"] <= 1e-5
+    assert "writing" not in check_alone(subject("llama"), ROWS, side="right").detail
+    mixing = check_alone(subject("rwkv"), ROWS)
+    assert mixing.detail["writing"] == math.inf
+    assert "mixes the rows of a batch when it decodes" in mixing.detail["writing_said"]
+
+
+def test_alone_fails_where_padding_is_read_right_and_written_from_wrong() -> None:
+    """GIT in transformers 5.23: nothing but a text that is written shows it."""
+    check = check_alone(discover(tiny_causal_lm("git"), name="git"), ROWS)
+    assert not check.passed
+    assert check.unit == "norm of a state, while writing"
+    assert check.value == check.detail["writing"] > 0.01
+    assert check.detail["states"] < 1e-4
+    assert check.detail["decode"] < 1e-4
+
+
+def test_a_cache_that_is_another_model_is_measured_and_passes() -> None:
+    """Moshi in transformers 5.23: step by step it writes other states than a whole forward over its text has."""
+    check = check_alone(discover(tiny_causal_lm("moshi"), name="moshi"), ROWS)
+    assert check.passed
+    assert check.detail["decode"] > 0.01
+
+
+def test_a_model_that_cannot_write_has_no_deviation_while_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise NotImplementedError("this one\nreads only")
+
+    monkeypatch.setattr("dynprobe.probes._while_writing.generate", fails)
+    check = check_alone(subject("llama"), ROWS)
+    assert check.passed
+    assert math.isnan(check.detail["writing"])
+    assert math.isnan(check.detail["decode"])
+    assert check.detail["writing_said"] == "NotImplementedError: this one reads only"

@@ -1,5 +1,7 @@
 """A run through nnsight has the tables of a run through hooks, and a remote one the tables of a run."""
 
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 import dynprobe as dp
-from dynprobe.errors import SelfTestError, UsageError
+from dynprobe.errors import ModelNotFoundError, OfflineError, SelfTestError, UsageError
+from dynprobe.probes import _server
 from dynprobe.probes._nnsight import controllers_left
 from dynprobe.protocols import _remote_run
 from dynprobe.protocols._config import RunConfig
@@ -203,3 +206,59 @@ def test_a_service_is_asked_and_its_model_run(tmp_path: Path, monkeypatch: pytes
     assert done.manifest.model_name == "org/tiny"
     assert done.manifest.weights["hash"] == "http://stub:org/tiny@main"
     assert done.manifest.model["service"]["python"] == "3.12.1"
+
+
+def hosted(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """A service that hosts tiny-llama under another name; it answers, or raises."""
+    from nnsight.modeling.mixins.remotable import Remotable
+
+    model = dp.load("tiny-llama", device="cpu")
+    wrapper = Remotable(model.model)
+    object.__setattr__(wrapper, "tokenizer", model.tokenizer)
+
+    def check(*_: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    honest = _remote_run.remote_terms
+    monkeypatch.setattr(_remote_run, "check_service", check)
+    monkeypatch.setattr(_remote_run, "traced_model", lambda *a: wrapper)
+    monkeypatch.setattr(_remote_run, "remote_terms", lambda *a: honest(*a[:-1], False))
+
+
+def test_a_finished_remote_run_needs_no_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = "http://stub:8001"
+    asked: dict[str, Any] = {"remote": host, "backend": "nnsight", "max_new_tokens": 0, "out": tmp_path}
+    with monkeypatch.context() as up:
+        hosted(up, {"host": host, "revision": "v7", "versions": {}, "python": "3.12.1"})
+        done = dp.run("org/tiny", PROMPTS, **asked)
+    assert done.manifest.weights["hash"] == f"{host}:org/tiny@v7"
+    for error in (OfflineError("it sleeps"), ModelNotFoundError("it runs another"), UsageError("no key")):
+        with monkeypatch.context() as down:
+            hosted(down, error)
+            assert dp.run("org/tiny", PROMPTS, **asked).path == done.path
+            assert dp.run("org/tiny", PROMPTS, **asked | {"out": done.path}).path == done.path
+            for other in ({"revision": "v8"}, {"perturb": "alpha=0.1"}, {"remote": "http://other:8001"}):
+                with pytest.raises(type(error), match=str(error)):
+                    dp.run("org/tiny", PROMPTS, **asked | other)
+            with pytest.raises(type(error), match=str(error)):
+                dp.run("org/tiny", PROMPTS[:1], **asked)
+    assert len(list(tmp_path.glob("*_tiny_*"))) == 1
+
+
+def test_a_login_in_the_url_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_server, "_LOGINS", {})
+    url = "http://me:hush-hush@stub:8001"
+    asked: dict[str, Any] = {"backend": "nnsight", "max_new_tokens": 0, "out": tmp_path}
+    monkeypatch.setattr(sys, "argv", ["dynprobe", "run", "--remote-host", url, f"--note={url}"])
+    hosted(monkeypatch, {"host": "http://stub:8001", "revision": "v7", "versions": {}, "python": "3.12.1"})
+    done = dp.run("org/tiny", PROMPTS, remote=url, **asked)
+    assert done.manifest.config["remote"] == "http://stub:8001"
+    assert done.manifest.id8 == dp.run("org/tiny", PROMPTS, remote="http://stub:8001", **asked).manifest.id8
+    for file in (path for path in done.path.rglob("*") if path.is_file()):
+        assert b"hush" not in file.read_bytes(), file
+    for wrong in ("ftp://me:hush-hush@stub", "http://me:hush/hush@stub", "me:hush-hush@stub", "http://stub/a@hush"):
+        with pytest.raises(UsageError) as refused:
+            dp.run("org/tiny", PROMPTS, remote=wrong, **asked)
+        assert "hush" not in "".join(traceback.format_exception(refused.value)), wrong

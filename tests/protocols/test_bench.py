@@ -11,9 +11,10 @@ import torch
 
 import dynprobe as dp
 from dynprobe.errors import UsageError
+from dynprobe.protocols import _bench_forward, _bench_peers
 from dynprobe.protocols._bench import Bench
 from dynprobe.protocols._bench_case import Case, Measurement, random_ids
-from dynprobe.protocols._bench_peers import PEERS, Peer, chosen, hushed, largest_difference, made
+from dynprobe.protocols._bench_peers import PEERS, Peer, RawHooks, chosen, hushed, largest_difference, lasting, made
 from dynprobe.protocols._bench_timing import rounds_of
 from dynprobe.testing import tiny_gpt2, tiny_llama
 
@@ -130,3 +131,31 @@ def test_bench_of_a_subject_writes_strict_json(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == found.as_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
     assert found.as_dict()["settings"]["peers"] == "none"
+
+
+def test_a_peer_that_leaves_something_behind_is_measured_last_and_apart(monkeypatch):
+    """What it leaves would slow down every arm that is timed after it, the bare forward too."""
+    told = []
+
+    class Sticky(RawHooks):
+        name, package, lasting = "torchlens", "torch", "leaves something behind"
+
+        def __init__(self, subject):
+            told.append("it is there")
+            super().__init__(subject)
+
+    for module in (_bench_peers, _bench_forward):
+        monkeypatch.setattr(module, "PEERS", (RawHooks, Sticky))
+    found = dp.bench(
+        tiny_llama(), batch=1, length=8, rounds=2, only="capture,metrics", peers="hooks,torchlens", listener=told.append
+    )
+    assert [(m.section, m.name) for m in found.measurements] == [
+        ("capture", "1 × 8"), ("metrics", "1 × 8"), ("capture", "1 × 8, beside torchlens"),
+    ]  # fmt: skip
+    assert set(found.measurements[0].seconds) == {"bare forward", "dynprobe", "raw hooks"}
+    assert set(found.measurements[2].seconds) == {"bare forward", "dynprobe", "torchlens"}
+    assert told.count("it is there") == 1
+    assert told.index("it is there") > next(i for i, text in enumerate(told) if text.startswith("metrics: 1 × 8"))
+    assert found.settings["peers"] == ["raw hooks", "torchlens"]
+    assert lasting(["torchlens"]) == ["torchlens"]
+    assert lasting(None) == []

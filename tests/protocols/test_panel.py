@@ -15,7 +15,7 @@ import pytest
 import dynprobe as dp
 from dynprobe.errors import InterruptedRunError, PromptError, RunFolderError, UsageError
 from dynprobe.metrics.statistics import variance_table
-from dynprobe.protocols import PanelConfig, _panel_work, plan_panel, read_panel
+from dynprobe.protocols import PanelConfig, _panel_standing, _panel_work, plan_panel, read_panel
 from dynprobe.protocols._panel_cells import cells_of
 from dynprobe.runs import open_panel
 
@@ -73,6 +73,10 @@ def test_patterns_stand_for_the_shipped_models():
         ("models: [tiny-llama]\nalphas: 0.1\nperturb: seed=1\n", r"line 3: perturb is written without seed"),
         ("models: [tiny-llama]\nperturb: layers=1\n", r"line 2: perturb has no strength"),
         ("models: [tiny-llama]\ncovariates: [depht]\n", r"line 2: covariates: depht is none .*Did you mean 'depth'"),
+        ("models: [tiny-llama]\ndecompose: [nll, nlll]\n", r"line 2: decompose: nlll is no column.*mean 'nll'\?"),
+        ("models: [tiny-llama]\ndecompose: kappa.phase/1\n", r"line 2: decompose: .*its column is kappa_phase"),
+        ("models: [tiny-llama]\ndecompose: delta_last\n", r"line 2: decompose: delta_last is no column"),
+        ("models: [tiny-llama]\ndecompose: qqqq\n", r"line 2: decompose: qqqq .*see dynprobe metrics$"),
         ("models: [tiny-llama]\nsettings: {seed: 3}\n", r"line 2: settings: seed is part of the design"),
         ("models: [tiny-llama]\nsettings: {dtpye: float32}\n", r"settings of the panel: unknown .*'dtype'"),
         ("models: [tiny-llama, tiny-llama]\n", r"line 1: models: tiny-llama stands there twice; give"),
@@ -91,6 +95,13 @@ def test_what_is_wrong_in_a_design_is_said_with_its_line(tmp_path, text, said):
     with pytest.raises(UsageError, match=said):
         dp.panel(write(tmp_path, text), out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_other_metrics_can_be_decomposed():
+    config = PanelConfig.build({"models": "tiny-csm", "decompose": ["erank", "kappa_path_d", "n_new", "ppl"]})
+    assert config.decompose[0] == "erank"
+    looped = {"models": "tiny-csm", "protocol": "iterate", "iterations": [1, 2]}
+    assert PanelConfig.build({**looped, "decompose": ["delta_last", "converge_iterations_time"]})
 
 
 def test_a_design_that_is_not_there(tmp_path):
@@ -284,6 +295,50 @@ def test_a_lost_or_cut_part_is_made_again(made, tmp_path, damage, monkeypatch):
     assert (copy / hurt["run"] / "damaged").is_dir()  # what was taken out is kept
 
 
+@pytest.mark.parametrize("damage", ["older", "lost", "emptied"])
+def test_a_run_that_cannot_be_mended_is_made_afresh(made, tmp_path, damage, monkeypatch):
+    import shutil
+
+    copy = tmp_path / made.path.name
+    shutil.copytree(made.path, copy)
+    hurt = made.manifest["cells"][1]
+    run = copy / hurt["run"]
+    if damage == "older":  # a run of an older schema is read, and not continued
+        monkeypatch.setattr(_panel_standing, "SCHEMA_VERSION", "1.9")
+        next((run / "samples").glob("*.parquet")).unlink()
+    else:
+        for file in run.glob("*"):
+            if damage == "emptied" or file.name.startswith("manifest") or file.suffix == ".parquet":
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if damage == "emptied":
+            (run / "notes.txt").write_text("kept")
+    told = []
+    done = dp.panel(copy, listener=lambda p: told.extend(p.notes))
+    assert done.status == "complete"
+    (note,) = [note for note in told if note.startswith("mended")]
+    assert f"moved {run.name} to damaged/{run.name} (" in note
+    assert (copy / "damaged" / run.name).is_dir()  # nothing is deleted
+    assert ("schema 1.1" in note) == (damage == "older")
+    assert any(cell.get("mended") for cell in json.loads((copy / "panel.json").read_text())["cells"])
+    assert done.run(hurt["key"]).manifest.id8 == hurt["id8"]
+    assert done.run(hurt["key"]).path.parent == copy / "runs"
+    assert done.table("variance").equals(made.table("variance"))
+
+
+def test_a_leftover_file_in_a_run_of_an_older_schema_is_no_reason_to_make_it_again(made, tmp_path, monkeypatch):
+    import shutil
+
+    copy = tmp_path / made.path.name
+    shutil.copytree(made.path, copy)
+    cell = made.manifest["cells"][0]
+    monkeypatch.setattr(_panel_standing, "SCHEMA_VERSION", "1.9")
+    (copy / cell["run"] / "samples" / "stranger.parquet").write_bytes(b"PAR1")
+    steps = _panel_standing.mend(copy, cell)
+    assert any("stranger.parquet" in step for step in steps)
+    assert (copy / cell["run"] / "manifest.json").is_file()
+    assert not (copy / "damaged").exists()
+
+
 def test_models_are_let_go(tmp_path, monkeypatch):
     load, alive = _panel_work.load_subject, []
 
@@ -370,4 +425,17 @@ def test_the_cost_is_told_before(tmp_path):
     assert good["samples"] == 4 + 2 * 16
     assert "tiny-llma" in bad["reason"]
     assert cost["samples"] == good["samples"]
+    assert cost["seconds"] is None
     assert not (tmp_path / "out").exists()
+
+
+def test_the_seconds_told_before_hold_loading_runs_and_tables(tmp_path):
+    design = {**SMALL, "models": LLAMA[:1], "out": str(tmp_path / "out")}
+    cost = plan_panel(**design)
+    (one,) = cost["models"]
+    assert cost["table_seconds"] > 0
+    assert cost["seconds"] == pytest.approx(one["seconds"] + cost["table_seconds"])
+    clean = plan_panel(**{**design, "alphas": [0], "perturb": None})
+    assert clean["table_seconds"] < cost["table_seconds"]  # one condition of three
+    dp.panel(**design)
+    assert plan_panel(**design)["seconds"] == 0  # nothing is left

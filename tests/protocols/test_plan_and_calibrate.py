@@ -82,9 +82,9 @@ def test_a_plan_writes_nothing_and_takes_the_measure_of_the_machine(llama, texts
 
 def test_the_estimate_of_bytes_is_of_the_right_order(llama, texts, full_run):
     cost = dp.plan(llama, texts, perturb="alpha=0.3", max_new_tokens=6, states=True, measure=False)
-    tables = sum(p.bytes for p in full_run.manifest.parts if p.table in ("tokens", "depths"))
+    tables = sum(p.bytes for p in full_run.manifest.parts if p.batch is not None and p.table != "states")
     states = sum(p.bytes for p in full_run.manifest.parts if p.table == "states")
-    assert 1 / 5 < cost.metric_bytes / tables < 5
+    assert 1 / 2 < cost.metric_bytes / tables < 2
     assert 1 / 5 < cost.state_bytes / states < 5  # a tiny file is mostly header
 
 

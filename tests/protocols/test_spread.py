@@ -1,9 +1,11 @@
 """The same run, whoever does its units."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import time
 from contextlib import ExitStack
 
 import pandas as pd
@@ -14,7 +16,9 @@ import dynprobe as dp
 from dynprobe.engines import Done, Engine, Local, Ray, Seat, Slurm
 from dynprobe.engines._contract import Worker
 from dynprobe.errors import EngineError, InterruptedRunError, UsageError
-from dynprobe.protocols import _call, _iterate
+from dynprobe.models import CsmConfig, CsmForCausalLM
+from dynprobe.protocols import _call, _iterate, _threshold
+from dynprobe.runs import RunWriter
 from dynprobe.testing import save_tiny_model, tiny_llama
 
 SWEEP = {"layers": "all", "alphas": "0.1,1", "limit": 6, "batch_size": 2, "tables": "all"}
@@ -67,6 +71,7 @@ def test_workers_give_the_tables_of_one_process(protocol, crew, tmp_path):
     assert told["name"] == "local"
     assert sum(worker["items"] for worker in told["workers"]) == len(there.manifest.finished)
     assert len(told["workers"]) == 2
+    assert there.manifest.model_extra["memory_plan"]["sharers"] == 2
     if protocol == "run":
         states = []
         for one in (here, there):
@@ -143,6 +148,105 @@ class Here(Engine):
 
     def close(self):
         pass
+
+
+class SmallWorker(Here):
+    """A worker whose device has room for two rows, from its first unit on."""
+
+    def map(self, job, items):
+        self.begin(job)
+        (subject,) = _call._LAST.values()
+
+        def forward(_module, args, kwargs):
+            if len(next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with subject.model.register_forward_pre_hook(forward, with_kwargs=True):
+            yield from super().map(job, items)
+
+
+def test_what_a_worker_halves_stands_in_the_events(tmp_path, monkeypatch):
+    monkeypatch.setattr(_call, "_LAST", {})
+    asked = {"limit": 8, "batch_size": 4, "max_new_tokens": 0}
+    done = dp.run("tiny-llama", **asked, out=tmp_path / "there", engine=SmallWorker())
+    lines = [json.loads(line) for line in (done.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    (halved,) = [line for line in lines if line["kind"] == "halved"]
+    told = {name: halved[name] for name in ("rows", "kept", "why", "number", "worker")}
+    assert told == {"rows": 4, "kept": 2, "why": "out of memory", "number": 0, "worker": "here-0"}
+    assert [facts["parts"] for facts in done.manifest.batch_facts.values()] == [2, 2]
+    assert [line["number"] for line in lines if line["kind"] == "batch"] == [0, 1]
+
+
+def test_a_disk_that_workers_wait_for_is_said(tmp_path, monkeypatch):
+    write = RunWriter.write_files
+
+    def slowly(self, number, files):
+        time.sleep(4.0 if number == 0 else 0.0)  # the fourth unit after it finds no place
+        return write(self, number, files)
+
+    monkeypatch.setattr(RunWriter, "write_files", slowly)
+    heard = []
+    asked = {"limit": 8, "batch_size": 1, "max_new_tokens": 0, "engine": Here(), "listener": heard.append}
+    done = dp.run("tiny-llama", **asked, out=tmp_path)
+    lines = [json.loads(line) for line in (done.path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    (told,) = [line for line in lines if line["kind"] == "disk-bound"]
+    assert 1.0 < told["seconds"] < 4.5
+    assert any(progress.disk_bound for progress in heard)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "seat", "sharers"),
+    [
+        ("cpu", "auto", Seat(here=3), 3),
+        ("cuda:0", "auto", Seat("cuda:0", here=4, on_device=2), 2),
+        ("cuda:0", "cuda:0", Seat("cuda:1", here=4, on_device=2), 4),  # all of them were told this one
+        ("cuda:0", "cuda:0", Seat("auto", gpu_share=0.25, here=8), 4),
+        ("cuda:0", "auto", Seat("auto", here=8), 1),  # Ray and Slurm give whole devices
+    ],
+)
+def test_who_shares_the_memory_of_a_worker(device, asked, seat, sharers):
+    assert _call.sharers_of(torch.device(device), {"device": asked}, seat) == sharers
+
+
+class OfAnotherMind(Here):
+    """A worker that would find out something else than the process that called it."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.monkeypatch = monkeypatch
+
+    def map(self, job, items):
+        self.begin(job)
+        self.monkeypatch.setattr(_iterate, "_PREFIX_LIMIT", -1.0)
+        self.monkeypatch.setattr(_threshold, "numerical_null", lambda *_: [math.inf, 9.0])
+        yield from super().map(job, items)
+
+
+def test_what_is_decided_once_is_decided_by_who_called(tmp_path, monkeypatch):
+    """Workers on other devices may come to other answers; a run has one."""
+    torch.manual_seed(0)
+    CsmForCausalLM(CsmConfig.preset("nano")).save_pretrained(tmp_path / "csm")
+    calls = {
+        "iterate": lambda **s: dp.iterate(
+            tmp_path / "csm", [[5, 6, 7], [8, 9], [3, 4, 5, 6], [2, 2]], iterations=[1, 3], batch_size=2, **s
+        ),
+        "threshold": lambda **s: dp.threshold(
+            "tiny-llama", scale="relnorm", criterion="kappa", limit=4, batch_size=2, alphas=[0.05, 0.4], **s
+        ),
+    }
+    for name, call in calls.items():
+        here = call(out=tmp_path / "here" / name)
+        with monkeypatch.context() as inner:
+            there = call(out=tmp_path / "there" / name, engine=OfAnotherMind(inner))
+        equal(here, there)
+        assert here.manifest.batch_plan == there.manifest.batch_plan
+        for unit in there.manifest.batch_plan:
+            if name == "iterate":
+                assert unit["one_pass"] is True
+                assert 0 <= unit["prefix_deviation"] < 1e-3
+            else:
+                assert 0 < unit["level"] < 1
+    assert set(there.table("trials")["level"]) == {unit["level"] for unit in there.manifest.batch_plan}
 
 
 @pytest.mark.parametrize("engine", [None, Here()], ids=["alone", "worker"])

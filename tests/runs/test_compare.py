@@ -474,6 +474,18 @@ def test_warnings_name_what_differs(tmp_path):
     assert "too few models" not in said  # one architecture is no comparison of architectures
 
 
+def test_lengths_of_states_are_each_models_own(tmp_path):
+    values = {"kappa_phase": [0.1, 0.2, 0.3], "norm": [10.0, 20.0, 30.0]}
+    said = "norm: the unit is the length of a state, which is each model's own"
+    facts = {**FACTS, "norm": {"id": "resid.norm/1", "unit": "state", "digest": "nn", "span": "all"}}
+    one = write(tmp_path, "a", samples(values), facts=facts)
+    other = write(tmp_path, "b", samples(values), facts=facts)
+    assert any(w.startswith(said) for w in dp.compare([one, other]).grave)
+    same = write(tmp_path, "c", samples(values), facts=facts, weights={"hash": "sha256:a"})
+    assert not any(said in w for w in dp.compare([one, same]).warnings)
+    assert not any(said in w for w in dp.compare([one, other], metric=["kappa_phase"]).warnings)
+
+
 def test_too_few_models_and_pseudo_replication(tmp_path):
     many = pd.concat([samples({"nll": [1.0, 2.0, 3.0]}, replicate=r) for r in range(3)])
     a, b = write(tmp_path, "a", many), write(tmp_path, "b", samples({"nll": [1.0, 2.0, 3.0]}))

@@ -440,3 +440,14 @@ def test_tokens_as_labels():
     assert visible("\t") == "⇥"
     assert visible("\U0001f9ea") == "□"
     assert len(visible("x" * 50)) == 14
+
+
+def test_the_map_of_a_page_names_its_noise_scales(swept):
+    from dynprobe.runs._report._figures_grid import layer_map_figure
+
+    figure = layer_map_figure(swept, "run1")
+    asked = figure.charts[0].layout["xaxis"]["$title"]
+    assert asked["column"] == "write"
+    assert set(asked["texts"]) == set(figure.frames[0].rows["write"]) == {"relnorm", "mad"}
+    assert all(write in text for write, text in asked["texts"].items())
+    assert not any("(scale)" in text for text in asked["texts"].values())

@@ -30,9 +30,9 @@ def number(*key):
 
 def made(
     out, *, texts=TOKENS, name="org/<script>alert(1)</script>", states=True, poison="plain", arms=ARMS, prompts=PROMPTS,
-    new=None, versions="0.1.0", **config,
+    new=None, versions="0.1.0", gap=None, **config,
 ):  # fmt: skip
-    """A run; ``new`` are the texts of generated tokens, which runs of schema 1.0 did not store."""
+    """A run; ``new`` are the texts of generated tokens, which runs of schema 1.0 did not store; at ``gap`` no angle."""
     writer = RunWriter.begin(
         out, ident="0123abcd", model_name=name, config={"perturb": ["alpha=0.1"], **config},
         columns={"nll": {"id": "output.nll/1", "unit": "nat", "digest": "aa", "span": "all", "aggregation": "mean"},
@@ -67,7 +67,7 @@ def made(
         ]
     depths = pd.DataFrame(
         [{"sample_id": s, "pos": i, "track": "resid", "depth": d, "layer": d - 1, "norm": 1.0 + d,
-          "angle": np.nan if d == 0 else abs(number(s, i, d))}
+          "angle": np.nan if d == 0 or (s, i, d) == gap else abs(number(s, i, d))}
          for s, _, _ in rows for i in range(N_PROMPT + N_NEW) for d in range(DEPTHS)]
     )  # fmt: skip
     profiles = pd.DataFrame(
@@ -367,6 +367,22 @@ def wait(browser, condition, seconds=60):
     raise AssertionError(f"not within {seconds} s")
 
 
+def unfolded(browser, selector):
+    """Open what an element lies in, with the keyboard, and return the element."""
+    found = browser.find_element("css selector", selector)
+    around = browser.execute_script(
+        """const found = [];
+        for (let d = arguments[0].closest("details"); d; d = d.parentElement.closest("details")) found.unshift(d);
+        return found""",
+        found,
+    )
+    for details in around:
+        if not details.get_property("open"):
+            details.find_element("css selector", "summary").send_keys("\ue007")  # Enter
+            assert details.get_property("open")
+    return found
+
+
 @pytest.fixture
 def loaded(browser, page):
     browser.execute_cdp_cmd(
@@ -420,8 +436,7 @@ def test_three_numbers_on_the_page_are_those_of_the_parquet(loaded, poisoned):
     cells = loaded.execute_script(
         "return document.querySelector('[data-figure=run1-tokens] .js-plotly-plot').data[0].z"
     )
-    assert np.float32(cells[3][2]) == np.float32(abs(number("p0|clean|0", 2, 3)))
-    assert cells[0] == [None] * (N_PROMPT + N_NEW)
+    assert np.float32(cells[2][2]) == np.float32(abs(number("p0|clean|0", 2, 3)))
 
 
 def test_sorting_and_filtering_work_by_keyboard(loaded):
@@ -432,7 +447,7 @@ def test_sorting_and_filtering_work_by_keyboard(loaded):
     first = loaded.switch_to.active_element
     assert first.get_attribute("class") == "skip"
     assert loaded.execute_script("return getComputedStyle(arguments[0]).outlineStyle", first) == "solid"
-    table = loaded.find_element(By.CSS_SELECTOR, "[data-table=run1-samples]")
+    table = unfolded(loaded, "[data-table=run1-samples]")
     head = next(h for h in table.find_elements(By.TAG_NAME, "th") if h.text.startswith("nll"))
     column = table.find_elements(By.TAG_NAME, "th").index(head)
 
@@ -473,7 +488,7 @@ def test_a_choice_draws_other_rows(loaded):
         "perturbed.free"
     )
     cells = loaded.execute_script("return arguments[0].querySelector('.js-plotly-plot').data[0].z", figure)
-    assert np.float32(cells[2][4]) == np.float32(abs(number("p3|perturbed.free|0", 4, 2)))
+    assert np.float32(cells[1][4]) == np.float32(abs(number("p3|perturbed.free|0", 4, 2)))  # depth 0 has no angle
     Select(figure.find_element(By.CSS_SELECTOR, "select[data-column='@measure']")).select_by_index(1)
     cells = loaded.execute_script("return arguments[0].querySelector('.js-plotly-plot').data[0].z", figure)
     assert cells[3][0] == pytest.approx(np.log10(4.0))  # the norm is drawn on a logarithmic scale
@@ -670,7 +685,7 @@ def test_the_keyboard_alone_reaches_a_header_and_sorts(loaded):
     from selenium.webdriver.common.keys import Keys
 
     assert loaded.execute_script("return [...document.querySelectorAll('[tabindex]')].every(n => n.tabIndex <= 0)")
-    table = loaded.find_element("css selector", "[data-table=run1-samples]")
+    table = unfolded(loaded, "[data-table=run1-samples]")
     here = table.find_element("css selector", "input[type=search]")
     seen = []
     for _ in range(12):
@@ -704,3 +719,312 @@ def test_grave_warnings_are_never_folded_away(grave, shown):
     assert [f"warning-{n}" in open_part for n in range(9)] == [n < shown for n in range(9)]
     assert [f"warning-{n}" in folded for n in range(9)] == [n >= shown for n in range(9)]
     assert f"{9 - shown} more of 9" in folded
+
+
+def test_depths_that_never_have_a_value_are_no_rows_and_a_cell_without_one_says_so(loaded, browser, tmp_path):
+    from selenium.webdriver.support.ui import Select
+
+    def cells():
+        return browser.execute_script(
+            """const [t] = document.querySelector('[data-figure=run1-tokens] .js-plotly-plot').data;
+            return [t.y, t.z.length, t.text, t.hoverongaps]"""
+        )
+
+    assert cells()[:2] == [[1, 2, 3], 3]
+    select = Select(browser.find_element("css selector", "[data-figure=run1-tokens] [data-column='@measure']"))
+    select.select_by_index(1)
+    assert cells()[0] == [0, 1, 2, 3]  # the norm is known from the first state on
+    run = made(tmp_path, states=False, gap=("p0|clean|0", 1, 2))
+    browser.get(run.report().as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    y, _, text, over_gaps = cells()
+    assert y == [1, 2, 3]
+    assert over_gaps
+    assert text[1][1] == "“·x”<br>pos 1<br>depth 2<br>angle has no value"
+    assert text[1][2].startswith("“&lt;/script&gt;”<br>pos 2<br>depth 2<br>angle 0.")
+
+
+def test_the_axis_of_a_paired_change_names_its_own_metric(loaded):
+    found = loaded.execute_script(
+        """return [...document.querySelectorAll('[data-figure=run1-profiles] .chart')].map(c => [
+            c.querySelector('h4').textContent, c.querySelector('.js-plotly-plot')._fullLayout.yaxis.title.text])"""
+    )
+    assert found == [
+        ["κ phase of the step", "κ phase of the step (half-turns)"],
+        ["paired change of κ phase of the step", "change of κ phase (half-turns)"],
+        ["norm", "norm (state, log scale)"],
+        ["paired change of norm", "change of norm (state)"],
+    ]
+
+
+FOLDED = "return document.querySelectorAll('main details:not([open], [data-numbers])').length"
+
+# ---- folding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, run):
+    pytest.importorskip("duckdb")
+    folder = tmp_path_factory.mktemp("both")
+    return report([run, made(folder, name="org/other")], out=folder / "both.html")
+
+
+@pytest.fixture
+def compared(browser, both):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    browser.get_log("browser")
+    browser.get("about:blank")
+    browser.get(both.as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    return browser
+
+
+def opened(browser):
+    return browser.execute_script("return [...document.querySelectorAll('.part')].map(d => d.open)")
+
+
+def drawn(browser):
+    return set(
+        browser.execute_script(
+            "return [...document.querySelectorAll('figure')].filter(f => f.querySelector('.main-svg')).map(f => f.id)"
+        )
+    )
+
+
+def test_a_comparison_is_open_and_its_runs_are_folded(compared):
+    assert opened(compared) == [True, False, False]
+    assert drawn(compared) == {"compare-profiles", "compare-means"}
+    short = compared.execute_script("return document.documentElement.scrollHeight")
+    warned = [w.text for w in compared.find_elements("css selector", ".warning")]  # of what is folded too
+    assert [w.split("\n")[0] for w in warned[1:]] == [
+        "Before you believe org/<script>alert(1)</script> · run", "Before you believe org/other · run",
+    ]  # fmt: skip
+    assert all("Self-test null failed" in w for w in warned[1:])
+    said = compared.find_elements("css selector", ".part > summary .within")
+    assert said[1].text == "1 warning, 4 pictures, 4 tables"
+    unfolded(compared, "#run2-tokens")
+    wait(compared, lambda: "run2-tokens" in drawn(compared), 10)
+    assert opened(compared) == [True, False, True]
+    width, inner = compared.execute_script(
+        """const p = document.querySelector('[data-figure=run2-tokens] .js-plotly-plot');
+        return [p.clientWidth, p._fullLayout.width]"""
+    )
+    assert width == inner > 800  # drawn in the width it has, not in that of something folded
+    compared.find_element("id", "unfold").send_keys("\ue007")
+    wait(compared, lambda: "run1-regimes" in drawn(compared), 10)
+    assert (
+        compared.execute_script("return document.querySelectorAll('main details:not([open], [data-numbers])').length")
+        == 0
+    )
+    assert compared.execute_script("return document.documentElement.scrollHeight") > 3 * short
+    assert [entry for entry in compared.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+@pytest.mark.parametrize("target", ["run2-pca", "t-run2-conditions", "t-run1-selftests"])
+def test_an_anchor_opens_what_it_lies_in(compared, both, target):
+    link = compared.find_element("css selector", f".contents a[href='#{target}']") if "self" not in target else None
+    for by_link in (False, True) if link else (False,):
+        if by_link:
+            compared.execute_script("for (const d of document.querySelectorAll('main details')) d.open = false")
+            unfolded(compared, f".contents a[href='#{target}']").send_keys("\ue007")
+        else:
+            compared.get("about:blank")
+            compared.get(f"{both.as_uri()}#{target}")
+            wait(compared, lambda: compared.execute_script("return document.documentElement.dataset.ready"))
+        wait(
+            compared,
+            lambda: compared.execute_script(
+                """const t = document.getElementById(arguments[0]), box = t.getBoundingClientRect();
+                return !t.closest('details:not([open])') && box.top >= -5 && box.top < innerHeight""",
+                target,
+            ),
+            10,
+        )
+        assert target != "run2-pca" or target in drawn(compared)
+
+
+def test_everything_is_open_on_paper_and_folded_again_after_it(compared):
+    before = compared.execute_script(FOLDED)
+    assert before > 10
+    compared.execute_script(
+        """document.getElementById('theme').value = 'dark';
+        document.getElementById('theme').dispatchEvent(new Event('change'));
+        addEventListener('beforeprint', () => { window.printed = [
+            document.querySelectorAll('main details:not([open], [data-numbers])').length,
+            document.querySelectorAll('figure .main-svg').length, document.documentElement.dataset.theme,
+            document.querySelector('.js-plotly-plot').layout.font.color]; });"""
+    )
+    paper = compared.print_page()
+    count, plots, theme, ink = compared.execute_script("return window.printed")
+    assert (count, theme, ink) == (0, "light", "#1b1f24")
+    assert plots >= 10
+    assert len(paper) > 100_000
+    assert compared.execute_script(FOLDED) == before
+    assert compared.execute_script("return document.documentElement.dataset.theme") == "dark"
+
+
+def test_the_profile_of_a_comparison_has_its_unit_and_its_ids_behind_a_fold(compared):
+    from selenium.webdriver.support.ui import Select
+
+    def titles():
+        return compared.execute_script(
+            """return [...document.querySelectorAll('[data-figure=compare-profiles] .js-plotly-plot')].map(
+                p => p._fullLayout.yaxis.title.text)"""
+        )
+
+    assert titles() == ["kappa_phase (half-turns)", "kappa_phase, summed (rad)"]
+    metric = Select(compared.find_element("css selector", "[data-figure=compare-profiles] [data-column=metric]"))
+    metric.select_by_visible_text("norm")
+    assert titles()[0] == "norm (state)"
+    caption = compared.find_element("css selector", "[data-figure=compare-profiles] figcaption")
+    note = caption.find_element("css selector", "details.note")
+    assert note.text == "Steps of every run"
+    assert "Metrics: resid.norm/1, kappa.phase/1." in caption.text
+
+
+def test_more_than_three_ids_stand_behind_a_fold():
+    from dynprobe.runs._report._html import rendered
+    from dynprobe.runs._report._looks import id_notes, metrics_said
+    from dynprobe.runs._report._parts import Chart, Figure, Frame, Report, Section
+
+    ids = ["a.b/1", "c.d/1", "e.f/1", "<g>/1"]
+    assert metrics_said(ids[:3]) == " Metrics: a.b/1, c.d/1, e.f/1."
+    assert id_notes(ids[:3]) == []
+    frame = Frame("f", pd.DataFrame({"x": [1.0]}))
+    figure = Figure("f", "f", f"Short.{metrics_said(ids)}", "f", [frame], [Chart([], {})], notes=id_notes(ids))
+    text = rendered(Report("page", "now", [Section("s", "S", figures=[figure])])).decode()
+    note = text.split('<details class="note">')[1].split("</details>")[0]
+    assert "<summary>4 metric ids</summary>" in note
+    assert [i in note for i in ("a.b/1", "c.d/1", "e.f/1", "&lt;g&gt;/1")] == [True] * 4
+    assert "Metrics:" not in text.split("<script", 1)[0]
+
+
+def test_warnings_alike_are_one_and_grave_ones_of_other_kinds_stay():
+    from dynprobe.runs._report._html import rendered
+    from dynprobe.runs._report._parts import Report, Section
+    from dynprobe.runs._report._warned import put_together
+
+    runs, arms = ["llama", "cem", "csm"], ["clean", "perturbed.forced"]
+    tail = "metrics that grow with length (kappa_path, erank) cannot be compared as they are"
+    unequal = [
+        f"unequal T in {c}: {a} read {20.5 + n} tokens a prompt and {b} {31 + n}; {tail}"
+        for c in arms for n, (a, b) in enumerate([("llama", "cem"), ("llama", "csm"), ("cem", "csm")])
+    ]  # fmt: skip
+    weights = [f"{a} and {b} are both called m and have other weights (0{n} against 1{n})" for n, (a, b) in
+               enumerate([("llama", "cem"), ("llama", "csm"), ("cem", "csm"), ("csm", "cem")])]  # fmt: skip
+    light = [f"pseudo-replication: clean of {r} has {n} rows of 4 prompts" for n, r in enumerate(runs, 9)]
+    shown, n_grave, several = put_together([*weights, *unequal, *light], 10, runs + arms)
+    said = f"6 times: unequal T in …: … read … tokens a prompt and …; {tail}"
+    assert shown == [*weights, said, *light]  # three alike are few enough to stand
+    assert n_grave == 5
+    assert several == {said: unequal}
+    section = Section("compare", "Comparison", warnings=shown, n_grave=n_grave, several=several)
+    text = rendered(Report("page", "now", [section])).decode()
+    open_part, _, rest = text.partition('<details class="several">')
+    assert all(w in open_part for w in [*weights, said])
+    behind = rest.split("</details>")[0]
+    assert "each of the 6" in behind
+    assert all(w in behind for w in unequal)
+    assert not any(w in rest.split("</details>", 1)[1] for w in unequal)
+
+
+def shown(browser, tmp_path, figure):
+    """A page of one picture, in the browser."""
+    from dynprobe.runs._report._html import rendered
+    from dynprobe.runs._report._parts import Report, Section
+
+    page = tmp_path / "one.html"
+    page.write_bytes(rendered(Report("page", "now", [Section("s", "S", figures=[figure])])))
+    browser.get(page.as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+
+
+def title_of(browser, name):
+    return browser.execute_script(
+        "return document.querySelector('.js-plotly-plot')._fullLayout[arguments[0]].title.text", name
+    )
+
+
+def test_the_axis_of_a_map_over_strengths_names_the_scale(browser, tmp_path):
+    from selenium.webdriver.support.ui import Select
+
+    from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, axis_of, grid
+
+    rows = pd.DataFrame(
+        [(w, a, k, a * k) for w in ("relnorm", "<mad>") for a in (0.1, 1.0) for k in (0, 1)],
+        columns=["write", "alpha", "layer", "mean"],
+    )
+    titles = {"relnorm": "α, relnorm (shares of a norm)", "<mad>": "α, <mad>"}
+    chart = Chart(
+        [grid("alpha", "layer", "mean")], {"xaxis": axis_of("write", titles, type="category"), "yaxis": axis("layer")}
+    )
+    choose = [{"label": "scale", "column": "write"}]
+    shown(browser, tmp_path, Figure("f", "F", "c", "a", [Frame("f", rows)], [chart], choose))
+    assert title_of(browser, "xaxis") == "α, relnorm (shares of a norm)"
+    Select(browser.find_element("css selector", "[data-column=write]")).select_by_visible_text("<mad>")
+    assert title_of(browser, "xaxis") == "α, &lt;mad&gt;"  # as text, no markup
+
+
+@pytest.mark.parametrize(("height", "stretched"), [(60.0, False), (2.0, True)])
+def test_a_plane_that_would_be_a_strip_is_stretched_and_says_so(browser, tmp_path, height, stretched):
+    from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, line
+
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 375, "height": 812, "deviceScaleFactor": 1, "mobile": True}
+    )
+    rows = pd.DataFrame({"x": np.linspace(0.0, 100.0, 9), "y": np.linspace(0.0, height, 9) ** 2 / height})
+    layout = {
+        "xaxis": axis("PC1", constrain="domain"), "yaxis": axis("PC2", scaleanchor="x", constrain="domain"),
+        "$plane": True,
+    }  # fmt: skip
+    chart = Chart([line("x", "y", "a", "#0072B2")], layout, height=460)
+    shown(browser, tmp_path, Figure("f", "F", "c", "a", [Frame("f", rows)], [chart]))
+    width, tall, per_x, per_y = browser.execute_script(
+        """const {xaxis: x, yaxis: y} = document.querySelector('.js-plotly-plot')._fullLayout;
+        const per = (a) => a._length / Math.abs(a.range[1] - a.range[0]);
+        return [x._length, y._length, per(x), per(y)]"""
+    )
+    title = title_of(browser, "yaxis")
+    if stretched:
+        said = float(re.fullmatch(r"PC2, stretched about ([\d.]+)×", title)[1])
+        assert per_y / per_x == pytest.approx(said, rel=0.35)
+        assert tall > 200
+    else:
+        assert title == "PC2"
+        assert per_y == pytest.approx(per_x, rel=1e-6)
+    assert width > 200
+
+
+@pytest.mark.parametrize("lengths", [(40,), (20, 40)])
+def test_one_length_of_texts_is_drawn_side_by_side(monkeypatch, lengths):
+    from dynprobe.runs._report import _figures_studies as studies
+
+    rows = pd.DataFrame(
+        [(c, m, n, 0.5, 0.4, 0.6, 3) for c in ("none", "layer") for m in studies.MEASURES for n in lengths],
+        columns=["condition", "measure", "length", "mean", "low", "high", "n"],
+    )
+    monkeypatch.setattr(studies, "length_numbers", lambda run: rows)
+    figure = studies.length_figure(None, "run1")
+    assert len(figure.charts) == len(studies.MEASURES)
+    for chart in figure.charts:
+        if len(lengths) == 1:
+            (trace,) = chart.traces
+            assert (trace["x"], trace["y"]) == ({"$": "mean"}, {"$": "condition"})
+            assert trace["error_x"]["array"] == {"$minus": ["high", "mean"]}
+            assert chart.title.endswith(", 40 new tokens")
+        else:
+            assert [t["x"] for t in chart.traces if "x" in t] == [{"$": "length"}] * 2
+    assert ("; bars: " in figure.caption) == (len(lengths) == 1)
+
+
+def test_two_runs_of_one_model_are_told_apart(tmp_path, run):
+    pytest.importorskip("duckdb")
+    other = made(tmp_path, arms={"clean": "clean"}, states=False, note="another")
+    text = report([run, other, run], out=tmp_path / "same.html").read_text(encoding="utf-8")
+    titles = re.findall(r'<h2 id="run\d-title">(.*?)</h2>', text)
+    name = "org/&lt;script&gt;alert(1)&lt;/script&gt; 0123"
+    assert titles == [f"{name} #{n} · run" for n in (1, 2, 3)]  # all were made under one id
+    alone = report(run, out=tmp_path / "alone.html").read_text(encoding="utf-8")
+    assert re.findall(r'<h2 id="run\d-title">(.*?)</h2>', alone) == ["org/&lt;script&gt;alert(1)&lt;/script&gt; · run"]

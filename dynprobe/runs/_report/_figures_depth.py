@@ -17,7 +17,18 @@ from dynprobe.runs._curves import (
 )  # fmt: skip
 from dynprobe.runs._pca import MEAN_UNIT, pca_numbers
 from dynprobe.runs._quantity import prompts_text
-from dynprobe.runs._report._looks import COLOURS, INK, SHAPES, curves, facts_for, ids, in_order, style_of
+from dynprobe.runs._report._looks import (
+    COLOURS,
+    INK,
+    SHAPES,
+    curves,
+    facts_for,
+    id_notes,
+    ids_of,
+    in_order,
+    metrics_said,
+    style_of,
+)
 from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, band, bars, diamonds, grid, line, points
 from dynprobe.runs._token_map import MAPPED, map_columns, token_map
 
@@ -70,21 +81,23 @@ def profile_figure(run: Run, key: str) -> Figure:
         if paired:  # colours follow the condition, not its place in this chart
             order = {diamonds(c): i for i, c in enumerate(conditions)}
             traces = [_recoloured(t, style_of(order[str(t["legendgroup"])])) for t in traces]
+        name = f"change of {words.partition(' of ')[0].partition(',')[0]}" if paired else words
         layout = {
             "xaxis": axis(x, whole=True),
-            "yaxis": axis(f"{words} ({unit})" if unit else words, type="log" if log else "linear"),
+            "yaxis": axis(f"{name} ({unit})" if unit else name, type="log" if log else "linear"),
         }
         charts.append(Chart(traces, layout, heading))
     n = int(numbers["n"].max())
     some = f" {len(conditions)} of {total} conditions are shown." if len(conditions) < total else ""
+    known = ids_of(said, columns)
     rename = {"condition": ("condition", "", ""), "measure": ("measure", "", ""), "n": ("prompts", "", "")}
     caption = (
         f"Mean over {prompts_text(n)} at each depth; bands: {INTERVAL}. Paired changes are taken inside a prompt, from "
-        f"the clean text. Metrics: {ids(said, columns)}.{some}"
+        f"the clean text.{metrics_said(known)}{some}"
     )
     return Figure(
         f"{key}-profiles", "κ and other metrics along depth", caption, _described(numbers, "kappa_phase"),
-        [Frame(f"{key}-profiles", numbers, rename)], charts,
+        [Frame(f"{key}-profiles", numbers, rename)], charts, notes=id_notes(known),
     )  # fmt: skip
 
 
@@ -141,10 +154,11 @@ def token_figure(run: Run, key: str, most_rows: int) -> Figure:
     some += "" if len(conditions) == n_conditions else f" {len(conditions)} of {n_conditions} conditions are shown."
     by_id = rows["token"].astype(str).str.fullmatch(r"#\d+") & (rows["new"] == "new")
     unknown = "; a generated token whose text the run did not store is shown by its id" if by_id.any() else ""
+    known = ids_of(said, columns)
     caption = (
-        "One cell per token and depth, as stored, without any averaging; empty where a step has no state before it. "
-        f"The dashed line marks where the prompt ends and generated tokens begin{unknown}. "
-        f"Metrics: {ids(said, columns)}.{some}"
+        "One cell per token and depth, as stored, without any averaging. Depths at which a metric has no value in any "
+        "text (a step has no state before the first) are not drawn. The dashed line marks where the prompt ends and "
+        f"generated tokens begin{unknown}.{metrics_said(known)}{some}"
     )
     alt = (
         f"Heat map of {rows['pos'].nunique()} token positions by {rows['depth'].nunique()} depths; choose prompt, "
@@ -152,11 +166,11 @@ def token_figure(run: Run, key: str, most_rows: int) -> Figure:
     )
     return Figure(
         f"{key}-tokens", "Layer × token", caption, alt, [Frame(f"{key}-tokens", rows, facts, int(sizes.sum()))],
-        [Chart([grid("pos", "depth", "@measure", log="@measure")], layout, height=440)],
+        [Chart([grid("pos", "depth", "@measure", log="@measure", trim=True)], layout, height=440)],
         [
             {"label": "prompt", "column": "prompt_id"}, {"label": "condition", "column": "condition_id"},
             {"label": "metric", "measures": measures},
-        ],
+        ], id_notes(known),
     )  # fmt: skip
 
 
@@ -184,12 +198,14 @@ def pca_figure(run: Run, key: str) -> Figure:
     layout = {
         "xaxis": axis(f"PC1 ({100 * facts['share1']:.1f} % of the variance)", zeroline=False, constrain="domain"),
         "yaxis": axis(f"PC2 ({100 * facts['share2']:.1f} %)", zeroline=False, scaleanchor="x", constrain="domain"),
+        "$plane": True,
     }
     said = {"pc1": ("PC1", "state", ""), "pc2": ("PC2", "state", ""), "n": ("tokens", "", ""), "unit": ("of", "", "")}
     said |= facts_for(run, "depths", ["prompt_id", "condition_id", "depth"])
     caption = (
         f"The state at every depth, in the plane of the two widest directions of {facts['rows']:.0f} clean states of "
-        f"{prompts_text(int(facts['prompts']))} (centred; position 0 left out). Both axes have one scale. Lines join "
+        f"{prompts_text(int(facts['prompts']))} (centred; position 0 left out). Both axes have one scale, unless the "
+        "title of the second says how far it is stretched, where one scale would leave a strip. Lines join "
         f"depths; the ring is depth {ends['depth']}. No interval: each point is one state or the mean over tokens."
     )
     alt = (

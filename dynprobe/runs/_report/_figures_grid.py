@@ -15,7 +15,7 @@ from dynprobe.runs._plot_sweep import CONTROLS, response_blocks
 from dynprobe.runs._plot_threshold import headline, open_ends
 from dynprobe.runs._quantity import alpha_label, is_threshold, level_of, per_position, prompts_text, quantity
 from dynprobe.runs._report._looks import COLOURS, INK, row_of, style_of
-from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, band, grid, line, points
+from dynprobe.runs._report._parts import Chart, Figure, Frame, axis, axis_of, band, grid, line, points
 from dynprobe.runs._token_map import token_texts
 
 if TYPE_CHECKING:
@@ -115,11 +115,12 @@ def layer_map_figure(run: Run, key: str) -> Figure:
     means = means[means["series"] == "perturbed"].reset_index(drop=True)
     if means["layer"].nunique() < 2:
         raise RunFolderError("a map along the layers needs two of them")
-    colours = {"colorscale": "RdBu", "reversescale": True, "zmid": 0} if what.signed else {}
+    colours: dict[str, Any] = {"colorscale": "RdBu", "reversescale": True, "zmid": 0} if what.signed else {}
     means["layer"] = means["layer"].astype(int)
+    titles = {write: alpha_label(write) for write in in_order(run, means["write"])}
     chart = Chart(
         [grid("alpha", "layer", "mean", log=what.log, title=f"mean {what.label}", **colours)],
-        {"xaxis": axis("α (scale)", type="category"), "yaxis": axis("layer written (block)", type="category")},
+        {"xaxis": axis_of("write", titles, type="category"), "yaxis": axis("layer written (block)", type="category")},
         height=420,
     )  # fmt: skip
     alt = "Heat map without any known mean."
@@ -283,6 +284,7 @@ def fragility_figure(run: Run, key: str, most_rows: int) -> Figure:
         "yaxis": axis("layer written (block)", whole=True, showgrid=False),
         "$tokens": {"at": "pos", "text": "token"},
     }
+    colours: dict[str, Any] = {"log": True, "title": "α50", "why": "status", "reversescale": True}
     known = fits[fits["alpha50"].notna()]
     alt = f"Heat map of thresholds over {fits['pos'].nunique()} tokens and {fits['layer'].nunique()} layers."
     if len(known):
@@ -298,6 +300,6 @@ def fragility_figure(run: Run, key: str, most_rows: int) -> Figure:
     return Figure(
         f"{key}-fragility", "Fragile tokens", caption, alt,
         [Frame(f"{key}-fragility", fits.iloc[:most_rows], _NAMES, len(fits))],
-        [Chart([grid("pos", "layer", "alpha50", log=True, title="α50", reversescale=True)], layout, height=420)],
+        [Chart([grid("pos", "layer", "alpha50", **colours)], layout, height=420)],
         [{"label": "prompt", "column": "prompt_id"}, {"label": "scale", "column": "write"}],
     )  # fmt: skip

@@ -17,8 +17,10 @@ from dynprobe.runs._report._looks import (
     bands_said,
     curves,
     facts_for,
-    ids,
+    id_notes,
+    ids_of,
     in_order,
+    metrics_said,
     row_of,
     style_of,
 )
@@ -67,12 +69,12 @@ def iteration_figure(run: Run, key: str) -> Figure:
             f"at T = {best['iterations']:g}."
         )
     dotted = " Dotted: the depth the model was trained at." if trained else ""
-    caption = (
-        f"Mean over {prompts_text(int(numbers['n'].max()))}; bands: {INTERVAL}. Metrics: {ids(said, measures)}.{dotted}"
-    )
+    known = ids_of(said, measures)
+    caption = f"Mean over {prompts_text(int(numbers['n'].max()))}; bands: {INTERVAL}.{metrics_said(known)}{dotted}"
     return Figure(
-        f"{key}-iterations", "What more iterations buy", caption, alt, [Frame(f"{key}-iterations", numbers)], charts
-    )
+        f"{key}-iterations", "What more iterations buy", caption, alt, [Frame(f"{key}-iterations", numbers)], charts,
+        notes=id_notes(known),
+    )  # fmt: skip
 
 
 def signal_figure(run: Run, key: str) -> Figure:
@@ -186,8 +188,18 @@ def length_figure(run: Run, key: str) -> Figure:
     charts = []
     for measure, words in MEASURES.items():
         own = numbers[numbers["measure"] == measure]
-        names = {diamonds(c): {"measure": measure, "condition": c} for c in in_order(own["condition"])}
+        order = in_order(own["condition"])
         words = words.replace("\n", " ")
+        if own["length"].nunique() == 1:  # one length makes no course; side by side no interval hides another
+            trace = points(
+                "mean", "condition", "mean", COLOURS[0], where={"measure": measure}, left="low", right="high",
+                showlegend=False,
+            )  # fmt: skip
+            rows = {"automargin": True, "type": "category", "categoryorder": "array", "categoryarray": order[::-1]}
+            heading = f"{words}, {own['length'].iloc[0]:g} new tokens"
+            charts.append(Chart([trace], {"xaxis": axis(words), "yaxis": rows}, heading, 130 + 30 * len(order)))
+            continue
+        names = {diamonds(c): {"measure": measure, "condition": c} for c in order}
         layout = {"xaxis": axis("new tokens", whole=True), "yaxis": axis(words)}
         charts.append(Chart(curves("length", names), layout, words, 380))
     n = int(numbers["n"].max())
@@ -200,7 +212,8 @@ def length_figure(run: Run, key: str) -> Figure:
     )
     few = " — missing below three prompts" if n < 3 else ""
     lines = int(numbers.groupby("measure", observed=True)["condition"].nunique().max())
-    caption = f"Mean over {prompts_text(n)} by length of the text; {bands_said(INTERVAL, lines)}{few}."
+    said = f"bars: {INTERVAL}" if numbers["length"].nunique() == 1 else bands_said(INTERVAL, lines)
+    caption = f"Mean over {prompts_text(n)} by length of the text; {said}{few}."
     return Figure(f"{key}-lengths", "How texts go on", caption, alt, [Frame(f"{key}-lengths", numbers)], charts)
 
 

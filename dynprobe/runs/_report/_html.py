@@ -16,7 +16,8 @@ from typing import Any
 
 from dynprobe.errors import UsageError
 from dynprobe.runs._json import dumps
-from dynprobe.runs._report._parts import Figure, Frame, Report, Table, encoded
+from dynprobe.runs._report._encoded import encoded
+from dynprobe.runs._report._parts import Figure, Frame, Report, Table
 
 __all__ = ["in_script", "rendered"]
 

@@ -22,8 +22,10 @@ __all__ = [
     "bands_said",
     "curves",
     "facts_for",
-    "ids",
+    "id_notes",
+    "ids_of",
     "in_order",
+    "metrics_said",
     "row_of",
     "style_of",
 ]
@@ -34,6 +36,8 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 #: Lines of one chart that have their bands; more of them would be one grey area.
 MOST_BANDS = 6
 SHAPES = ("", "/", "x", "-", ".", "|", "+", "\\")
+#: Metric ids that a caption names; more of them are listed under it.
+_SAID = 3
 #: Replaced by the page with a colour of its theme.
 INK, MUTED = "var:ink", "var:muted"
 
@@ -92,9 +96,24 @@ def facts_for(run: Run, table: str, columns: Sequence[str]) -> dict[str, tuple[s
     return found
 
 
-def ids(facts: Mapping[str, tuple[str, str, str]], columns: Sequence[str]) -> str:
+def metrics_said(ids: Sequence[str]) -> str:
+    """Return the sentence of a caption that names metric ids; more than three of them stand in its notes.
+
+    Example:
+        >>> metrics_said(["kappa.phase/1", "output.nll/1"]), metrics_said([f"a.b/{n}" for n in range(4)])
+        (' Metrics: kappa.phase/1, output.nll/1.', '')
+    """
+    return f" Metrics: {', '.join(ids)}." if 0 < len(ids) <= _SAID else ""
+
+
+def id_notes(ids: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """Return the note that lists metric ids where a caption does not."""
+    return [(f"{len(ids)} metric ids", list(ids))] if len(ids) > _SAID else []
+
+
+def ids_of(facts: Mapping[str, tuple[str, str, str]], columns: Sequence[str]) -> list[str]:
     """Return the metric ids of columns, each once."""
-    return ", ".join(dict.fromkeys(facts[c][2] for c in columns if c in facts and facts[c][2]))
+    return list(dict.fromkeys(facts[c][2] for c in columns if c in facts and facts[c][2]))
 
 
 def in_order(values: Any) -> list[str]:

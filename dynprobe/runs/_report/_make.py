@@ -58,7 +58,11 @@ def report(
     if len(opened) > 1:
         sections.append(_comparison(opened))
     keys = [f"run{number}" for number in range(1, len(opened) + 1)]
-    sections += [run_section(run, key, max(rows // len(opened), 100)) for run, key in zip(opened, keys, strict=True)]
+    share = max(rows // len(opened), 100)
+    # Beside a comparison the runs are what it rests on: there for whoever asks, folded until then.
+    alone = len(opened) == 1
+    for run, key, name in zip(opened, keys, _labels(opened), strict=True):
+        sections.append(run_section(run, key, share, name=name, unfolded=alone))
     names = list(dict.fromkeys(run.manifest.model_name for run in opened))
     if len(opened) == 1:
         title, lead = f"{names[0]}: {sections[0].title.rpartition(' · ')[2]}", "A run of dynprobe."
@@ -68,6 +72,13 @@ def report(
     with writing(target.parent, target.name, len(page)):
         write_bytes(target, page)
     return target
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """What sections are called, as a comparison does: two runs of one model are told apart by their ids."""
+    models = [run.manifest.model_name for run in runs]
+    labels = [m if models.count(m) == 1 else f"{m} {run.manifest.id8[:4]}" for m, run in zip(models, runs, strict=True)]
+    return labels if len(set(labels)) == len(labels) else [f"{label} #{n}" for n, label in enumerate(labels, 1)]
 
 
 def _target(runs: Sequence[Run], out: str | Path | None) -> Path:

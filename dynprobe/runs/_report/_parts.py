@@ -7,16 +7,14 @@ and columns make a line, never their values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 __all__ = [
-    "Chart", "Figure", "Frame", "Report", "Section", "Table", "axis", "band", "bars", "column", "diamonds", "encoded",
+    "Chart", "Figure", "Frame", "Report", "Section", "Table", "axis", "axis_of", "band", "bars", "column", "diamonds",
     "faded", "grid", "line", "points",
 ]  # fmt: skip
 
@@ -68,6 +66,7 @@ class Figure:
         charts: Charts.
         choose: ``{"label": …, "column": …}`` shows the rows of one value; ``{"label": …, "measures": [columns]}`` says
             which column traces that ask for the measure show.
+        notes: ``(heading, lines)`` that are folded away under the caption.
     """
 
     key: str
@@ -77,6 +76,7 @@ class Figure:
     frames: Sequence[Frame]
     charts: Sequence[Chart]
     choose: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[tuple[str, Sequence[str]]] = ()
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,20 @@ class Table:
         frame: Its rows.
         caption: What they are.
         filters: Columns with a menu of their values.
+        open: Whether it is unfolded at first.
     """
 
     title: str
     frame: Frame
     caption: str = ""
     filters: Sequence[str] = ()
+    open: bool = False
+
+    @property
+    def size(self) -> str:
+        """How many rows there are, in words."""
+        n = len(self.frame.rows) if self.frame.total is None else self.frame.total
+        return f"{n:,} row{'s' if n != 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,11 @@ class Section:
         missing: ``(picture, why it is not drawn)``.
         warnings: What a reader must know before believing any of it, the grave first.
         n_grave: How many of them are grave: those are never folded away.
+        several: For a warning that stands for several, the several.
         provenance: ``(name, text)`` at the end.
         blocks: ``(heading, text)`` shown as they are, at the end.
         closing: Tables at the end: self-tests, columns.
+        open: Whether it is unfolded at first.
     """
 
     key: str
@@ -122,9 +132,18 @@ class Section:
     missing: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
     n_grave: int = 0
+    several: Mapping[str, Sequence[str]] = field(default_factory=dict)
     provenance: Sequence[tuple[str, str]] = ()
     blocks: Sequence[tuple[str, str]] = ()
     closing: Sequence[Table] = ()
+    open: bool = True
+
+    @property
+    def content(self) -> str:
+        """What is in it, in words, for a reader who sees it folded."""
+        held = [f"{len(x)} {word}{'s' if len(x) != 1 else ''}" for x, word in
+                ((self.warnings, "warning"), (self.figures, "picture"), (self.tables, "table")) if x]  # fmt: skip
+        return ", ".join(held)
 
 
 @dataclass(frozen=True)
@@ -205,7 +224,9 @@ def bars(x: str, y: str, name: str, colour: str, shape: str = "", **more: Any) -
     }  # fmt: skip
 
 
-def grid(x: str, y: str, z: str, *, log: bool | str = False, title: str = "", **more: Any) -> dict[str, Any]:
+def grid(
+    x: str, y: str, z: str, *, log: bool | str = False, title: str = "", why: str = "", trim: bool = False, **more: Any
+) -> dict[str, Any]:
     """Return a map with one cell per value of x and y.
 
     Args:
@@ -214,11 +235,13 @@ def grid(x: str, y: str, z: str, *, log: bool | str = False, title: str = "", **
         z: Column of the colour; ``@measure`` is the chosen one.
         log: Whether colours are logarithmic; ``@measure`` asks the chosen measure.
         title: Of the colour bar; empty takes that of the measure.
+        why: Column that says why a cell has no value; shown where one points at it.
+        trim: Whether rows that have no value of the measure anywhere in the frame are left out.
         **more: Further settings; ``colorscale`` replaces Viridis.
     """
     return {
-        "type": "heatmap", "$grid": {"x": x, "y": y, "z": z, "log": log, "title": title},
-        "colorscale": more.pop("colorscale", "Viridis"), "hoverongaps": False, "$where": more.pop("where", {}), **more,
+        "type": "heatmap", "$grid": {"x": x, "y": y, "z": z, "log": log, "title": title, "why": why, "trim": trim},
+        "colorscale": more.pop("colorscale", "Viridis"), "hoverongaps": True, "$where": more.pop("where", {}), **more,
     }  # fmt: skip
 
 
@@ -239,59 +262,17 @@ def axis(title: str, *, whole: bool = False, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, "automargin": True, **({"$whole": True} if whole else {}), **more}
 
 
+def axis_of(choice: str, titles: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    """Return an axis whose title is that of what is chosen.
+
+    Args:
+        choice: Column that is chosen from.
+        titles: Title of each of its values.
+        **more: Further settings.
+    """
+    return {"automargin": True, "$title": {"column": choice, "texts": dict(titles)}, **more}
+
+
 def diamonds(name: str) -> str:
     """Return a name that stays one word in a legend: a long condition is cut in its middle."""
     return name if len(name) <= 40 else f"{name[:24]}…{name[-14:]}"
-
-
-def encoded(frame: Frame) -> dict[str, Any]:
-    """Return a frame as plain lists, column by column.
-
-    Labels are numbered, float32 are given with the digits that are theirs and no more, a missing value is None, and an
-    infinity is the text JSON has for it.
-    """
-    columns = []
-    for name in frame.rows.columns:
-        words, unit, metric = frame.facts.get(str(name), (str(name), "", ""))
-        columns.append(
-            {"name": str(name), "words": words, "unit": unit, "id": metric, **_values(frame.rows[name])}
-        )  # fmt: skip
-    total = len(frame.rows) if frame.total is None else frame.total
-    return {"columns": columns, "rows": len(frame.rows), "total": total}
-
-
-def _values(values: pd.Series) -> dict[str, Any]:
-    kind = values.dtype
-    if pd.api.types.is_bool_dtype(kind):
-        return {"kind": "text", "values": [("yes" if v else "no") if pd.notna(v) else None for v in values]}
-    if isinstance(kind, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(kind):
-        return _texts(values)
-    array = values.to_numpy()
-    if array.dtype.kind in "iu":
-        return {"kind": "number", "values": array.tolist()}
-    if array.dtype.kind != "f":
-        array = values.to_numpy(np.float64, na_value=np.nan)
-    # The shortest text that reads back as the same float32; widening it first would invent digits.
-    numbers = [float(text) for text in array.astype(str)] if array.dtype.itemsize < 8 else array.tolist()
-    return {"kind": "number", "values": [_number(v) for v in numbers]}
-
-
-def _number(value: float) -> float | int | str | None:
-    if math.isnan(value):
-        return None
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return int(value) if value == int(value) and abs(value) < 1e15 else value
-
-
-def _texts(values: pd.Series) -> dict[str, Any]:
-    texts = [None if _is_missing(v) else str(v) for v in values.astype(object)]
-    levels = list(dict.fromkeys(t for t in texts if t is not None))
-    if len(levels) * 2 > len(texts):
-        return {"kind": "text", "values": texts}
-    place = {level: i for i, level in enumerate(levels)}
-    return {"kind": "text", "levels": levels, "codes": [-1 if t is None else place[t] for t in texts]}
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))

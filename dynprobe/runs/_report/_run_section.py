@@ -59,17 +59,19 @@ _FIRST = (
     "limen_regime",
     "repetition",
 )
+#: A table of what was concluded that is longer than this is folded: two pages of it.
+_MOST_OPEN = 50
 _LEFT_OUT = ("sample_id", "reasons", "digest", "token_ids", "token_texts", "equal_to")
 
 
-def run_section(run: Run, key: str, most_rows: int) -> Section:
-    """Return the section of a run."""
+def run_section(run: Run, key: str, most_rows: int, *, name: str = "", unfolded: bool = True) -> Section:
+    """Return the section of a run under a name (default its model's), unfolded or not."""
     figures, missing = _figures(run, key, most_rows)
     return Section(
-        key=key, title=f"{run.manifest.model_name} · {protocol_of(run.manifest.config)}",
+        key=key, title=f"{name or run.manifest.model_name} · {protocol_of(run.manifest.config)}",
         facts=_facts(run), figures=figures, tables=_tables(run, key, most_rows), missing=missing,
         warnings=_warnings(run), provenance=_provenance(run.manifest), blocks=_blocks(run.manifest),
-        closing=_closing(run, key),
+        closing=_closing(run, key), open=unfolded,
     )  # fmt: skip
 
 
@@ -145,9 +147,8 @@ def _warnings(run: Run) -> list[str]:
     tests = manifest.self_tests if isinstance(manifest.self_tests, Mapping) else {}
     for name, test in tests.items():
         if isinstance(test, Mapping) and test.get("passed") is False:
-            found.append(
-                f"Self-test {name} failed: {test.get('value')} {test.get('unit', '')} (limit {test.get('limit')})."
-            )
+            value = f"{_shown(test.get('value'))} {test.get('unit', '')}".strip()
+            found.append(f"Self-test {name} failed: {value} (limit {test.get('limit')}).")
     dtypes = manifest.dtypes if isinstance(manifest.dtypes, Mapping) else {}
     if dtypes.get("low_precision_angles"):
         found.append(f"States were read in {dtypes.get('weights')}: angles are coarser than many effects.")
@@ -169,7 +170,8 @@ def _tables(run: Run, key: str, most_rows: int) -> list[Table]:
     if len(summary):
         tables.append(
             Table("What the run concluded", Frame(f"{key}-summary", summary.iloc[:most_rows], {}, len(summary)),
-                  "Every estimate of summary.json with its interval; missing values have a reason.", ["quantity"])
+                  "Every estimate of summary.json with its interval; missing values have a reason.", ["quantity"],
+                  open=len(summary) <= _MOST_OPEN)
         )  # fmt: skip
     rows = run.manifest.rows()
     if rows.get("samples"):

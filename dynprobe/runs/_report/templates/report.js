@@ -189,16 +189,20 @@
       const get = (name) => frame.columns.get(name).values;
       const [xs, ys, zs] = [get(spec.x), get(spec.y), get(z)];
       const sorted = (values) => [...new Set(rows.map((i) => values[i]))].sort((a, b) => a - b);
-      const [x, y] = [sorted(xs), sorted(ys)];
+      // A row without any value in the whole frame (the first depth has no step) is no row of this measure.
+      const held = new Set();
+      if (spec.trim) zs.forEach((v, i) => { if (v !== null && Number.isFinite(v)) held.add(ys[i]); });
+      const [x, y] = [sorted(xs), sorted(ys).filter((v) => !spec.trim || held.has(v))];
       const [column, row] = [new Map(x.map((v, i) => [v, i])), new Map(y.map((v, i) => [v, i]))];
       const matrix = y.map(() => x.map(() => null)), text = y.map(() => x.map(() => ""));
-      const tokens = frame.columns.get("token")?.values;
+      const tokens = frame.columns.get("token")?.values, why = spec.why ? get(spec.why) : [];
+      const at = (i) => `${tokens?.[i] ? `“${label(tokens[i])}”<br>` : ""}${escaped(spec.x)} ${short(xs[i])}<br>${escaped(spec.y)} ${short(ys[i])}<br>${escaped(z)} `;
       for (const i of rows) {
-        const value = zs[i];
-        if (value === null || !Number.isFinite(value) || (log && value <= 0)) continue;
-        const [r, c] = [row.get(ys[i]), column.get(xs[i])];
-        matrix[r][c] = log ? Math.log10(value) : value;
-        text[r][c] = `${tokens?.[i] ? `“${label(tokens[i])}”<br>` : ""}${escaped(spec.x)} ${short(xs[i])}<br>${escaped(spec.y)} ${short(ys[i])}<br>${escaped(z)} ${short(value)}`;
+        const value = zs[i], [r, c] = [row.get(ys[i]), column.get(xs[i])];
+        if (r === undefined) continue;
+        const drawn = value !== null && Number.isFinite(value) && !(log && value <= 0);
+        if (drawn) matrix[r][c] = log ? Math.log10(value) : value;
+        text[r][c] = at(i) + (drawn ? short(value) : value === null ? `has no value${why[i] ? `: ${escaped(why[i])}` : ""}` : `${short(value)}, not on this scale`);
       }
       const category = (values) => values.map((v) => short(v));
       trace.x = spec.x === "alpha" ? category(x) : x;
@@ -228,7 +232,7 @@
       const base = {
         autosize: true, height: chart.height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { color: theme.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-        margin: { l: 10, r: 10, t: 30, b: 10 }, hoverlabel: { font: { size: 12 } },
+        margin: { l: 10, r: 22, t: 30, b: 10 }, hoverlabel: { font: { size: 12 } },
         showlegend: shown > 1 || traces.some((t) => t.type === "bar"), legend: { entrywidth: 0, orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, bgcolor: "rgba(0,0,0,0)", font: { size: 11 } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.muted, activecolor: theme.ink },
       };
@@ -236,16 +240,12 @@
       const plotted = Math.max(120, width - 90);
       for (const name of ["xaxis", "yaxis"]) {
         const axis = merged[name] ?? {};
-        const text = axis.title?.text;
-        if (text === "@measure") {
-          const metric = this.chosen.metric;
-          const units = this.frame.columns.get("unit");
-          const at = units ? this.rows(this.frame, {}).find((i) => units.values[i]) : undefined;
-          const unit = at === undefined || units.values[at] === "1" ? "" : units.values[at];
-          axis.title = { text: escaped(unit ? `${metric} (${unit})` : String(metric)) };
-        }
+        if (axis.$title) axis.title = { text: axis.$title.texts[this.chosen[axis.$title.column]] ?? "" };
+        delete axis.$title;
         for (const list of ["categoryarray", "ticktext"]) if (axis[list]) axis[list] = axis[list].map(escaped);
-        if (text && text !== "@measure") axis.title.text = escaped(text);
+        if (axis.title?.text) axis.title.text = escaped(axis.title.text);
+        // Names of conditions take half of a phone; shares need three ticks there.
+        if (width < 480 && name === "xaxis" && axis.tickvals?.length === 5) axis.tickvals = axis.tickvals.filter((_, i) => i % 2 === 0);
         if (axis.$whole && !axis.tickvals) Object.assign(axis, whole(traces.flatMap((t) => t[name[0]] ?? []), name === "xaxis" ? plotted / 44 : chart.height / 40));
         delete axis.$whole;
         merged[name] = { gridcolor: theme.grid, linecolor: theme.line, zerolinecolor: theme.line, zeroline: axis.showgrid !== false, tickfont: { size: 11 }, ...axis };
@@ -256,7 +256,27 @@
       const tokens = layout.$tokens;
       delete merged.$tokens;
       if (tokens) this.tokens(merged, tokens, theme, width);
+      if (merged.$plane) this.plane(merged, traces, plotted, chart.height - 110);
+      delete merged.$plane;
       return merged;
+    }
+    // Two axes of one scale take no more height than they need; where one is so much longer that a strip would be left,
+    // the short one is stretched and says so.
+    plane(layout, traces, width, height) {
+      const span = (name) => {
+        const known = traces.flatMap((t) => t[name] ?? []).filter((v) => Number.isFinite(v));
+        return known.reduce((a, b) => Math.max(a, b), -Infinity) - known.reduce((a, b) => Math.min(a, b), Infinity);
+      };
+      const [x, y] = [span("x"), span("y")];
+      if (!(x > 0 && y > 0)) return;
+      const needed = (1.15 * width * y) / x;
+      if (needed >= 0.4 * height) {
+        layout.height -= Math.max(0, height - needed);
+        return;
+      }
+      delete layout.yaxis.scaleanchor;
+      const times = height / y / (width / x);
+      layout.yaxis.title = { ...layout.yaxis.title, text: `${layout.yaxis.title.text}, stretched about ${times >= 10 ? Math.round(times) : times.toFixed(1)}×` };
     }
     tokens(layout, spec, theme, width) {
       const rows = this.rows(this.frame, {});
@@ -277,6 +297,9 @@
       }
     }
     draw() {
+      // What is folded has no width to draw in; it is drawn when it is unfolded.
+      this.stale = this.node.closest("details:not([open])") !== null;
+      if (this.stale) return;
       const theme = colours();
       this.spec.charts.forEach((chart, number) => {
         const plot = this.plots[number];
@@ -291,7 +314,7 @@
         Plotly.react(plot, traces, layout, config).then(() => {
           // A legend below a chart takes its room from it; give that room back, now that its height is known.
           const legend = layout.showlegend ? plot._fullLayout.legend?._height ?? 0 : 0;
-          if (legend) Plotly.relayout(plot, { height: chart.height + legend + 6, "margin.b": legend + 52 });
+          if (legend) Plotly.relayout(plot, { height: layout.height + legend + 6, "margin.b": legend + 52 });
         });
       });
     }
@@ -408,6 +431,44 @@
     new Table(document.querySelector(`[data-table="${CSS.escape(spec.frame)}"]`), frames[spec.frame], spec.filters);
   }
 
+  // ---- folding -------------------------------------------------------------------------------------------------------
+  const drawStale = () => pictures.forEach((p) => { if (p.stale) p.draw(); });
+  document.addEventListener("toggle", drawStale, true);
+  const unfold = (details) => { for (const one of details) one.open = true; drawStale(); };
+  const folds = (from) => [...from.querySelectorAll("details:not([open], [data-numbers])")];
+  const follow = () => {
+    let name = location.hash.slice(1);
+    try { name = decodeURIComponent(name); } catch { /* not escaped, so taken as it is */ }
+    const target = document.getElementById(name);
+    if (!target) return;
+    const around = [];
+    for (let d = target.closest("details"); d; d = d.parentElement.closest("details")) around.push(d);
+    unfold(around);
+    target.scrollIntoView();
+  };
+  window.addEventListener("hashchange", follow);
+  // The same link a second time changes nothing in the address, and what it leads to may be folded again.
+  document.querySelectorAll("a[href^='#']").forEach((link) => link.addEventListener("click", () => setTimeout(follow, 0)));
+  document.getElementById("unfold").addEventListener("click", () => {
+    unfold(folds(document.getElementById("main")));
+    say("Everything is unfolded.");
+  });
+  let before = null;
+  window.addEventListener("beforeprint", () => {
+    const closed = folds(document.getElementById("main"));
+    before = { closed, theme: root.dataset.theme };
+    root.dataset.theme = "light";
+    unfold(closed);
+    if (before.theme !== "light") drawAll();
+  });
+  window.addEventListener("afterprint", () => {
+    if (before === null) return;
+    for (const one of before.closed) one.open = false;
+    root.dataset.theme = before.theme;
+    if (before.theme !== "light") drawAll();
+    before = null;
+  });
+
   // ---- drawing, nearest first ---------------------------------------------------------------------------------------
   const drawAll = () => pictures.forEach((p) => p.draw());
   choice.addEventListener("change", () => { remember(choice.value); setTheme(); drawAll(); });
@@ -421,7 +482,7 @@
   });
   let next = 0;
   const step = () => {
-    if (next >= pictures.length) { root.dataset.ready = "yes"; return; }
+    if (next >= pictures.length) { follow(); root.dataset.ready = "yes"; return; }
     pictures[next++].draw();
     setTimeout(step, 0);
   };
