@@ -13,7 +13,6 @@ model type is
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -28,12 +27,14 @@ from torch import Tensor, nn
 from dynprobe.errors import DynprobeError
 from dynprobe.probes import Subject, Tape, capture, discover, resume
 from dynprobe.testing._architectures import causal_types, tiny_causal_lm
+from dynprobe.testing._own_model import own_inputs
 
-__all__ = ["ResumeVerdict", "try_resume"]
+__all__ = ["LIMIT", "ROWS", "ResumeVerdict", "logits_from", "short_text", "try_resume"]
 
 #: Largest deviation of a logit from the truth, in standard deviations of the logits.
 LIMIT = 1e-4
-_ROWS = ((5, 17, 9, 33, 21, 64, 90, 11, 42), (7, 100, 23, 51, 8, 77), (3, 88, 19))
+#: Token ids of the rows of a trial, of three lengths.
+ROWS = ((5, 17, 9, 33, 21, 64, 90, 11, 42), (7, 100, 23, 51, 8, 77), (3, 88, 19))
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,18 @@ def _type_of(model: Any) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
-def _truth(subject: Subject, tape: Tape, at: int, states: Tensor) -> Tensor:
+def logits_from(subject: Subject, tape: Tape, at: int, states: Tensor) -> Tensor:
     """The logits of the whole forward in which ``states`` enter block ``at``."""
     model: Any = subject.model
     times = len(states) // len(tape.mask)
     mask = tape.mask.repeat(times, 1)
     assert tape.token_ids is not None
-    offered = {
-        "attention_mask": mask.long(),
-        "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0),
-        "use_cache": False,
-    }
-    names = inspect.signature(model.forward).parameters
-    more = {name: value for name, value in offered.items() if name in names}
     site = (subject.blocks[0], "input") if at == 0 else (subject.blocks[at - 1], "output")
     call = subject.turns[at - 1].call if at and subject.turns else 0
     if at == 0 and _type_of(model) == "hrm_text":  # its first state is its embedding, scaled
         site, states = (model.model.embed_tokens, "output"), states / model.config.embedding_scale
     with _instead(*site, states, call), torch.no_grad():
-        return model(input_ids=tape.token_ids.repeat(times, 1), **more).logits.clone()
+        return model(**own_inputs(model, tape.token_ids.repeat(times, 1), mask)).logits.clone()
 
 
 def _inner_calls(subject: Subject, below: int, run: Callable[[], Tape]) -> tuple[Tape, int]:
@@ -151,18 +145,18 @@ def try_resume(model_type: str, *, seed: int = 0, build: Callable[..., Any] = ti
     try:
         model = build(model_type, seed=seed)
     except DynprobeError as error:
-        reason = _short(error).removeprefix(f"{model_type} is left out: ").removeprefix(f"{model_type} ")
+        reason = short_text(error).removeprefix(f"{model_type} is left out: ").removeprefix(f"{model_type} ")
         return ResumeVerdict(model_type, model_class, "left out", reason=reason)
     model_class = type(model).__name__
     try:
         subject = discover(model, name=model_type)
-        tapes = [capture(subject, [list(r) for r in _ROWS], logits="all", padding=side) for side in ("left", "right")]
+        tapes = [capture(subject, [list(r) for r in ROWS], logits="all", padding=side) for side in ("left", "right")]
     except DynprobeError as error:
-        return ResumeVerdict(model_type, model_class, "refused", reason=_short(error))
+        return ResumeVerdict(model_type, model_class, "refused", reason=short_text(error))
     try:
         return _compare(subject, tapes, model_type, seed)
     except Exception as error:  # a crash in the middle of a resume is as bad as a wrong number
-        text = f"{type(error).__name__}: {_short(error)}"
+        text = f"{type(error).__name__}: {short_text(error)}"
         return ResumeVerdict(model_type, model_class, "wrong", subject.n_layers, subject.block_path, reason=text)
 
 
@@ -178,7 +172,7 @@ def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) ->
             clean = tape.states[at]
             noise = torch.randn(clean.shape, generator=draw) * clean[real].std() * 0.1
             states = torch.cat([clean, clean + noise])
-            wanted = _truth(subject, tape, at, states)
+            wanted = logits_from(subject, tape, at, states)
             again, calls = _inner_calls(subject, at, partial(resume, tape, at, states))
             ran += calls
             assert again.logits is not None
@@ -196,9 +190,6 @@ def _compare(subject: Subject, tapes: list[Tape], model_type: str, seed: int) ->
     if unmoved:
         verdict = "wrong"
         reason = f"at depths {sorted(set(unmoved))} the block does nothing or no logit moves: the trial shows nothing"
-    expected = None if subject.turns else _configured_layers(subject)
-    if verdict in ("fast", "fallback") and expected not in (None, subject.n_layers):
-        reason = f"{reason}; {subject.n_layers} blocks found, {expected} configured".removeprefix("; ")
     model_class = type(subject.model).__name__
     return ResumeVerdict(model_type, model_class, verdict, subject.n_layers, subject.block_path, worst, reason)
 
@@ -213,12 +204,7 @@ def _idle(subject: Subject, tape: Tape) -> list[int]:
     ]
 
 
-def _configured_layers(subject: Subject) -> int | None:
-    config: Any = subject.model.config
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return next((n for k in ("num_hidden_layers", "n_layer") if isinstance(n := getattr(config, k, None), int)), None)
-
-
-def _short(error: BaseException) -> str:
+def short_text(error: BaseException) -> str:
+    """What an error says, on one line and of a bounded length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 240 else text[:237] + "…"

@@ -35,8 +35,10 @@ SIZES: dict[str, int] = {
     ),
     **_all(
         2,
-        "num_key_value_heads num_kv_heads swa_num_key_value_heads index_n_heads linear_num_key_heads num_query_groups",
+        "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_query_groups",
     ),
+    # A sum of few rectified scores is often exactly zero, and which of several zeros is among the largest is chance.
+    **_all(16, "index_n_heads"),
     **_all(
         8,
         "head_dim d_head dim_head swa_head_dim attention_head_size kv_channels linear_head_dim linear_key_head_dim "
@@ -151,6 +153,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 #: Model type → why it is not tried.
 LEFT_OUT: dict[str, str] = {
+    "gemma3n": "its picture tower needs timm; what reads the text is gemma3n_text",
     "gemma4_assistant": "it drafts for another model and reads that model's keys and values",
     "gemma4_unified_assistant": "it drafts for another model and reads that model's keys and values",
     "musicgen": "its tokens are audio codes of several codebooks at once",
