@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
-SOURCES = dynprobe tests benchmarks
+SOURCES = dynprobe tests benchmarks .ci
 
-.PHONY: demo test test-slow test-long check format bench bench-ratios figure clean
+.PHONY: demo test test-slow test-long test-matrix audit check format bench bench-ratios figure clean
 
 demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
@@ -29,6 +29,15 @@ test-slow: $(VENV)/.installed  ## end-to-end tests on real weights
 
 test-long: $(VENV)/.installed  ## the exhaustive versions: every architecture, every input
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m long
+
+test-matrix:  ## the core tests with the oldest dependencies allowed, and with the newest that can be installed
+	PYTHON=$(PYTHON) .ci/matrix oldest
+	PYTHON=$(PYTHON) .ci/matrix newest
+
+audit: $(VENV)/.installed  ## licences of all dependencies, and known vulnerabilities (asks PyPI)
+	$(VENV)/bin/python .ci/licences.py --check
+	$(PIP) install -q pip-audit
+	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 check: $(VENV)/.installed  ## format, lint, types, import rules
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -57,4 +66,4 @@ bench-ratios: $(VENV)/.installed  ## ratios against benchmarks/budgets.json: a w
 	$(VENV)/bin/python benchmarks/ratios.py $(VENV)/bench.json
 
 clean:
-	rm -rf $(VENV) .venv-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-demo .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,11 +71,12 @@ def _size(node: Any, where: str, same: Callable[[str], str], known: dict[int, in
     for item in node.value if isinstance(node, yaml.CollectionNode) else ():
         key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
         if key is not None:
-            name, line = same(str(key.value)), key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and name in lines:
-                raise UsageError(f"{where}, line {line}: {name} stands there twice (line {lines[name]} too)")
-            lines[name] = line
             size += _size(key, where, same, known)
+            if isinstance(key, yaml.ScalarNode):  # the text of a list of aliases would itself be endless
+                name, line = same(str(key.value)), key.start_mark.line + 1
+                if name in lines:
+                    raise UsageError(f"{where}, line {line}: {name} stands there twice (line {lines[name]} too)")
+                lines[name] = line
         size += _size(value, where, same, known)
         if size > _MOST:
             raise UsageError(f"{place}: more than {_MOST:,} items, aliases written out")

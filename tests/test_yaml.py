@@ -52,3 +52,9 @@ def test_bytes_that_are_no_text(tmp_path):
         read_yaml(tmp_path / "file.yaml", "config file")
     with pytest.raises(UsageError, match="cannot be read"):
         read_yaml(tmp_path / "no.yaml", "config file")
+
+
+def test_aliases_inside_a_key_are_counted_and_not_written_out(tmp_path):
+    levels = ["&a0 [x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 40))]
+    with pytest.raises(UsageError, match="line 1: more than 100,000 items"):
+        read(tmp_path, f"? [{', '.join(levels)}]\n: 1\n")

@@ -91,7 +91,17 @@ def _usage(error: Any) -> int:
         return 0
     context = getattr(error, "ctx", None)
     hint = "" if context is None else f"  (see: {context.command_path} --help)"
-    return _say(f"{error.format_message()}{hint}", 2)
+    return _say(f"{error.format_message()}{_elsewhere(error, context)}{hint}", 2)
+
+
+def _elsewhere(error: Any, context: Any) -> str:
+    """Name the commands that have the option that this one lacks."""
+    name = getattr(error, "option_name", None)
+    if name is None or context is None or type(error).__name__ != "NoSuchOption":
+        return ""
+    commands = getattr(context.find_root().command, "commands", {})
+    having = [word for word, command in commands.items() if any(name in option.opts for option in command.params)]
+    return f". Commands that have it: {', '.join(having)}" if having else ""
 
 
 def _warn(

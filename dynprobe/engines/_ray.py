@@ -8,6 +8,7 @@ replaced by a new one, which opens the job again.
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ __all__ = ["Ray"]
 
 #: Seconds after which it is said that an actor waits for its place.
 _PATIENCE = 20.0
+
+#: Seconds in which a cluster answers that was named by its host and port.
+_ANSWERS = 5.0
 
 
 @dataclass(eq=False)
@@ -123,6 +127,7 @@ class Ray(Engine):
 
     def _connect(self, address: str | None) -> None:
         try:
+            _knock(address or "")
             self._ray.init(
                 address=address, log_to_driver=False, logging_level="error", configure_logging=False,
                 **({} if address else {"include_dashboard": False}),
@@ -177,7 +182,7 @@ class Ray(Engine):
             warnings.warn(
                 f"waiting for Ray: a worker needs {self._threads} CPU and {self._gpus:g} GPU, and "
                 f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU are free. "
-                "Fewer --workers could begin at once",
+                "If other work holds them, fewer --workers could begin at once; if not, the worker is still loading",
                 stacklevel=4,
             )
 
@@ -214,3 +219,18 @@ class _RayWorker:
 
     def work(self, unit: Any) -> Any:
         return self._worker.work(unit)
+
+
+def _knock(address: str) -> None:
+    """Raise ConnectionError where nobody listens: Ray itself tries for minutes, and logs meanwhile.
+
+    Example:
+        >>> _knock("auto")
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), min(int(port), 65535)), timeout=_ANSWERS).close()
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error)) from error

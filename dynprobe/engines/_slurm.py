@@ -59,6 +59,8 @@ class Slurm(Engine):
             self._executor: Any = submitit.AutoExecutor(folder=self._folder / "jobs", cluster=cluster)
         except RuntimeError as error:
             raise EngineError(f"no Slurm here: {error}") from error
+        except ValueError as error:
+            raise UsageError(f"--slurm cluster={cluster}: it is slurm, local (processes here) or debug") from error
         if self._executor.cluster == "local" and cluster is None:
             raise EngineError(
                 "the engine slurm found no sbatch on this machine. Run the same command on a login node, or "
@@ -71,7 +73,7 @@ class Slurm(Engine):
             settings.setdefault("slurm_array_parallelism", self.workers)
         try:
             self._executor.update_parameters(**settings)
-        except (TypeError, ValueError, NameError) as error:
+        except (TypeError, ValueError, NameError, AssertionError) as error:  # it asserts the types of values
             raise UsageError(f"submitit does not take these settings: {error}") from error
 
     def begin(self, job: Job) -> None:

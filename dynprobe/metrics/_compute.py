@@ -6,12 +6,25 @@ import inspect
 from typing import Any
 
 from dynprobe.errors import MetricError
-from dynprobe.metrics._registry import entry, format_id, near_key, parse_id
+from dynprobe.metrics._range import scaled_inputs
+from dynprobe.metrics._registry import MetricSpec, entry, format_id, near_key, parse_id
 from dynprobe.metrics._result import Result
 
 __all__ = ["compute"]
 
 _OWN = {"inputs", "mask", "params", "metric_id"}
+
+
+def _ignores_scale(spec: MetricSpec) -> bool:
+    """Whether one factor for all inputs changes nothing: declared, and the inputs are states or a series of any unit.
+
+    The detector of cosines compares with 1e-12, so it is not among them.
+    """
+    return (
+        "S" in spec.invariances
+        and spec.input.startswith(("trajectory", "tokens", "series"))
+        and (spec.family != "recync")
+    )
 
 
 def compute(metric_id: str, X: Any, *more: Any, mask: Any = None, **params: Any) -> Result:
@@ -63,6 +76,8 @@ def compute(metric_id: str, X: Any, *more: Any, mask: Any = None, **params: Any)
                 f"{parsed.id} has no parameter {key!r}.{near_key(key, known)} Known: {', '.join(known) or 'none'}."
             )
     full = format_id(parsed.id, values)
+    if not extra and _ignores_scale(found.spec):
+        inputs = scaled_inputs(inputs)
     result: Result = found.compute(inputs, mask, values, full, **extra)
     if not parsed.extraction:
         return result

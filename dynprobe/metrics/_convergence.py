@@ -26,6 +26,7 @@ from dynprobe.metrics._block_influence import block_influence
 from dynprobe.metrics._delta import delta_angle, delta_rel_next, delta_rel_prev, delta_rms
 from dynprobe.metrics._geometry import NEAR_ZERO, norms_and_validity, pair_angle
 from dynprobe.metrics._inputs import as_series, as_tokens, as_trajectory
+from dynprobe.metrics._range import levelled
 from dynprobe.metrics._reduce import profile_reasons, share
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._residual import acceleration_terms, deq_residual
@@ -109,7 +110,8 @@ def contraction(w: Walk) -> Scores:
     """ρ̂: the median of Δ_{k+1}/Δ_k of delta.rms over the steps whose Δ_k is not zero."""
     delta, terms = _profile(delta_rms(w)), w.step_terms
     reach = np.maximum(w.norm[:-1], w.norm[1:]) if len(w.norm) > 1 else np.zeros((0, *w.norm.shape[1:]))
-    scale = np.sqrt(terms.mean(np.where(terms.ok, reach, 0.0) ** 2) / max(w.dim, 1))
+    reach, exponent = levelled(np.where(terms.ok, reach, 0.0), terms.ok)
+    scale = np.ldexp(np.sqrt(terms.mean(reach**2) / max(w.dim, 1)), exponent)
     with np.errstate(divide="ignore", invalid="ignore"):
         moved = delta[:-1] > NEAR_ZERO * w.eps * scale[:-1]
         ratio = np.where(moved, delta[1:] / delta[:-1], np.nan)

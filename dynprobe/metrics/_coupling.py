@@ -19,6 +19,7 @@ import numpy as np
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._inputs import as_array, eps_of
+from dynprobe.metrics._range import in_range
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
 
@@ -97,6 +98,7 @@ def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_
     k = int(params["K"])
     if not (np.isfinite(j1).all() and np.isfinite(j2).all()):
         return Result(math.nan, "nonfinite", 0.0, j1.shape[1], 2, metric_id, dtype=dtype)
+    (j1,), (j2,) = in_range(j1), in_range(j2)
     one, two = singular(j1, k), singular(j2, k)
     value, reason = coupling_mk(j1, one, j2, two, eps_of(coarse))
     extras = {"gap": two.gap, "sigma_1": one.s, "sigma_2": two.s}

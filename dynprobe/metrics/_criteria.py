@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dynprobe.errors import MetricError
+from dynprobe.metrics._inputs import as_array
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Result
 from dynprobe.metrics.statistics._crossing import Crossing, first_crossing
@@ -46,7 +47,7 @@ def _criterion(level_of: Callable[[dict[str, Any]], float]) -> Callable[..., Res
     def compute(
         inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, floor: float = 0.0
     ) -> Result:
-        alphas, responses = _masked(inputs, mask)
+        alphas, responses = _masked(inputs, mask, metric_id)
         return _crossing_result(
             first_crossing(alphas, responses, level_of(params), floor=floor), len(alphas), metric_id
         )
@@ -65,24 +66,24 @@ def _kappa(
             f"differ by nothing that matters; found {len(values)}."
         )
     level = float(np.quantile(values, params["q"]))
-    alphas, responses = _masked(inputs, mask)
+    alphas, responses = _masked(inputs, mask, metric_id)
     return _crossing_result(first_crossing(alphas, responses, level, floor=floor), len(alphas), metric_id)
 
 
 def _prompt(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
-    x = np.asarray(inputs[0], dtype=np.float64)
+    x = as_array(inputs[0], metric_id)[0]
     x = x if mask is None else np.where(np.asarray(mask, dtype=bool), x, np.nan)
     return _threshold_result(prompt_threshold(x, n_boot=0), x.size, metric_id)
 
 
 def _mean(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str, floor: float = 0.0) -> Result:
-    alphas, responses = _masked(inputs, mask)
+    alphas, responses = _masked(inputs, mask, metric_id)
     t = mean_threshold(responses, alphas, params["level"], floor=floor)
     return _threshold_result(t, len(alphas), metric_id)
 
 
-def _masked(inputs: tuple[Any, ...], mask: Any) -> tuple[Any, Any]:
-    alphas, responses = (np.asarray(x, dtype=np.float64) for x in inputs)
+def _masked(inputs: tuple[Any, ...], mask: Any, metric_id: str) -> tuple[Any, Any]:
+    alphas, responses = (as_array(x, metric_id)[0] for x in inputs)
     return alphas, responses if mask is None else np.where(np.asarray(mask, dtype=bool), responses, np.nan)
 
 

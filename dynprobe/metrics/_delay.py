@@ -33,6 +33,7 @@ import numpy as np
 from dynprobe.errors import MetricError, did_you_mean
 from dynprobe.metrics._geometry import NEAR_ZERO
 from dynprobe.metrics._inputs import as_array
+from dynprobe.metrics._range import in_range
 from dynprobe.metrics._result import Array
 
 __all__ = [
@@ -120,7 +121,7 @@ def lag_autocorrelation(x: Any, lag: int = 1) -> float:
     windows = delay_embed(x, 2, lag)
     if len(windows) < 2 or not np.isfinite(windows).all() or any(constant(c) for c in windows.T):
         return float("nan")
-    a, b = (windows - windows.mean(0)).T
+    a, b = (in_range(c - c.mean())[0] for c in in_range(windows)[0].T)
     r = float(a @ b / np.sqrt((a @ a) * (b @ b)))
     return min(1.0, max(-1.0, r))
 

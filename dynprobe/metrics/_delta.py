@@ -16,6 +16,7 @@ import numpy as np
 from dynprobe.errors import MetricError
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._kappa_phase import kappa_phase
+from dynprobe.metrics._range import levelled
 from dynprobe.metrics._reduce import mean_of_profile
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
@@ -36,8 +37,10 @@ def _relative(w: Walk, norm: Array, agg: str) -> Scores:
         if agg == "mean":
             profile = terms.mean(ratio)
         elif agg == "fro":
-            moved = np.add.reduce(w.diff**2, axis=-1, where=terms.ok, initial=0.0)
-            profile = np.sqrt(moved / np.add.reduce(norm**2, axis=-1, where=terms.ok, initial=0.0))
+            (diff, up), (base, down) = levelled(w.diff, terms.ok), levelled(norm, terms.ok)
+            moved = np.add.reduce(diff**2, axis=-1, where=terms.ok, initial=0.0)
+            profile = np.sqrt(moved / np.add.reduce(base**2, axis=-1, where=terms.ok, initial=0.0))
+            profile = np.ldexp(profile, up - down)
         else:
             raise MetricError(f"agg is 'mean' or 'fro', found {agg!r}.")
     return _close(w, profile, terms.mean_steps(ratio))
@@ -56,7 +59,8 @@ def delta_rel_next(w: Walk, agg: str = "mean") -> Scores:
 def delta_rms(w: Walk) -> Scores:
     """‖B − A‖_F/√(N·d) for every step, N = valid units."""
     per_unit = w.step_terms.mean_steps(w.diff) / np.sqrt(max(w.dim, 1))
-    return _close(w, np.sqrt(w.step_terms.mean(w.diff**2) / max(w.dim, 1)), per_unit)
+    diff, exponent = levelled(w.diff, w.step_terms.ok)
+    return _close(w, np.ldexp(np.sqrt(w.step_terms.mean(diff**2) / max(w.dim, 1)), exponent), per_unit)
 
 
 def delta_angle(w: Walk) -> Scores:

@@ -49,7 +49,7 @@ def opened(x: Floats, name: str) -> tuple[torch.Tensor, Callable[[torch.Tensor],
 
 
 def lengths(x: torch.Tensor) -> torch.Tensor:
-    """Euclidean norms over the last axis in float64; NaN for a state that is zero or not finite.
+    """Euclidean norms over the last axis in float64; NaN for a state that is zero, subnormal, or not finite.
 
     Squares of float32 leave their range long before the states do: where a norm is suspiciously large or small, and on
     devices where looking would mean waiting, the sum is made in float64.
@@ -57,8 +57,9 @@ def lengths(x: torch.Tensor) -> torch.Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1)
     if x.dtype == torch.float32 and (x.device.type != "cpu" or not _within(norm)):
         norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    norm = norm.double()
-    return torch.where(torch.isfinite(norm) & (norm > 0), norm, torch.nan)
+    norm, least = norm.double(), float(torch.finfo(x.dtype).tiny)
+    # beyond these the callers' 1/norm is not a number of this type, and an angle of zeros or infinities would be one
+    return torch.where((norm >= least) & (norm <= 1.0 / least), norm, torch.nan)
 
 
 def _within(norm: torch.Tensor) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from dynprobe.errors import MetricError
 from dynprobe.metrics._inputs import _mask as as_mask
 from dynprobe.metrics._inputs import as_array, eps_of
+from dynprobe.metrics._range import in_range
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
 
@@ -85,12 +86,14 @@ def alignment(force: Array, update: Array, eps: float = 2.0**-52) -> tuple[Array
         (array([0.70710678,        nan]), array([1., 0.]))
     """
     f, u = np.asarray(force, np.float64), np.asarray(update, np.float64)
-    slope = (f * u).sum(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        slope = (f * u).sum(-1)
+    (f,), (u,) = in_range(f), in_range(u)
     nf, nu = np.linalg.norm(f, axis=-1), np.linalg.norm(u, axis=-1)
     flat = (nf <= 16 * eps * nf.max(initial=0.0)) | (nu <= 16 * eps * nu.max(initial=0.0))
     with np.errstate(divide="ignore", invalid="ignore"):
-        unit = np.where(flat[..., None], np.nan, f / nf[..., None]) * (u / nu[..., None])
-    return np.clip(unit.sum(-1), -1.0, 1.0), slope
+        cosine = ((f / nf[..., None]) * (u / nu[..., None])).sum(-1)
+    return np.where(flat, np.nan, np.clip(cosine, -1.0, 1.0)), slope
 
 
 def _interaction(
@@ -102,6 +105,8 @@ def _interaction(
             f"{metric_id} takes queries[head, query, dh] and keys[head, key, dh] without mask (use bias), found "
             f"{list(q.shape)} and {list(k.shape)}; repeat grouped keys to one set per query head."
         )
+    if not q.shape[2]:
+        raise MetricError(f"{metric_id} takes queries and keys of at least one dimension, found {list(q.shape)}.")
     if bias is None and q.shape[1] != k.shape[1]:
         raise MetricError(f"{metric_id}: {q.shape[1]} queries and {k.shape[1]} keys have no causal mask; give bias=.")
     if scale is not None and not scale > 0:

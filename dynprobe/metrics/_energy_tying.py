@@ -24,6 +24,7 @@ import numpy as np
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._inputs import as_array, eps_of
+from dynprobe.metrics._range import in_range
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
 
@@ -163,6 +164,7 @@ def _tying(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id
     (a, b), dtype = _matrices(inputs, mask, metric_id)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return _result(np.full(len(a), np.nan), False, dtype, metric_id, {})
+    (a,), (b,) = in_range(a), in_range(b)
     found = tying(a, b, params["kind"], eps_of(dtype))
     extras = {"cosine": found.cosine, "other_heads": found.other_heads, "chance": found.chance}
     return _result(found.distance, True, dtype, metric_id, extras)
@@ -173,7 +175,7 @@ def _circuit(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_
     heads = len(matrices[0])
     if not all(np.isfinite(m).all() for m in matrices):
         return _result(np.full(heads, np.nan), False, dtype, metric_id, {})
-    table = circuit_cosine(*matrices)
+    table = circuit_cosine(*(in_range(m)[0] for m in matrices))
     apart = table[~np.eye(heads, dtype=bool)]
     other = float(apart.mean()) if apart.size else math.nan
     return _result(np.diagonal(table).copy(), True, dtype, metric_id, {"other_heads": other})

@@ -43,6 +43,7 @@ def kl_change(logits: torch.Tensor) -> Array:
 def minp_kl_change(logits: torch.Tensor, minp: float = 0.1) -> Array:
     """KL(previous ‖ current) after probabilities below minp times the largest were set to 1/V and all renormalised."""
     x = logits.double()
+    x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, torch.nan)  # such a row has no read-out
     probs = torch.softmax(x, -1)
     floor = 1.0 / x.shape[-1]
     probs = torch.where(probs < minp * probs.amax(-1, keepdim=True), floor, probs)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._inputs import as_array
+from dynprobe.metrics._range import in_range
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
 
@@ -151,9 +152,11 @@ def functional_capacity(
             raise MetricError(f"random_states is of the same {x.shape[1]} examples, found {other.shape[1]}.")
         random_init = capacity(other, tasks)[0]
     shuffled = np.mean([capacity(x, labels_)[0] for labels_ in mixed], axis=0)
+    with np.errstate(invalid="ignore"):
+        turned = x @ turn
     chance = tuple(1.0 / max(len(set(row.tolist())), 1) for row in tasks)
     return FunctionalCapacity(
-        value, accuracy, shuffled, capacity(x @ turn, tasks)[0], random_init, chance, x.shape[1], folds,
+        value, accuracy, shuffled, capacity(turned, tasks)[0], random_init, chance, x.shape[1], folds,
         tuple(reasons),
     )  # fmt: skip
 
@@ -175,6 +178,8 @@ def _read(states: Any) -> Array:
     x = x[None] if x.ndim == 2 else x
     if x.ndim != 3:
         raise MetricError(f"fcap.probe/1 takes states [depth, example, dim], found {list(x.shape)}.")
+    if not x.shape[2]:
+        raise MetricError(f"fcap.probe/1 takes states of at least one dimension, found {list(x.shape)}.")
     return x
 
 
@@ -225,6 +230,7 @@ def _predict(x: Array, y: Any, split: list[tuple[Any, Any]], C: float) -> Any:
 
     guess = np.full(len(y), -1)
     for train, test in split:
+        (x,) = in_range(x)
         centre = x[train].mean(axis=0)
         seen, unseen = x[train] - centre, x[test] - centre
         size = float(np.sqrt((seen**2).mean()))

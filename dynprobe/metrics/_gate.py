@@ -61,6 +61,8 @@ class Gate:
 
 def _parts(response: Array) -> tuple[Array, Array]:
     """Odd and even size of a response ``[n]``, ``[n, 2]`` or ``[n, 2, m]``."""
+    if not len(response):
+        return np.zeros(0), np.zeros(0)
     if response.ndim == 1:
         return np.abs(response), np.full(len(response), np.nan)
     plus, minus = response[:, 0].reshape(len(response), -1), response[:, 1].reshape(len(response), -1)

@@ -39,6 +39,7 @@ CHUNK_BYTES_DEVICE = 1 << 28
 FAR = 3.6  # squared chord above which the antichord is recomputed
 NEAR_ZERO = 16.0  # times eps times the natural scale
 TINY_NORM = 1e-12
+TINIEST = float(np.finfo(np.float64).tiny)  # below it 1/norm is no number
 _SAFE = {torch.float32: (1e-15, 1e15), torch.float64: (1e-140, 1e140)}
 
 
@@ -94,7 +95,7 @@ def validity(norm: Array, real: Bools, keep: Bools) -> Bools:
         keep: Units the median is taken over.
     """
     with np.errstate(invalid="ignore"):
-        valid = real & (norm > 0)
+        valid = real & (norm >= TINIEST)
         reference = np.where(keep & np.isfinite(norm), norm, -np.inf)
         top = reference.max(-1, initial=-np.inf)
         if (valid & (norm < TINY_NORM * top[..., None])).any():

@@ -34,6 +34,8 @@ __all__ = ["HmmStates", "hmm_states", "state_features"]
 N_STATES = 3
 #: A fit of 3 states in 3 dimensions has 26 free parameters; fewer steps than this say nothing about them.
 FEWEST = 30
+#: Binary exponent of a feature beyond which it is scaled by a power of two first.
+FARTHEST = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,6 +128,9 @@ def hmm_states(sequences: Any, *, n_starts: int = 8, n_iter: int = 300, tol: flo
     n_all = sum(len(x) for x in rows)
     n_steps = int(sum(ok.sum() for ok in known))
     pieces, lengths = _pieces(rows, known)
+    exponent = np.frexp(np.abs(pieces).max(0, initial=0.0))[1]
+    exponent = np.where(np.abs(exponent) > FARTHEST, exponent, 0)
+    pieces = np.ldexp(pieces, -exponent)  # features whose squares leave the range of the arithmetic
     blank = tuple(np.full(len(x), -1) for x in rows)
     spread = pieces.std(0) if n_steps else np.zeros(3)
     why = "empty" if not n_all else f"steps<{FEWEST}" if n_steps < FEWEST else None
@@ -152,8 +157,9 @@ def hmm_states(sequences: Any, *, n_starts: int = 8, n_iter: int = 300, tol: flo
     top = max(scores)
     converged = bool(best.monitor_.converged)
     sd = np.sqrt(np.stack([np.diag(c) for c in best.covars_]))[order] * spread
+    sd, centres = (np.ldexp(v, exponent) for v in (sd, best.means_[order] * spread + centre))
     return HmmStates(
-        blank, best.means_[order] * spread + centre, sd, best.transmat_[np.ix_(order, order)], float(top), n_steps,
+        blank, centres, sd, best.transmat_[np.ix_(order, order)], float(top), n_steps,
         n_all - n_steps, sum(top - s <= 1e-3 for s in scores), n_starts, converged,
         None if converged else "not-converged",
     )  # fmt: skip

@@ -159,4 +159,6 @@ def as_logits(x: Any, metric_id: str, axes: int = 2) -> torch.Tensor:
     if whole.ndim != axes:
         shape = "logits[pos, vocab]" if axes == 2 else "logits[depth, pos, vocab]"
         raise MetricError(f"{metric_id} takes {shape}, found {whole.ndim} axes {list(whole.shape)}.")
+    if not whole.shape[-1]:
+        raise MetricError(f"{metric_id} takes logits over a vocabulary, found none: {list(whole.shape)}.")
     return whole

@@ -73,7 +73,9 @@ def _ftle(
         if (step + 1) % max(int(every), 1) == 0 or step == n - 1:
             before = growth.path[-1] if growth.path else (0, {form: np.zeros(len(q))})
             q = growth.meet(h[step + 1][None], q, step + 1 - growth.n_maps)
-            local[before[0] : step + 1] = (growth.path[-1][1][form][0] - before[1][form][0]) / (step + 1 - before[0])
+            with np.errstate(invalid="ignore"):  # an annihilated tangent has ln 0 at both ends
+                grown = growth.path[-1][1][form][0] - before[1][form][0]
+            local[before[0] : step + 1] = grown / (step + 1 - before[0])
     spectrum = growth.exponents(form)
     reason = growth.reasons(form)[0]
     value = float(spectrum[0]) if reason is None else math.nan

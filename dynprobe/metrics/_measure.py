@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +26,15 @@ from dynprobe.metrics._geometry import norms
 from dynprobe.metrics._inputs import eps_of
 from dynprobe.metrics._lists import CORE
 from dynprobe.metrics._registry import column_name, entry, parse_id
-from dynprobe.metrics._result import Bools, Result, Scores
+from dynprobe.metrics._result import Array, Bools, Result, Scores
 from dynprobe.metrics._sample import SCORERS, Context
 from dynprobe.metrics._walk import walk
 
 __all__ = ["Measurement", "measure"]
+
+#: Norms beyond which a float32 batch is measured in float64: bf16 and float32 states may be there, their squares, sums
+#: and reciprocals are not.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 @dataclass
@@ -209,7 +213,8 @@ def measure(
         sink: Number of first real tokens that stay out of aggregates.
         span: Bool [B, T] that narrows token-axis and set metrics; None = all real tokens.
         debt_theta: θ of the debts, from a calibration of the same model.
-        dtype: Arithmetic; None = float64 for float64 states, else float32.
+        dtype: Arithmetic; None = float64 for float64 states and for batches with norms below 1e-30 or above 1e30,
+            else float32.
         extractor: Text for ``extractor_id``; None writes embed, sink and span.
 
     Returns:
@@ -239,14 +244,39 @@ def measure(
     first = 0 if embed else 1
     used = tensors[first:]
     deep = (len(used), *shape)
-    w = walk(
-        used, np.broadcast_to(real, deep), np.broadcast_to(keep, deep), eps=eps_of(handed), dtype=kind,
+    pass_over = partial(
+        walk, used, np.broadcast_to(real, deep), np.broadcast_to(keep, deep), eps=eps_of(handed),
         turn=plan.turn, sync=plan.sync, hop=plan.hop, hop_turn=plan.hop_turn,
     )  # fmt: skip
+    w = pass_over(dtype=kind)
+    extreme = dtype is None and kind == torch.float32 and _near_the_end(w.norm)
+    if extreme:
+        kind = torch.float64
+        w = pass_over(dtype=kind)
     context = Context(w, used, in_span, kind, debt_theta, ct=plan.ct, ct2=plan.ct2)
     zeroth = norms(tensors[0].detach().to(kind)) if first else None
     text = extractor or extractor_text(embed, sink, span)
-    return closed(plan, context, real, keep, zeroth, n_depths, str(handed).removeprefix("torch."), text)
+    out = closed(plan, context, real, keep, zeroth, n_depths, str(handed).removeprefix("torch."), text)
+    if extreme:
+        out.depth = {name: _narrowed(grid) for name, grid in out.depth.items()}
+        out.token = {name: _narrowed(grid) for name, grid in out.token.items()}
+    return out
+
+
+def _near_the_end(norm: Array) -> bool:
+    """Whether a state is so large or small that its updates or reciprocals would leave the range of float32."""
+    with np.errstate(invalid="ignore"):
+        return bool((((norm > 0) & (norm < _SMALLEST)) | (norm > _LARGEST)).any())
+
+
+def _narrowed(grid: NDArray[Any]) -> NDArray[Any]:
+    """A table as every other batch has it; what float32 cannot hold is missing."""
+    if grid.dtype != np.float64:
+        return grid
+    with np.errstate(over="ignore"):
+        narrow = grid.astype(np.float32)
+    narrow[np.isinf(narrow)] = np.nan
+    return narrow
 
 
 def extractor_text(embed: int, sink: int, span: Any) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._inputs import as_array, as_series, eps_of
+from dynprobe.metrics._range import in_range
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
 
@@ -152,6 +153,7 @@ def _compute_d(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metri
             f"{list(a.shape)}, {list(b.shape)}."
         )
     eps = eps_of(dtype)
+    f, a, b = in_range(f, a, b)
     d = distance_share(f, a, b, eps)
     ok = np.isfinite(d)
     n = int(ok.sum())

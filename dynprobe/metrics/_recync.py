@@ -27,6 +27,7 @@ from dynprobe.metrics._result import Array, Bools, Result
 
 __all__ = ["Crises", "RecyncDetector", "recync_detect", "token_cosine"]
 
+_FARTHEST = 1e100
 _MARGIN = 1e-12
 
 
@@ -148,6 +149,8 @@ def recync_detect(cosines: Floats, *, window: int = 20, depth: float = 0.6, coun
     c = opened(cosines, "recync.detect/1")[0].double().cpu().numpy()
     if c.ndim != 1:
         raise MetricError(f"recync.detect/1 takes a series [step], found shape {list(c.shape)}.")
+    if (np.abs(c[np.isfinite(c)]) > _FARTHEST).any():
+        raise MetricError("recync.detect/1 takes cosines, found values whose squares leave the range of the numbers.")
     detector = RecyncDetector(window, depth, count)
     fired, threshold = np.zeros(len(c), bool), np.full(len(c), np.nan)
     for t, value in enumerate(c):

@@ -19,6 +19,7 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms
 from dynprobe.metrics._inputs import as_trajectory
+from dynprobe.metrics._range import levelled
 from dynprobe.metrics._reduce import Terms, mean_of_profile
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores
@@ -38,22 +39,24 @@ def deq_residual(w: Walk, eps: float = 1e-9) -> Scores:
     terms = w.step_terms
 
     def length(x: Array) -> Array:
+        x, exponent = levelled(x, terms.ok)
         total = np.add.reduce(x**2, axis=-1, where=terms.ok, initial=0.0)
-        return np.where(terms.n_ok > 0, np.sqrt(total), np.nan)
+        return np.where(terms.n_ok > 0, np.ldexp(np.sqrt(total), exponent), np.nan)
 
     profile = length(w.diff) / (length(w.norm[1:]) + eps)
     return mean_of_profile(profile, terms, short=len(w.norm) < 2, extras=_extras(w))
 
 
-def second_differences(states: Sequence[torch.Tensor], dtype: torch.dtype) -> Array:
+def second_differences(states: Sequence[torch.Tensor], dtype: torch.dtype, empty: tuple[int, int] = (1, 0)) -> Array:
     """‖s_{k+1} − 2s_k + s_{k−1}‖ for every unit [D − 2, B, N]."""
     rows = []
     with torch.no_grad():
         for a, b, c in zip(states, states[1:], states[2:], strict=False):
             a, b, c = (x.detach().to(dtype) for x in (a, b, c))
             rows.append(norms((c - b) - (b - a)))
-    shape = (0, *(states[0].shape[:2] if len(states) else (1, 0)))
-    return np.stack(rows) if rows else np.zeros(shape)
+    if rows:
+        return np.stack(rows)
+    return np.zeros((0, *(states[0].shape[:2] if len(states) else empty)))
 
 
 def acceleration(
@@ -71,7 +74,7 @@ def acceleration_terms(states: Sequence[torch.Tensor], w: Walk, norm: str, dtype
     """The values [D − 2, B, N] behind :func:`acceleration` and which of them count."""
     if norm not in _NORMS:
         raise MetricError(f"norm is one of {', '.join(_NORMS)}, found {norm!r}.")
-    grid = second_differences(states, dtype)
+    grid = second_differences(states, dtype, (w.keep.shape[1], w.keep.shape[2]))
     ok: Bools = w.step_ok[1:] & w.step_ok[:-1]
     keep: Bools = w.step_keep[1:] & w.step_keep[:-1]
     if norm == "state":

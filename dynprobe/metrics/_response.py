@@ -73,7 +73,8 @@ def _relative(clean: torch.Tensor, arm: torch.Tensor, real: Bools) -> Array:
 
 def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_id: str) -> Result:
     a, b = as_pair(inputs, mask, metric_id)
-    grid = np.stack([_relative(p, q, k) for p, q, k in zip(a.states, b.states, a.keep, strict=True)])
+    rows = [_relative(p, q, k) for p, q, k in zip(a.states, b.states, a.keep, strict=True)]
+    grid = np.stack(rows) if rows else np.zeros(a.keep.shape)
     terms = Terms(~np.isnan(grid), a.keep, a.keep.sum((0, 2)))
     scores = mean_of_profile(terms.mean(grid), terms, per_unit=terms.mean_steps(grid))
     scores.extras = {"grid": np.moveaxis(grid, 1, 0)}

@@ -7,6 +7,7 @@ batched road; ``scores.result(b, …)`` cuts row ``b`` out of it. Neither ever t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,6 +21,8 @@ Array: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 
 _HALF = ("bfloat16", "float16")
+#: Reason of a value that left the range of the arithmetic.
+OUT_OF_RANGE = "range"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -28,7 +31,8 @@ class Result:
 
     Args:
         value: The number, or a label for metrics that classify; NaN when undefined.
-        reason: Why the value is NaN (``"coverage"``, ``"depth<2"``, …), or a remark that stands beside a value.
+        reason: Why the value is NaN (``"coverage"``, ``"depth<2"``, …; ``"range"`` where it left the range of the
+            arithmetic), or a remark that stands beside a value.
         coverage: Valid elementary terms divided by unmasked ones, in [0, 1].
         n_units: Units (tokens, slots) that took part.
         n_steps: Steps or series values that took part.
@@ -57,6 +61,13 @@ class Result:
     per_unit: Array | None = None
     series: Array | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # the last line: an overflow is no number, and no NaN goes without a reason
+        if not isinstance(self.value, str) and not math.isfinite(self.value):
+            object.__setattr__(self, "value", math.nan)
+            if self.reason is None:
+                object.__setattr__(self, "reason", OUT_OF_RANGE)
 
     def __float__(self) -> float:
         return float(self.value)

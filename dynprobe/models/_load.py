@@ -264,6 +264,8 @@ def _load_error(exc: Exception, source: ModelSource, folder: ModelFolder) -> Mod
         hint = "Install the package it names."
     elif "offload_folder" in str(exc) or "offload_dir" in str(exc):
         hint = "Give a folder for the parts on the disk: dp.load(…, device_map=…, offload_folder='offload')."
+    elif "device_map as a string" in first:
+        hint = "Type --device-map auto, balanced or sequential, or leave it out."
     elif "weights_only" in first or "UnpicklingError" in name:
         hint = "Its pickle holds more than tensors and is not opened. Convert it to safetensors where you trust it."
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,6 +29,23 @@ QUANTIZATIONS: Mapping[str, tuple[str, str]] = {
     "fp4": ("bitsandbytes", "four-bit floating point"),
     "torchao-int8wo": ("torchao", "eight-bit weights, one scale per output row; activations as they are"),
 }
+
+
+class _Once(logging.Filter):
+    """Lets each message through once: bitsandbytes repeats one for every matrix of every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self.said
+        self.said.add(text)
+        return new
+
+
+_ONCE = _Once()
 
 
 def quantization_config(asked: Any, dtype: Any) -> Any:
@@ -72,6 +90,7 @@ def quantization_config(asked: Any, dtype: Any) -> Any:
 
         return transformers.TorchAoConfig(Int8WeightOnlyConfig())
     if asked == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=asked, bnb_4bit_compute_dtype=compute)

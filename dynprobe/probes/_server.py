@@ -41,7 +41,8 @@ def without_login(url: str) -> str:
     if not at or "@" in _LOGIN.sub("", url).replace("://@", "://", 1):
         raise UsageError("the URL of the server has an @ that ends no login; write / ? # and @ of a password as %2F …")
     clean = url.replace(f"{login}@", "", 1)
-    _LOGINS[clean.rstrip("/")] = login
+    if login:  # an empty one hides nothing, and hiding it would take every @ out of messages
+        _LOGINS[clean.rstrip("/")] = login
     return clean
 
 

@@ -29,6 +29,7 @@ from dynprobe.protocols._bench_peers import chosen, hushed, lasting
 from dynprobe.protocols._bench_sweep import sweep_cases
 from dynprobe.protocols._bench_texts import attractor_cases, generation_case
 from dynprobe.protocols._bench_timing import machine_facts
+from dynprobe.protocols._prompts import learned_positions
 
 __all__ = ["SECTIONS", "Bench", "bench"]
 
@@ -167,6 +168,10 @@ def bench(
         raise UsageError(f"out={str(out)!r}: there is no folder {target.resolve().parent}")
     folder = None if target is None else target.resolve().parent
     subject = load(model, device=device, dtype=dtype) if isinstance(model, str) else as_subject(model)
+    if (limit := learned_positions(subject)) is not None and length > limit:
+        raise UsageError(
+            f"length={length}, and {subject.name} has a table of {limit} positions; --length {limit} or less"
+        )
     size = Size(batch, length, new_tokens, strengths, layers, megabytes, rounds)
     before = machine_facts(subject.device)
     measurements: list[Measurement] = []

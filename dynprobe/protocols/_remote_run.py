@@ -162,10 +162,13 @@ def _refuse(model: Any, config: RunConfig) -> None:
     }  # fmt: skip
     for flag in (name for name, wanted in asked.items() if wanted):
         how = "add --max-new-tokens 0" if flag == "--max-new-tokens" else f"leave {flag} out"
-        raise UsageError(
-            f"{flag} was asked for (max_new_tokens={config.max_new_tokens}); --remote sends back norms, angles and "
-            f"read-outs of the prompts and no states, so it cannot be had. Type: {how}"
+        found = f" (max_new_tokens={config.max_new_tokens})" if flag == "--max-new-tokens" else ""
+        why = (
+            "the service loads the model and does every batch itself"
+            if flag in ("--engine", "--workers", "--quantization", "--device-map")
+            else "--remote sends back norms, angles and read-outs of the prompts and no states"
         )
+        raise UsageError(f"{flag} was asked for{found}; {why}, so it cannot be had. Type: {how}")
 
 
 def _service(model: Subject | str, config: RunConfig) -> tuple[dict[str, Any], Exception | None, list[Run]]:
@@ -176,6 +179,7 @@ def _service(model: Subject | str, config: RunConfig) -> tuple[dict[str, Any], E
     """
     if isinstance(model, Subject):
         return {"host": "local", "revision": config.revision or "main"}, None, []
+    require_nnsight("--remote")  # without it no finished run could be found either
     try:
         return check_service(model, config.revision, config.remote), None, []
     except (OfflineError, ModelNotFoundError, UsageError) as error:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from dynprobe.engines import Engine, Local, Ray, Slurm
 
 __all__ = ["SPREAD", "SpreadConfig", "in_words"]
+
+
+#: Engines that look at a setting.
+_TAKERS = {"address": ("ray",), "worker_gpus": ("ray", "slurm"), "slurm": ("slurm",)}
 
 
 class SpreadConfig(BaseModel):
@@ -39,6 +43,18 @@ class SpreadConfig(BaseModel):
         if wrong:
             raise ValueError(f"{wrong[0]!r} is no name=value")
         return items
+
+    @field_validator("address", "worker_gpus", "slurm")
+    @classmethod
+    def _taken(cls, value: Any, info: ValidationInfo) -> Any:
+        """A setting that the engine would not look at is a run that is done elsewhere than was meant."""
+        engine, takers = info.data.get("engine"), _TAKERS[str(info.field_name)]
+        if value not in (None, ()) and engine is not None and engine not in takers:
+            raise ValueError(
+                f"engine={engine!r} does not take it. Type --engine {' or --engine '.join(takers)}, or leave "
+                f"--{str(info.field_name).replace('_', '-')} out"
+            )
+        return value
 
     @property
     def in_process(self) -> bool:

@@ -169,6 +169,7 @@ class _Threshold:
         self.config: ThresholdConfig = self.ready.config  # type: ignore[assignment]
         self._held: tuple[Any, Trunk] | None = None
         self._floors: dict[tuple[Any, ...], float] = {}
+        self._levels: dict[str, dict[str, dict[str, Any]]] = {}
 
     @cached_property
     def writes(self) -> dict[str, tuple[int, list[Perturb]]]:
@@ -277,7 +278,9 @@ class _Threshold:
         if criterion.level is not None:
             return criterion.level
         if "level" not in unit:  # planned by an older version
-            unit = self._null_levels(criterion, self._groups())[unit["write"]]
+            if criterion.name not in self._levels:
+                self._levels[criterion.name] = self._null_levels(criterion, self._groups())
+            unit = self._levels[criterion.name][unit["write"]]
         return math.nan if unit["level"] is None else float(unit["level"])
 
     def _null_levels(self, criterion: Criterion, groups: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:

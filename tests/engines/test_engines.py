@@ -1,6 +1,7 @@
 """The same promises, kept by every engine with real workers."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -220,6 +221,22 @@ def test_refusals_say_what_to_type(tmp_path, ray_here):
         Slurm(1, folder=tmp_path)
     with pytest.raises(UsageError, match="submitit does not take"):
         Slurm(1, folder=tmp_path, cluster="local", parameters={"no_such_thing": 1})
+    with pytest.raises(UsageError, match=r"cluster=nowhere: it is slurm, local .* or debug"):
+        Slurm(1, folder=tmp_path, cluster="nowhere")
+    with pytest.raises(UsageError, match=r'does not take these settings: .*"timeout_min" expected type .*int'):
+        Slurm(1, folder=tmp_path, cluster="debug", parameters={"timeout_min": "abc"})
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_ray_cluster_that_does_not_answer_is_told_of_at_once(scheme):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # bound and not listened at
+        asked = SimpleNamespace(_ray=SimpleNamespace(init=lambda **_: pytest.fail("Ray was asked")))
+        with pytest.raises(
+            EngineError, match=rf"no Ray cluster answers at --address {scheme}127.0.0.1:{port}: .*efused"
+        ):
+            Ray._connect(asked, f"{scheme}127.0.0.1:{port}")
 
 
 def test_an_actor_that_waits_for_its_place_is_told_of(ray_here, job, items, monkeypatch):

@@ -1,5 +1,6 @@
 """Weights in eight or four bits are other weights, and the instruments read them as they are."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 import dynprobe as dp
 from dynprobe.errors import UsageError
-from dynprobe.models import weights_hash
+from dynprobe.models import _quantize, weights_hash
 from dynprobe.models._hash import module_hash
 from dynprobe.models._quantize import QUANTIZATIONS, quantization_config, quantized_hashes
 from dynprobe.protocols._model_skeleton import skeleton_of
@@ -34,6 +35,16 @@ def quantized(folder: Path, request: pytest.FixtureRequest) -> Any:
     pytest.importorskip("accelerate")
     pytest.importorskip(QUANTIZATIONS[request.param][0])
     return request.param, dp.load(str(folder), quantization=request.param)
+
+
+def test_what_the_library_says_of_every_matrix_is_said_once(monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(_quantize, "_version", lambda package: "1.0")
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", lambda **given: given)
+    assert [quantization_config("int8", "auto") for _ in range(2)] == [{"load_in_8bit": True}] * 2
+    speaker = logging.getLogger("bitsandbytes.autograd._functions")
+    for dtype in ("test.one", "test.two", "test.one", "test.one"):
+        speaker.warning("inputs will be cast from %s", dtype)
+    assert caplog.messages == ["inputs will be cast from test.one", "inputs will be cast from test.two"]
 
 
 def test_what_was_done_is_recorded_and_is_part_of_what_the_weights_are(

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -430,6 +431,22 @@ def test_the_service_is_looked_at_before_anything_is_sent(service: Service, monk
     with pytest.raises(OfflineError, match=r"asked http://other:8001 for its models, and it did not answer"):
         check_service("org/tiny", None, "http://other:8001")  # a server of one's own may want no key
     assert CONFIG.API.HOST == "http://stub"
+
+
+def test_an_empty_login_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_server, "_LOGINS", {})
+    assert without_login("http://@stub:8001") == "http://stub:8001"
+    assert _server.hidden("ask a@b.org about http://stub:8001") == "ask a@b.org about http://stub:8001"
+
+
+def test_a_machine_without_nnsight_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dynprobe.probes import _backend
+
+    monkeypatch.setattr(_backend, "nnsight_version", lambda: None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nnsight"]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails, as where it is not installed
+    with pytest.raises(UsageError, match=r"--remote needs nnsight: pip install 'dynprobe\[nnsight\]'"):
+        dp.run("org/tiny", ["a"], backend="nnsight", remote=True, max_new_tokens=0, out=tmp_path)
 
 
 @pytest.mark.parametrize(

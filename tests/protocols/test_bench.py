@@ -43,6 +43,11 @@ def test_arms_take_turns_in_rotating_order_and_clearing_away_is_not_timed(monkey
         rounds_of({"a": wait}, rounds=0)
 
 
+def test_rows_longer_than_the_table_of_positions_are_refused():
+    with pytest.raises(UsageError, match=r"length=513, and .* has a table of 512 positions; --length 512 or less"):
+        dp.bench(tiny_gpt2(), length=513, only="metrics", peers="none", rounds=1)
+
+
 def test_an_arm_with_a_baseline_of_its_own_is_compared_with_that():
     arms = {"bare": [1.0, 1.0], "own": [2.0, 4.0], "arm": [3.0, 8.0]}
     over = {"bare": "bare", "own": "own", "arm": "own"}

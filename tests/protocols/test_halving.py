@@ -198,19 +198,25 @@ def test_iterations_in_parts(tmp_path: Path) -> None:
         _same(table, other[name])
 
 
-def test_recovery_in_parts(llama_folder: Path, texts: Any, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"mode": "slerp", "perturb": "alpha=0.5", "max_new_tokens": 5, "decode": "forced"}
+@pytest.mark.parametrize(
+    ("mode", "decode"), [("slerp", "forced"), ("all", "forced"), pytest.param("all", "free", marks=pytest.mark.slow)]
+)
+def test_recovery_in_parts(llama_folder: Path, texts: Any, tmp_path: Path, mode: str, decode: str) -> None:
+    asked: dict[str, Any] = {"mode": mode, "perturb": "alpha=0.5", "max_new_tokens": 5, "decode": decode}
+    if mode == "all":
+        texts, asked = texts[:4], asked | {"timings": "always"}
     whole = dp.recover(dp.load(str(llama_folder)), texts, out=tmp_path / "whole", **asked)
     subject = dp.load(str(llama_folder))
     device = SmallDevice(subject.model, 2, ERRORS["cuda"])
     parts = dp.recover(subject, texts, out=tmp_path / "parts", listener=device, **asked)
-    assert [f.get("halved_rows") for f in parts.manifest.batch_facts.values()] == [[5], None]
+    assert [f.get("halved_rows") for f in parts.manifest.batch_facts.values()] == [[len(texts)], None]
     one, other = (_tables(run, ("samples", "tokens", "depths"), KEYS) for run in (whole, parts))
+    acted = set(one["samples"]["sample_id"].str.extract(r"perturbed\+([a-z]+)")[0].dropna())
+    assert acted >= ({"slerp"} if mode == "slerp" else {"passive", "slerp", "clamp", "shrink", "subspace", "str"})
     for name, table in one.items():
         # Whether the clean text in one forward is paired with the clean stream depends on who is padded how.
-        _same(
-            table[table["sample_id"].str.contains("slerp")], other[name][other[name]["sample_id"].str.contains("slerp")]
-        )
+        steered = [found[found["sample_id"].str.contains("+", regex=False)] for found in (table, other[name])]
+        _same(*steered)
 
 
 def test_the_tokens_that_iterations_are_read_over_do_not_depend_on_who_else_is_in_the_batch(tmp_path: Path) -> None:

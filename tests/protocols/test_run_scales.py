@@ -288,7 +288,7 @@ def test_a_direction_of_another_width_is_refused(llama, texts, tmp_path):
     np.save(tmp_path / "wide.npy", np.ones(33))
     np.save(tmp_path / "zero.npy", np.zeros(32))
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object))
-    for name, message in (("wide", "33 entries.*width 32"), ("zero", "non-zero"), ("pickle", "cannot be read")):
+    for name, message in (("wide", "33 entries.*width 32"), ("zero", "non-zero"), ("pickle", "pickled objects")):
         with pytest.raises(UsageError, match=message):
             prepare(llama, texts[:2], {"perturb": "alpha=1,kind=direction", "direction": tmp_path / f"{name}.npy"})
     with pytest.raises(SiteError):

@@ -371,6 +371,9 @@ def test_a_worker_of_other_weights_is_refused(crew, tmp_path, monkeypatch):
         ({"engine": "spark"}, "engine='spark'"),
         ({"workers": 0}, "workers is 'auto' or at least 1"),
         ({"engine": "slurm", "slurm": "timeout"}, "'timeout' is no name=value"),
+        ({"address": "auto"}, "address='auto': engine='local' does not take it. Type --engine ray, or leave --address"),
+        ({"engine": "ray", "slurm": "timeout_min=3"}, "engine='ray' does not take it. Type --engine slurm, or leave"),
+        ({"worker_gpus": 1}, "Type --engine ray or --engine slurm, or leave --worker-gpus out"),
     ],
 )
 def test_settings_that_make_no_engine(settings, words, tmp_path):

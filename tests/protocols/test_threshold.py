@@ -457,6 +457,30 @@ def test_kappas_null_is_the_same_in_a_run_that_was_cut(
     assert done.table("trials")["level"].nunique() == 1
 
 
+def test_units_that_an_older_version_planned_share_one_null(
+    llama: Any, prompts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"layers": 1, "scale": "relnorm", "criterion": "kappa", "batch_size": 2, "n_boot": 200}
+    told = dp.threshold(llama, prompts[:4], out=tmp_path / "a", **settings)
+    plan, null, made = _threshold._Threshold.plan, _threshold._Threshold._null, []
+
+    def untold(self: Any) -> list[Any]:
+        units = [{name: value for name, value in unit.items() if name != "level"} for unit in plan(self)]
+        made.clear()
+        return units
+
+    def counted(self: Any, *given: Any) -> float:
+        made.append(given)
+        return null(self, *given)
+
+    monkeypatch.setattr(_threshold._Threshold, "plan", untold)
+    monkeypatch.setattr(_threshold._Threshold, "_null", counted)
+    older = dp.threshold(llama, prompts[:4], out=tmp_path / "b", **settings)
+    assert len(older.manifest.batch_plan) == 2
+    assert len(made) == 1
+    pd.testing.assert_frame_equal(older.table("trials"), told.table("trials"), check_exact=True)
+
+
 def test_the_order_of_prompts_and_seeds_changes_nothing(small: Any, prompts: Any, tmp_path: Path) -> None:
     run, uncut = small
     mixed = run(tmp_path, prompts[3::-1], seeds=[1, 0], batch_size=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from dynprobe.errors import UsageError, did_you_mean
@@ -80,6 +81,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in self.__annotations__.items():
             value = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, int | float):  # NumPy's, which no JSON would take
+                value = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, value)
             if (
                 "float" in kind
                 and (isinstance(value, bool) or not isinstance(value, int | float))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -83,3 +84,20 @@ def test_tensors_that_do_not_fit(layer, tmp_path, tensors, said):
 def test_the_right_ones_fit(layer, tmp_path):
     save_file(memory(layer), tmp_path / "x.safetensors", header(layer))
     assert AttractorLayer.load(tmp_path / "x.safetensors")._base.keys() == {SITE}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("strength", np.float32(0.5)), ("half_life", np.int64(46)), ("slots", np.int64(3)), ("theta", np.float64(0.5))],
+)
+def test_numbers_of_numpy_are_numbers(name, given, tmp_path):
+    layer = AttractorLayer(**{name: given})
+    value = getattr(layer.settings, name)
+    assert value == given
+    assert type(value) in (int, float) or isinstance(given, float)
+    assert AttractorLayer.load(layer.save(tmp_path / "layer.safetensors")).settings == layer.settings
+
+
+def test_a_truth_of_numpy_is_no_number():
+    with pytest.raises(UsageError, match="it is a number"):
+        AttractorLayer(strength=np.bool_(True))
