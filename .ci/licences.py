@@ -67,9 +67,15 @@ def main() -> int:
         print(*bad, sep="\n")
         return int(bool(bad))
     direct = {re.sub(r"[-_.]+", "-", Requirement(r).name).lower() for r in project["dependencies"]}
-    lines = ["# Dependencies and their licences", "",
-             "Written by `python .ci/licences.py` from the metadata of what is installed. The core needs the first table; every extra is imported where it is "
-             "used and not before.", "", "| package | version | licence | |", "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "# Dependencies and their licences",
+        "",
+        "Written by `python .ci/licences.py` from the metadata of what is installed. The core needs the first",
+        "table; every extra is imported where it is used and not before.",
+        "",
+        "| package | version | licence | |",
+        "|---|---|---|---|",
+    ]
     for name in sorted(core):
         mark = "direct" if name in direct else ""
         lines.append(f"| {name} | {core[name] or 'not installed'} | {licence(name) if core[name] else ''} | {mark} |")
