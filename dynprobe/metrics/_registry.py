@@ -50,6 +50,8 @@ class MetricSpec:
         levels: Tables that carry the column, each with the way it is aggregated there.
         vectors: Conformance vectors that belong to the definition.
         groups: Named lists the metric belongs to.
+        latex: The formula as LaTeX, for typesetting. The text of ``formula`` is normative; this is no part of the
+            digest.
 
     Example:
         >>> from dynprobe.metrics import spec
@@ -70,6 +72,7 @@ class MetricSpec:
     levels: Mapping[str, str] = field(default_factory=dict)
     vectors: tuple[str, ...] = ()
     groups: frozenset[str] = frozenset()
+    latex: str = ""
 
     @property
     def name(self) -> str:
