@@ -157,6 +157,11 @@ register(
             "angle(u_{l−1}, u_l) ≥ q75 (undefined at l = 0, κ alone); else A; quantiles calibrated, pooled over "
             "depths; h logit-lens entropy; a missing number that decides → no label"
         ),
+        latex=(
+            r"\begin{cases} \mathrm{D} & (h_l-h_{l+1})/\ln V\ge q_{90} \\"
+            r"\mathrm{B} & \kappa_l\ge q_{75} \text{ or } \operatorname{angle}(u_{l-1},u_l)\ge q_{75} \\ \mathrm{A} "
+            r"& \text{otherwise} \end{cases}"
+        ),
         input="series×3: κ_l [step], turning angle [step−1], lens entropy [step+1]; vocab, limits",
         value_range="word over B, A, D, ?",
         unit="letters",

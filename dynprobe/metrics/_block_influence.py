@@ -97,6 +97,10 @@ register(
         sentence="Block Influence: one minus the mean cosine between a unit's states before and after a block.",
         formula="BI_l = 1 − mean_n cos(x_{l,n}, x_{l+1,n}) = mean_n 2·sin²(θ_{l,n}/2), θ of kappa.phase/1; value = "
         "mean over l",
+        latex=(
+            r"\mathrm{BI}_l = 1-\operatorname*{mean}_{n}\cos(x_{l,n},\,x_{l+1,n}) = "
+            r"\operatorname*{mean}_{n}\,2\sin^2\frac{\theta_{l,n}}{2}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, 2]",
         unit="1",
@@ -116,6 +120,10 @@ register(
         formula=(
             "d(l, l+n) = (1/π)·angle(x_l, x_{l+n}), chord form; tokens=last: the last unmasked unit; tokens=all: mean "
             "over units (at n = 1 this is kappa.phase/1); value = mean over l = 0..D−1−n"
+        ),
+        latex=(
+            r"d(l,\,l+n) = \frac{1}{\pi}\operatorname{angle}(x_l,\,x_{l+n}), \qquad "
+            r"\operatorname*{mean}_{l=0,\dots,D-1-n} d(l,\,l+n)"
         ),
         input="trajectory[depth,unit,dim], units in order of time",
         value_range="[0, 1]",

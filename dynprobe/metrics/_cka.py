@@ -159,11 +159,18 @@ _FORMULA = (
 _INVARIANCES = frozenset({"R", "R_l", "S", "S_l", "P", "T", "shift"})
 _RANGE = "[−1, 1]; est=biased [0, 1]"
 
+_LATEX = (
+    r"\mathrm{CKA}_l &= \frac{\langle\tilde K,\tilde M\rangle}"
+    r"{\sqrt{\langle\tilde K,\tilde K\rangle\,\langle\tilde M,\tilde M\rangle}} \\"
+    r"\tilde K &= \begin{cases} \text{U-centred } K & \text{est=unbiased} \\"
+    r"HKH,\ H = I-\frac{1}{N}\mathbf 1\mathbf 1^{\mathsf T} & \text{est=biased} \end{cases} \end{aligned}"
+)
 register(
     MetricSpec(
         id="cka.linear/1",
         sentence="Linear CKA of the units' geometry at neighbouring depths, debiased.",
         formula=f"{_FORMULA}; X, Y = states at depths l, l+1; value = mean over l",
+        latex=r"\begin{aligned} K &= X_l X_l^{\mathsf T}, \qquad M = X_{l+1}X_{l+1}^{\mathsf T} \\" + _LATEX,
         input="trajectory[depth,unit,dim], dim may differ by depth",
         value_range=_RANGE,
         unit="1",
@@ -187,6 +194,7 @@ register(
         id="cka.linear.paired/1",
         sentence="Linear CKA between the units' geometry in two runs at the same depth, debiased.",
         formula=f"{_FORMULA}; X, Y = states of the two runs at depth l, units valid in both; value = mean over l",
+        latex=r"\begin{aligned} K &= X_l X_l^{\mathsf T}, \qquad M = X'_l {X'_l}^{\mathsf T} \\" + _LATEX,
         input="trajectory[depth,unit,dim]×2, clean first, dim may differ",
         value_range=_RANGE,
         unit="1",

@@ -236,6 +236,10 @@ register(
             "ρ̂ = median_k Δ_{k+1}/Δ_k, Δ of delta.rms/1; k with Δ_k ≤ 16·eps·rms of max(‖s_k‖, ‖s_{k+1}‖)/√d dropped; "
             "none left → NaN zero-denominator"
         ),
+        latex=(
+            r"\hat\rho = \operatorname*{median}_{k}\frac{\Delta_{k+1}}{\Delta_k}, \qquad \Delta_k = \frac{\lVert "
+            r"S_{k+1}-S_k\rVert_F}{\sqrt{Nd}}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, ∞)",
         unit="1",
@@ -257,6 +261,7 @@ register(
             "(over units as in its own profile; converge_accel at k needs k ≥ 2); never → NaN censored, time K = D − 1 "
             "and event 0 beside it; a NaN before the hit → NaN coverage"
         ),
+        latex=r"\min\bigl\{\,k : r_{k-\mathrm{patience}},\dots,r_{k-1} < \mathrm{tol}\,\bigr\}",
         input="trajectory[depth,unit,dim]",
         value_range="[1, D − 1]",
         unit="iterations",
@@ -283,6 +288,7 @@ register(
             "smallest k with r_{k−patience}, …, r_{k−1} < tol for a series r_0, r_1, … with one value per update; "
             "never → NaN censored, time = length and event 0 beside it; a NaN before the hit → NaN coverage"
         ),
+        latex=r"\min\bigl\{\,k : r_{k-\mathrm{patience}},\dots,r_{k-1} < \mathrm{tol}\,\bigr\}",
         input="series",
         value_range="[1, T]",
         unit="iterations",
@@ -300,6 +306,7 @@ register(
         id="converge.alignment/1",
         sentence="Asymptotic alignment: cosine of the states reached from two starts.",
         formula="mean over units of cos(s, s'), s and s' the last states of two runs on one input from different s⁰",
+        latex=r"\operatorname*{mean}_{n}\cos(s_n,\,s'_n)",
         input="tokens[unit,dim] ×2",
         value_range="[−1, 1]",
         unit="1",

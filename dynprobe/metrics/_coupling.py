@@ -111,6 +111,10 @@ register(
         sentence="How far a block's Jacobian is from diagonal in the top singular frame of another block's.",
         formula="m_K(J1,J2) = ‖U_{2,K}ᵀ J_1 V_{2,K} − S_{1,K}‖_F/‖S_{1,K}‖_F, J = U S Vᵀ the Jacobian of the residual "
         "part of a block; NaN 'degenerate-frame' where σ_i − σ_{i+1} ≤ 16·eps·σ_1 of J2 for an i ≤ K, unless J1 = J2",
+        latex=(
+            r"m_K(J_1,J_2) = \frac{\lVert U_{2,K}^{\mathsf T}\,J_1\,V_{2,K}-S_{1,K}\rVert_F}{\lVert "
+            r"S_{1,K}\rVert_F}, \qquad J = U S V^{\mathsf T}"
+        ),
         input="jacobian[out,in], jacobian[out,in]",
         value_range="[0, 2]; 0 coupled, 2 at J2 = −J1",
         unit="1",

@@ -94,26 +94,31 @@ _CROSS = (
     "(α* > α_max), or |level| < 10·floor"
 )
 _SQUARE = "r = (α/0.3)² on 0.1, 0.2, 0.4, 0.8: level 1 → 0.3"
-_CRITERIA: tuple[tuple[str, str, str, dict[str, Any], str, Callable[..., Result]], ...] = (
+_CRITERIA: tuple[tuple[str, str, str, str, dict[str, Any], str, Callable[..., Result]], ...] = (
     ("kl", "Strength at which the output distribution has moved by a given KL.",
      "response: mean KL(clean ‖ perturbed) in nats over real positions ≥ max(1, first perturbed one), teacher-forced",
+     r"\operatorname{mean}\,\mathrm{KL}(\text{clean}\,\Vert\,\text{perturbed at }\alpha^*) = \mathrm{level}",
      {"level": 1.0}, _SQUARE, _criterion(lambda p: float(p["level"]))),
     ("flip", "Strength at which a given share of top-1 tokens has changed.",
      "response: share of the affected positions whose top-1 token differs from the clean run's",
+     r"\operatorname{mean}\,\mathbb{1}\bigl[\arg\max p_{\mathrm{clean}}\ne\arg\max p_{\alpha^*}\bigr] = \mathrm{level}",
      {"level": 0.5}, "r = α² on 0.1, 0.2, 0.4, 0.8: level 1/2 → √(1/2)", _criterion(lambda p: float(p["level"]))),
     ("kappa", "Strength at which Δκ leaves its null distribution.",
      "response: paired Δκ; level: type-7 quantile q of Δκ between clean runs, or of writes of numerical size",
+     r"\Delta\kappa(\alpha^*) = q\text{-quantile of } \Delta\kappa \text{ under the null}",
      {"q": 0.99}, "null 0, 1/1000, …, 1: level 0.99; r = α² on 0.1, 0.5, 2 → √0.99", _kappa),
     ("task", "Strength at which accuracy has fallen by a given amount.",
      "response: accuracy clean − accuracy perturbed; level δ",
+     r"\mathrm{acc}_{\mathrm{clean}}-\mathrm{acc}(\alpha^*) = \delta",
      {"delta": 0.2}, "r = 0, 0.1, 0.4 on 0.1, 0.2, 0.4: δ = 0.2 → 0.2·√2", _criterion(lambda p: float(p["delta"]))),
 )  # fmt: skip
-for _name, _sentence, _response, _params, _vector, _function in _CRITERIA:
+for _name, _sentence, _response, _latex, _params, _vector, _function in _CRITERIA:
     register(
         MetricSpec(
             id=f"crit.{_name}/1",
             sentence=_sentence,
             formula=f"{_response}; {_CROSS}",
+            latex=_latex,
             input="table: alpha[alpha], response[alpha]",
             value_range="(0, ∞)",
             unit="α of its noise scale",
@@ -132,6 +137,7 @@ register(
         sentence="Median over prompts of the strength that destabilises each.",
         formula="exp(med_p med_s ln α*_{p,s}), replicates inside a prompt first; censored α* are ranks −∞, +∞; NaN "
         "when half of the prompts are censored on one side or fewer than half are valid",
+        latex=r"\alpha^* = \exp\bigl(\operatorname*{med}_{p}\ \operatorname*{med}_{s}\ \ln\alpha^*_{p,s}\bigr)",
         input="table: alpha_star[prompt] or [prompt, seed]; 0 = below the range, inf = above it, NaN = missing",
         value_range="(0, ∞)",
         unit="α of its noise scale",
@@ -147,6 +153,7 @@ register(
         id="threshold.mean/1",
         sentence="Strength at which the mean response over prompts reaches the level.",
         formula=f"response: mean over prompts, over seeds inside a prompt first, prompts with a gap left out; {_CROSS}",
+        latex=r"\operatorname*{mean}_{p}\ \operatorname*{mean}_{s}\ r_{p,s}(\alpha^*) = \mathrm{level}",
         input="table: alpha[alpha], response[prompt, alpha] or [prompt, seed, alpha]",
         value_range="(0, ∞)",
         unit="α of its noise scale",

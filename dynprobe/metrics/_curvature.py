@@ -96,6 +96,10 @@ register(
             "u_l = x_{l+1} − x_l; c_{l,n} = angle(u_{l−1,n}, u_{l,n}); mean over units, then over steps; "
             "zero updates (≤ 16·eps·max(‖x_l‖, ‖x_{l+1}‖)) dropped"
         ),
+        latex=(
+            r"u_{l,n} = x_{l+1,n}-x_{l,n}, \qquad c_{l,n} = \operatorname{angle}(u_{l-1,n},\,u_{l,n}), \qquad "
+            r"\operatorname*{mean}_{l}\ \operatorname*{mean}_{n}\ c_{l,n}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, π]",
         unit="rad",
@@ -115,6 +119,10 @@ register(
         formula=(
             "v_t = x_{l,t+1} − x_{l,t}; c_{l,t} = angle(v_t, v_{t+1}); C_l = mean_t c_{l,t}; value = mean_l C_l; "
             "zero differences dropped"
+        ),
+        latex=(
+            r"v_{l,t} = x_{l,t+1}-x_{l,t}, \qquad c_{l,t} = \operatorname{angle}(v_{l,t},\,v_{l,t+1}), \qquad "
+            r"\operatorname*{mean}_{l}\ \operatorname*{mean}_{t}\ c_{l,t}"
         ),
         input="trajectory[depth,unit,dim], units in order of time",
         value_range="[0, π]",

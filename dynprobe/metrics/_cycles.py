@@ -214,6 +214,12 @@ register(
         id="cycles.margin/1",
         sentence="Share of stretches of certainty that are followed by a stretch of rivalry, on the margin.",
         formula="COLLAPSE: m_t = p1 − p2 ≥ high for ≥ w tokens; RIVALRY: m_t ≤ low for ≥ w tokens" + _RULES,
+        latex=(
+            r"\begin{aligned} &\text{COLLAPSE}: p_1-p_2\ge\mathrm{high}, \qquad \text{RIVALRY}: "
+            r"p_1-p_2\le\mathrm{low}, \qquad \text{for} \ge w \text{ tokens} \\"
+            r"&\rho = \frac{\#\,\text{COLLAPSE runs followed by RIVALRY}}{\#\,\text{COLLAPSE runs followed by any "
+            r"run}} \end{aligned}"
+        ),
         input="series",
         invariances=frozenset(),
         params={"low": 0.2, "high": 0.9, "w": 3},
@@ -228,6 +234,12 @@ register(
         id="cycles.ct/1",
         sentence="Share of stretches of low ct that are followed by a stretch of high ct.",
         formula="COLLAPSE: ct < low (calibrated q10) for ≥ w tokens; RIVALRY: ct > high (q90) for ≥ w tokens" + _RULES,
+        latex=(
+            r"\begin{aligned} &\text{COLLAPSE}: \mathrm{ct}<\mathrm{low}, \qquad \text{RIVALRY}: "
+            r"\mathrm{ct}>\mathrm{high}, \qquad \text{for} \ge w \text{ tokens} \\"
+            r"&\rho = \frac{\#\,\text{COLLAPSE runs followed by RIVALRY}}{\#\,\text{COLLAPSE runs followed by any "
+            r"run}} \end{aligned}"
+        ),
         input="series, low, high",
         invariances=frozenset(),
         params={"w": 3},

@@ -95,6 +95,7 @@ register(
         id="debt.cusum/1",
         sentence="Highest level of accumulated excess of ct over θ, repaid by calm tokens.",
         formula="D_t = max(0, D_{t−1} + ct_t − θ), D_0 = 0; value = max_t D_t; invalid ct: D carried over and counted",
+        latex=r"D_0 = 0, \qquad D_t = \max(0,\ D_{t-1}+\mathrm{ct}_t-\theta), \qquad \max_t D_t",
         input="series",
         value_range="[0, ∞)",
         unit="rad",
@@ -112,6 +113,7 @@ register(
         id="debt.excess/1",
         sentence="Sum of the excess of ct over θ, never repaid; extensive in length.",
         formula="E_T = Σ_t max(0, ct_t − θ) over valid t; E_T/T beside it",
+        latex=r"E_T = \sum_t\max(0,\ \mathrm{ct}_t-\theta)",
         input="series",
         value_range="[0, ∞)",
         unit="rad",
@@ -129,6 +131,10 @@ register(
         id="collapse.late_ct/1",
         sentence="Mean ct over the last quarter of the series; below 0.001 counts as collapsed.",
         formula="mean of ct over the last ⌈0.25·T⌉ valid values, T ≥ 12 valid; collapsed iff < 0.001 strictly",
+        latex=(
+            r"\frac{1}{\lceil T/4\rceil}\sum_{t>T-\lceil T/4\rceil}\mathrm{ct}_t, \qquad \text{collapsed} \iff "
+            r"\text{value} < 0.001"
+        ),
         input="series",
         value_range="[0, ∞)",
         unit="rad",

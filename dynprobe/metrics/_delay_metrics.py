@@ -92,6 +92,10 @@ register(
         id="delay.autocorr/1",
         sentence="Correlation of a series with itself some steps later.",
         formula="corr(x_{0…n−1−lag}, x_{lag…n−1}), each side with its own mean and SD; holes → NaN nonfinite",
+        latex=(
+            r"r_\tau = \operatorname{corr}\bigl(x_{0\dots n-1-\tau},\ x_{\tau\dots n-1}\bigr), \qquad \tau = "
+            r"\mathrm{lag}"
+        ),
         value_range="[−1, 1]",
         params={"lag": 1},
         source="dynprobe; off-diagonal entry of the standardised two-column delay matrix",
@@ -108,6 +112,13 @@ register(
             "i = 0 … n − 1 − m·lag; j nearest (Euclidean, m coordinates) with |i − j| ≥ theiler, the earliest of equal "
             "ones; R its distance, δ = |x_{i+m·lag} − x_{j+m·lag}|; false: δ > rtol·R, or √(R² + δ²) > atol·σ, σ² = "
             "Σ(x − x̄)²/n; at least max(20, ⌈10^{m/2}⌉) points with a neighbour, else NaN points<k"
+        ),
+        latex=(
+            r"\begin{aligned} R_i &= \min_{|i-j|\ge w}\lVert y_i-y_j\rVert, \quad y_i = "
+            r"(x_i,\,x_{i+\tau},\dots,x_{i+(m-1)\tau}), \quad "
+            r"\delta_i = |x_{i+m\tau}-x_{j+m\tau}| \\"
+            r"\mathrm{FNN} &= \operatorname*{mean}_{i}\ \mathbb{1}\Bigl[\delta_i > \mathrm{rtol}\cdot R_i \ \text{ "
+            r"or }\ \sqrt{R_i^2+\delta_i^2} > \mathrm{atol}\cdot\sigma\Bigr] \end{aligned}"
         ),
         value_range="[0, 1]",
         params={"atol": 2.0, "lag": 1, "m": 2, "rtol": 15.0, "theiler": 1},
@@ -127,6 +138,11 @@ register(
         sentence="Share of the variance of delay windows along their k-th principal axis.",
         formula=_WINDOWS + "λ_k/m, λ_k eigenvalues of their correlation matrix; m = 2: (1 ± |r|)/2, r the "
         "autocorrelation at the lag",
+        latex=(
+            r"\frac{\lambda_k}{m}, \qquad \lambda = \operatorname{eig}\ "
+            r"\operatorname*{corr}_{i}\bigl(x_i,\,x_{i+\tau},\dots,x_{i+(m-1)\tau}\bigr), \quad "
+            r"\lambda_1\ge\lambda_2\ge\dots"
+        ),
         value_range="[0, 1]",
         vectors=("0, 1 repeated, n = 30: m = 2 → 1", "n = 20, m = 2 → NaN windows<20"),
         **_AXIS,
@@ -139,6 +155,10 @@ register(
         sentence="How nearly the k-th principal axis of delay windows is even or odd.",
         formula=_WINDOWS + "|⟨v_k, v_k reversed⟩|; an eigenvalue equal to another up to rounding → NaN degenerate; "
         "m = 2: 1 for every series",
+        latex=(
+            r"\bigl|\langle v_k,\,\overleftarrow{v_k}\rangle\bigr|, \qquad \overleftarrow{v}(i) = v(m-1-i), \quad "
+            r"v_k \text{ the } k\text{-th principal axis of delay windows}"
+        ),
         value_range="[0, 1]",
         vectors=("m = 2, r ≠ 0 → 1", "0, 1 repeated, n = 42: m = 3, k = 2 → NaN degenerate"),
         **_AXIS,
@@ -151,6 +171,7 @@ register(
         sentence="Likeness of the k-th principal axis of delay windows to the nearest cosine, as of a random walk.",
         formula=_WINDOWS + "max_j |⟨v_k, c_j⟩|, c_j(i) ∝ cos(πj(i + ½)/m); an eigenvalue equal to another up to "
         "rounding → NaN degenerate; m = 2: 1 for every series",
+        latex=r"\max_{j}\bigl|\langle v_k,\,c_j\rangle\bigr|, \qquad c_j(i)\propto\cos\frac{\pi j\,(i+\frac{1}{2})}{m}",
         value_range="[1/√m, 1]",
         vectors=("m = 2, r ≠ 0 → 1", "a random walk of 20,000 steps, m = 4 → above 0.999"),
         **_AXIS,

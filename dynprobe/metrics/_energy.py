@@ -168,6 +168,10 @@ register(
             "ε_i = Σ_k −τ log Σ_j exp(q_ikᵀk_jk/τ + b_ijk), 1/τ = scale (default 1/√dh), b causal by default; q "
             "and k as they meet (rotated, normalised); value = mean over queries"
         ),
+        latex=(
+            r"\varepsilon_i = -\tau\sum_k\log\sum_j\exp\Bigl(\frac{q_{ik}^{\mathsf T}k_{jk}}{\tau}+b_{ijk}\Bigr), "
+            r"\qquad \tau = \sqrt{d_h}"
+        ),
         input="queries[head,query,dh], keys[head,key,dh]",
         value_range="(−∞, ∞); ≤ −Σ_k max_j (qᵀk + τb)",
         unit="qᵀk",
@@ -191,6 +195,10 @@ register(
             "cos_i = ⟨s_i, Δ_i⟩/(‖s_i‖‖Δ_i‖), s = −∇ε at the point the layer reads (its normalised input), Δ what the "
             "layer adds; NaN where a norm is ≤ 16·eps of the largest; value = mean over tokens; companion slope = mean "
             "⟨s_i, Δ_i⟩, the decrease of ε to first order"
+        ),
+        latex=(
+            r"s_i = -\nabla\varepsilon, \qquad \operatorname*{mean}_{i}\frac{\langle s_i,\,\Delta_i\rangle}{\lVert "
+            r"s_i\rVert\,\lVert\Delta_i\rVert}"
         ),
         input="force[pos,dim], update[pos,dim]",
         value_range="[−1, 1]; 1 for tied weights without preconditioner",

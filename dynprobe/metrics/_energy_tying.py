@@ -194,6 +194,11 @@ register(
             "kind=vector: 1 − |⟨A,B⟩_F|/(‖A‖_F‖B‖_F); kind=subspace: √(1 − ‖Q_A Q_Bᵀ‖_F²/r), Q orthonormal bases of "
             "the row spaces, r the smaller rank; per head, value = mean over heads; A, B = W_Q, W_Oᵀ or W_K, W_V"
         ),
+        latex=(
+            r"\begin{cases} 1-\dfrac{|\langle A,B\rangle_F|}{\lVert A\rVert_F\,\lVert B\rVert_F} & "
+            r"\text{kind=vector} \\"
+            r"\sqrt{1-\lVert Q_A Q_B^{\mathsf T}\rVert_F^2/r} & \text{kind=subspace} \end{cases}"
+        ),
         input="weight[head,row,dim], weight[head,row,dim]",
         value_range="[0, 1]; 0 tied",
         invariances=frozenset({"R", "S", "S_l", "P"}),
@@ -215,6 +220,10 @@ register(
         formula=(
             "⟨W_O W_V, W_Qᵀ W_K⟩_F/(‖W_O W_V‖_F ‖W_Qᵀ W_K‖_F) per head, value = mean over heads; without position "
             "(rotary models: at distance 0)"
+        ),
+        latex=(
+            r"\frac{\langle W_O W_V,\ W_Q^{\mathsf T}W_K\rangle_F}{\lVert W_O W_V\rVert_F\,\lVert W_Q^{\mathsf "
+            r"T}W_K\rVert_F}"
         ),
         input="W_Q, W_K, W_V, W_Oᵀ, each weight[head,row,dim]",
         value_range="[−1, 1]; 1 tied",

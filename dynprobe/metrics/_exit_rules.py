@@ -111,6 +111,7 @@ register(
         id="huginn.entropy_diff/1",
         sentence="Change of the entropy of the next-token distribution per iteration.",
         formula=f"|H_k − H_{{k−1}}|, H = −Σ p ln p{_MEAN}",
+        latex=r"|H_k-H_{k-1}|, \qquad H_k = -\sum_v p_{k,v}\ln p_{k,v}",
         value_range="[0, ln V]",
         unit="nat",
         source=f"entropy-diff exit of the {_HUGINN}, without its 1e-10 inside the logarithm",
@@ -125,6 +126,7 @@ register(
         id="huginn.kl/1",
         sentence="KL divergence of the previous iteration's next-token distribution from the current one.",
         formula=f"KL(p_{{k−1}} ‖ p_k){_MEAN}",
+        latex=r"\mathrm{KL}(p_{k-1}\,\Vert\,p_k)",
         value_range="[0, ∞)",
         unit="nat",
         source=f"KL exit of the {_HUGINN}",
@@ -139,6 +141,11 @@ register(
         id="huginn.minp_kl/1",
         sentence="The same divergence on the min-p set: improbable tokens are first made equal.",
         formula=(f"p̃ = p, or 1/V where p < minp·max p, renormalised; KL(p̃_{{k−1}} ‖ p̃_k){_MEAN}"),
+        latex=(
+            r"\mathrm{KL}(\tilde p_{k-1}\,\Vert\,\tilde p_k), \qquad "
+            r"\tilde p_v\propto\begin{cases} p_v & p_v\ge\mathrm{minp}\cdot\max p \\ 1/V & \text{otherwise} "
+            r"\end{cases}"
+        ),
         value_range="[0, ∞)",
         unit="nat",
         source=f"min-p KL exit of the {_HUGINN}",
@@ -157,6 +164,10 @@ register(
             "r_k = r_{k−1} + 1 where the top token of k is that of k−1, else 0, r_0 = 0; value = mean over positions "
             "of the last r; profile = mean over positions of each r_k; ties to the lower id"
         ),
+        latex=(
+            r"r_0 = 0, \qquad r_k = \begin{cases} r_{k-1}+1 & \arg\max p_k = \arg\max p_{k-1} \\ 0 & "
+            r"\text{otherwise} \end{cases}"
+        ),
         value_range="[0, D − 1]",
         unit="iterations",
         source=f"argmax-stability exit of the {_HUGINN} (leaves at 5)",
@@ -171,6 +182,7 @@ register(
         id="ouro.q_exit/1",
         sentence="First step at which the summed exit probabilities reach q.",
         formula="min{t: Σ_{s ≤ t} p_s ≥ q}, t from 1; never → NaN censored, time = T and event 0 beside it",
+        latex=r"\min\Bigl\{\,t : \sum_{s\le t} p_s\ge q\,\Bigr\}",
         input="series",
         value_range="[1, T]",
         unit="iterations",

@@ -279,6 +279,10 @@ register(
             "by one RMS of the training fold, no per-feature scaling; stratified folds, groups kept together; one "
             "class in a fold → NaN; value = mean_l F_l"
         ),
+        latex=(
+            r"F_l = \operatorname*{mean}_{\mathrm{task}}\frac{\mathrm{bacc}_l-\mathrm{chance}}{1-\mathrm{chance}}, "
+            r"\qquad \mathrm{chance} = \frac{1}{\mathrm{classes}}"
+        ),
         input="trajectory[depth,unit,dim], labels[unit] or [task,unit]",
         value_range="[−chance/(1 − chance), 1]",
         unit="1",

@@ -200,6 +200,11 @@ register(
         "squares slope of ln r on ln α is in 1 ± tol and max − min of ln(r/α) ≤ tol·(ln α_j − ln α_i); linear range = "
         "widest union of stretches with consecutive i, all linear; passes iff there is one; value = least-squares "
         "slope over the linear range, else over all usable strengths; gain = geometric mean of r/α over the range",
+        latex=(
+            r"r(\alpha) = \tfrac{1}{2}\lVert R(+\alpha)-R(-\alpha)\rVert, \qquad \text{slope of } \ln r \text{ on } "
+            r"\ln\alpha, \qquad "
+            r"\text{passes where it is } 1\pm\mathrm{tol}"
+        ),
         input="strengths[n], response[n] or [n, sign] or [n, sign, dim]",
         value_range="(−∞, ∞); passes at 1 ± 0.1",
         unit="1",

@@ -234,6 +234,10 @@ register(
             "covariances, EM from n_starts seeded starts, largest likelihood kept; Viterbi path; states numbered by "
             "rising mean κ; < 30 steps → NaN; steps with a missing number carry no label and cut the sequence"
         ),
+        latex=(
+            r"\hat z = \arg\max_{z}\,P\bigl(z\mid\kappa_l,\ \text{turn}_l,\ h_{l+1}/\ln V\bigr), \qquad "
+            r"z_l\in\{0,1,2\}"
+        ),
         input="table[step,3]: κ_l, turning angle, lens entropy / ln V",
         value_range="word over 0, 1, 2, ?",
         unit="letters",

@@ -64,6 +64,15 @@ register(
             "HSIC_u(G_{l+1},G_{l+1})); κ_geom = 1 − mean_l CKA_u, mean over non-overlapping windows of W units first; "
             "degenerate when the rms of Ã ≤ 16·eps"
         ),
+        latex=(
+            r"\begin{aligned} G_l &= \hat X_l\hat X_l^{\mathsf T}, \quad K = G_l \text{ with zero diagonal} \\"
+            r"\tilde A_{ij} &= K_{ij} - \frac{\sum_k K_{ik}}{N-2} - \frac{\sum_k K_{kj}}{N-2} + \frac{\sum_{kk'} "
+            r"K_{kk'}}{(N-1)(N-2)}, \quad i\ne j \\"
+            r"\mathrm{HSIC}_u(A,B) &= \frac{1}{N(N-3)}\sum_{i\ne j}\tilde A_{ij}\tilde B_{ij} \\"
+            r"\mathrm{CKA}_u(l) &= "
+            r"\frac{\mathrm{HSIC}_u(G_l,G_{l+1})}{\sqrt{\mathrm{HSIC}_u(G_l,G_l)\;\mathrm{HSIC}_u(G_{l+1},G_{l+1})}} \\"
+            r"\kappa_{\mathrm{geom}} &= 1-\operatorname*{mean}_{l}\mathrm{CKA}_u(l) \end{aligned}"
+        ),
         input="trajectory[depth,unit,dim], dim may differ by depth",
         value_range="[0, 2]",
         unit="1",

@@ -65,6 +65,14 @@ register(
             "x̂ = x/‖x‖; θ_{l,n} = 2·atan2(‖x̂_{l,n} − x̂_{l+1,n}‖, ‖x̂_{l,n} + x̂_{l+1,n}‖), l = 0..D−2; "
             "κ_l = (1/π)·mean_n θ_{l,n}; κ = mean_l κ_l over entries with coverage ≥ 1/2; κ_path = π(D−1)·κ"
         ),
+        latex=(
+            r"\begin{aligned} \hat x_{l,n} &= \frac{x_{l,n}}{\lVert x_{l,n}\rVert} \\"
+            r"\theta_{l,n} &= 2\operatorname{atan2}\bigl(\lVert\hat x_{l,n}-\hat x_{l+1,n}\rVert,\ \lVert\hat "
+            r"x_{l,n}+\hat x_{l+1,n}\rVert\bigr) \\"
+            r"\kappa_l &= \frac{1}{\pi}\operatorname*{mean}_{n}\theta_{l,n}, \qquad l = 0,\dots,D-2 \\"
+            r"\kappa &= \operatorname*{mean}_{l}\kappa_l, \qquad \kappa_{\mathrm{path}} = \pi(D-1)\,\kappa "
+            r"\end{aligned}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, 1]; 0 in phase, 0.5 quadrature, 1 anti-phase",
         unit="half-turns",

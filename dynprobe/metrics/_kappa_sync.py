@@ -74,6 +74,12 @@ register(
             "R_n² = ‖(1/M_n) Σ_l u_{l,n}‖²; C_n = (M_n·R_n² − 1)/(M_n − 1); "
             "κ_sync = 1 − mean_n C_n; zero means ≤ 16·eps·max(‖x_l‖, ‖x_{l+1}‖)"
         ),
+        latex=(
+            r"\begin{aligned} u_{l,n} &= \frac{x_{l+1,n}-x_{l,n}}{\lVert x_{l+1,n}-x_{l,n}\rVert}, \qquad "
+            r"R_n^2 = \Bigl\lVert \frac{1}{M_n}\sum_l u_{l,n}\Bigr\rVert^2 \\"
+            r"C_n &= \frac{M_n R_n^2-1}{M_n-1}, \qquad \kappa_{\mathrm{sync}} = 1-\operatorname*{mean}_{n} C_n "
+            r"\end{aligned}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, M/(M−1)]",
         unit="1",

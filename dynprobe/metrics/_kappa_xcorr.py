@@ -109,6 +109,11 @@ register(
             "δ_l(t) = ‖x̂_{l,t} − x̂_{l,t−1}‖; κ_xcorr = 1 − mean_{l<m} corr_t(δ_l, δ_m), Pearson over the t with t−1 "
             "and t valid at both depths, at least 3; channels with max − min ≤ 16·eps dropped"
         ),
+        latex=(
+            r"\begin{aligned} \delta_l(t) &= \lVert \hat x_{l,t}-\hat x_{l,t-1}\rVert \\"
+            r"\kappa_{\mathrm{xcorr}} &= 1-\operatorname*{mean}_{l<m}\ "
+            r"\operatorname*{corr}_{t}\bigl(\delta_l(t),\,\delta_m(t)\bigr) \end{aligned}"
+        ),
         input="trajectory[depth,unit,dim], units in order of time",
         value_range="[0, D/(D−1)], D = channels kept",
         unit="1",

@@ -198,6 +198,7 @@ register(
             "min{l: argmax lens_{l'} = argmax model for all l' ≥ l}, l 0-based on the given depths, D if the last one "
             "differs; ties to the lower id; value = mean over positions"
         ),
+        latex=r"\min\bigl\{\,l : \arg\max\mathrm{lens}_{l'} = \arg\max\mathrm{model}\ \ \forall\, l'\ge l\,\bigr\}",
         input="logits[pos,vocab], logits[depth,pos,vocab]",
         value_range="[0, D]",
         unit="depths",
@@ -218,6 +219,11 @@ register(
         formula=(
             "lens_l = readout(h_l + A_l·h_l + b_l), A, b given; the last depth untranslated; KL(model ‖ lens) per "
             "depth and position; profile = mean over positions, value = mean over depths; A = b = 0 is lens.kl/1"
+        ),
+        latex=(
+            r"\mathrm{lens}_l = \operatorname{readout}(h_l+A_l h_l+b_l), \qquad "
+            r"\operatorname*{mean}_{l}\ \operatorname*{mean}_{\mathrm{pos}}\ "
+            r"\mathrm{KL}(\mathrm{model}\,\Vert\,\mathrm{lens}_l)"
         ),
         input="logits[pos,vocab], trajectory[depth,pos,dim]; translators=, readout=",
         value_range="[0, ∞)",

@@ -142,6 +142,7 @@ register(
             "max(ct_t)/mean(ct_t) over valid t; norm=winsor_mad: of min(ct_t, m + 5·s); one value: 1 with steps<2; "
             "mean 0: NaN zero-denominator"
         ),
+        latex=r"\mathrm{ratio} = \frac{\max_t\mathrm{ct}_t}{\operatorname{mean}_t\mathrm{ct}_t}",
         input="series",
         value_range="[1, T]",
         unit="1",
@@ -166,6 +167,7 @@ register(
         id="limen.qratio/1",
         sentence="95th percentile over median of ct; the length-robust companion of the ratio.",
         formula="q95(ct)/median(ct), type-7 quantiles; median 0: NaN zero-denominator",
+        latex=r"\frac{q_{95}(\mathrm{ct})}{\operatorname{median}(\mathrm{ct})}",
         input="series",
         value_range="[1, ∞)",
         unit="1",
@@ -183,6 +185,7 @@ register(
         id="limen.gini/1",
         sentence="Gini coefficient of ct.",
         formula="Σ_ij |ct_i − ct_j|/(2T²·mean)",
+        latex=r"\frac{\sum_{i,j}|\mathrm{ct}_i-\mathrm{ct}_j|}{2\,T^2\operatorname{mean}(\mathrm{ct})}",
         input="series",
         value_range="[0, 1 − 1/T]",
         unit="1",
@@ -202,6 +205,13 @@ register(
         formula=(
             "ratio < 1.55 BELOW_RANGE; [1.55, 1.70] UNDERACTIVE; (1.70, 2.27) GAP_UA; [2.27, 2.92] ADAPTIVE; "
             "(2.92, 4.42) TRANSITION_OR_GAP; [4.42, 35.55] CHAOTIC; > 35.55 ABOVE_RANGE; NaN UNDEFINED"
+        ),
+        latex=(
+            r"\begin{cases} \text{BELOW\_RANGE} & r<1.55 \\ \text{UNDERACTIVE} & 1.55\le r\le 1.70 \\ "
+            r"\text{GAP\_UA} & 1.70<r<2.27 \\"
+            r"\text{ADAPTIVE} & 2.27\le r\le 2.92 \\ \text{TRANSITION\_OR\_GAP} & 2.92<r<4.42 \\"
+            r"\text{CHAOTIC} & 4.42\le r\le 35.55 \\ \text{ABOVE\_RANGE} & r>35.55 \\ \text{UNDEFINED} & r\text{ is "
+            r"NaN} \end{cases}"
         ),
         input="value",
         value_range="label",

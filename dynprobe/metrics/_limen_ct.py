@@ -150,6 +150,11 @@ register(
             "ct_t = delta_t·curv_t for t ≥ 2; 0 and counted as stall if delta_t or delta_{t−1} ≤ 16·eps; "
             "value = mean over valid t"
         ),
+        latex=(
+            r"\begin{aligned} \hat h_t &= \frac{h_t}{\lVert h_t\rVert}, \qquad v_t = \hat h_t-\hat h_{t-1} \\"
+            r"\mathrm{ct}_t &= \underbrace{\lVert v_t\rVert}_{\text{delta}}\cdot"
+            r"\underbrace{\operatorname{angle}(v_{t-1},\,v_t)}_{\text{curv}}, \qquad t\ge 2 \end{aligned}"
+        ),
         input="tokens[pos,dim]",
         value_range="[0, 2π]",
         unit="rad",
@@ -174,6 +179,10 @@ register(
         formula=(
             "ct2_t = delta_t·‖ĥ_{t+1} − 2ĥ_t + ĥ_{t−1}‖, delta_t = ‖ĥ_t − ĥ_{t−1}‖, 1 ≤ t ≤ T−2; "
             "0 and counted as stall if delta_t ≤ 16·eps; value = mean over valid t"
+        ),
+        latex=(
+            r"\mathrm{ct2}_t = \lVert\hat h_t-\hat h_{t-1}\rVert\cdot\lVert\hat h_{t+1}-2\hat h_t+\hat "
+            r"h_{t-1}\rVert, \qquad 1\le t\le T-2"
         ),
         input="tokens[pos,dim]",
         value_range="[0, 8]",

@@ -105,6 +105,10 @@ register(
             "M_n/‖Σ_l u_{l,n}‖; value = mean_n LSS_n; zero update: ≤ 16·eps·max(‖x_l‖, ‖x_{l+1}‖); units with "
             "‖Σ u‖ ≤ 16·eps·M dropped and counted; a zero state is a point like any other"
         ),
+        latex=(
+            r"u_{l,n} = \frac{x_{l+1,n}-x_{l,n}}{\lVert x_{l+1,n}-x_{l,n}\rVert}, \qquad "
+            r"\mathrm{LSS} = \operatorname*{mean}_{n}\frac{M_n}{\bigl\lVert \sum_l u_{l,n}\bigr\rVert}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[1, ∞)",
         unit="1",

@@ -66,11 +66,15 @@ _FORMULA = (
     "δ = x' − x; window: from the first driven unit (after settle), the longest N of whole cycles up to the last, "
     "K ≥ 2 periods; C = (2/N) Σ_j δ_j e^{−2πiKj/N}, C_u the same of the drive u; ê = C_u/‖C_u‖; H = ⟨ê, C⟩/‖C_u‖; "
 )
+_LATEX = (
+    r"C = \frac{2}{N}\sum_j\delta_j\,e^{-2\pi i Kj/N}, \quad \delta = x'-x, \qquad "
+    r"\hat e = \frac{C_u}{\lVert C_u\rVert}"
+)
 _ROTATE = frozenset({"R", "S"})
 
 
 def _define(
-    name: str, sentence: str, formula: str, value_range: str, unit: str, vectors: tuple[str, ...],
+    name: str, sentence: str, formula: str, latex: str, value_range: str, unit: str, vectors: tuple[str, ...],
     more: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     register(
@@ -78,6 +82,7 @@ def _define(
             id=f"lockin.{name}/1",
             sentence=sentence,
             formula=_FORMULA + formula,
+            latex=rf"\begin{{aligned}} &{_LATEX} \\ &{latex} \end{{aligned}}",
             input="trajectory[depth,unit,dim]×2, clean first, units in order of time",
             value_range=value_range,
             unit=unit,
@@ -98,6 +103,7 @@ _define(
     "gain",
     "Size of the response along a periodic drive at the drive's frequency, per unit of drive.",
     "profile |H|; value at the last depth; C_u = 0 → NaN",
+    r"|H| = \frac{|\langle\hat e,\,C\rangle|}{\lVert C_u\rVert}",
     "[0, ∞)",
     "1",
     ("δ = A u, A linear → |v̂ᵀAv̂|", "α = 0 → NaN zero-denominator", "δ = 0 → 0"),
@@ -106,6 +112,7 @@ _define(
     "phase",
     "Phase of the response along a periodic drive against the drive; negative is later.",
     "profile arg H in (−π, π]; value at the last depth; H = 0 → NaN",
+    r"\arg H = \arg\frac{\langle\hat e,\,C\rangle}{\lVert C_u\rVert}\in(-\pi,\,\pi]",
     "(−π, π]",
     "rad",
     ("delay of m units, settled → −2πm/period", "δ = −u → π", "α = 0 → NaN zero-denominator"),
@@ -114,6 +121,7 @@ _define(
     "total",
     "Size of the response over all directions at the drive's frequency, per unit of drive.",
     "profile ‖C‖/‖C_u‖; value at the last depth; C_u = 0 → NaN",
+    r"\frac{\lVert C\rVert}{\lVert C_u\rVert}",
     "[0, ∞)",
     "1",
     ("δ = A u, A linear → ‖Av̂‖", "α = 0 → NaN zero-denominator"),
@@ -123,6 +131,8 @@ _define(
     "Power of the response along a periodic drive against the power in neighbouring frequency bins.",
     "C_b at the nearest `bins` bins b in 1 … ⌈N/2⌉ − 1, not multiples of K; profile |⟨ê, C⟩|²/mean_b |⟨ê, C_b⟩|²; "
     "value at the last depth; p = (1 + snr/m)^{−m} for m bins, exact for white Gaussian noise (F(2, 2m))",
+    r"\mathrm{snr} = \frac{|\langle\hat e,\,C\rangle|^2}{\operatorname{mean}_b|\langle\hat e,\,C_b\rangle|^2}, \qquad "
+    r"p = \Bigl(1+\frac{\mathrm{snr}}{m}\Bigr)^{-m} \text{ for } m \text{ bins}",
     "[0, ∞)",
     "power ratio",
     ("white noise alone: p uniform on [0, 1]", "noise exactly 0 → NaN zero-denominator, p = 0"),

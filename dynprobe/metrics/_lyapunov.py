@@ -118,6 +118,7 @@ register(
         sentence="Finite-depth Lyapunov exponents of a chain of maps, by Benettin's QR scheme.",
         formula="V_0 = start frame orthonormalised; J_{l+1} Q_l = Q_{l+1} R_{l+1}; λ_i = (1/n) Σ ln|R_ii|, n = maps, "
         f"in the order of the start frame; value = λ_1; {_FORM_TEXT}; an annihilated tangent is NaN, 'singular'",
+        latex=r"J_{l+1}Q_l = Q_{l+1}R_{l+1}, \qquad \lambda_i = \frac{1}{n}\sum_{l=1}^{n}\ln\bigl|(R_l)_{ii}\bigr|",
         input="maps[n,dim,dim]; start[k,dim] (default: coordinate axes; direction: a basis orthogonal to the first "
         "state); states[n+1,dim] for form=direction",
         value_range="(−∞, ∞)",
@@ -141,6 +142,12 @@ register(
         sentence="Lyapunov exponent of a chain of maps from two-sided finite differences, with its spread over ε.",
         formula="λ̂(ε) = (1/n) ln(‖δ_n‖/‖δ_0‖), δ = (x₊ − x₋)/2, ‖δ_0‖ = ε‖h‖; value = median over ε (a decade), "
         f"spread = max − min over ε; {_FORM_TEXT} (differences of unit vectors)",
+        latex=(
+            r"\delta = \frac{x_+-x_-}{2}, \qquad \hat\lambda(\varepsilon) = "
+            r"\frac{1}{n}\ln\frac{\lVert\delta_n\rVert}{\lVert\delta_0\rVert}, \qquad "
+            r"\lVert\delta_0\rVert = \varepsilon\lVert h\rVert, \qquad "
+            r"\operatorname*{median}_{\varepsilon}\hat\lambda(\varepsilon)"
+        ),
         input="start[eps,sign,dim], end[eps,sign,dim] (or with a unit axis before dim), n maps",
         value_range="(−∞, ∞)",
         unit="nats per map",

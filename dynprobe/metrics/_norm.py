@@ -88,6 +88,7 @@ register(
         id="norm.raw/1",
         sentence="The series as it is.",
         formula="ct'_t = ct_t; value = mean",
+        latex=r"\mathrm{ct}'_t = \mathrm{ct}_t",
         input="series",
         value_range="range of the series",
         unit="as the series",
@@ -105,6 +106,10 @@ register(
         formula=(
             "ct'_t = min(ct_t, m + c·s), m = median, s = 1.4826·median|ct − m| of the declared reference; "
             "s = 0: unchanged and flagged zero-mad; value = mean"
+        ),
+        latex=(
+            r"\mathrm{ct}'_t = \min(\mathrm{ct}_t,\ m+c\,s), \qquad m = \operatorname{median}(\mathrm{ct}), \quad "
+            r"s = 1.4826\cdot\operatorname{median}|\mathrm{ct}-m|"
         ),
         input="series",
         value_range="range of the series",
@@ -124,6 +129,11 @@ register(
         formula=(
             "z_t = clip((ct_t − m)/s, −c, c), m and s as norm.winsor_mad/1; s = 0: NaN zero-mad; value = mean; "
             "limen.ratio refuses it"
+        ),
+        latex=(
+            r"z_t = \operatorname{clip}\Bigl(\frac{\mathrm{ct}_t-m}{s},\,-c,\,c\Bigr), \qquad m = "
+            r"\operatorname{median}(\mathrm{ct}), \quad "
+            r"s = 1.4826\cdot\operatorname{median}|\mathrm{ct}-m|"
         ),
         input="series",
         value_range="[−c, c]",

@@ -77,6 +77,11 @@ register(
         id="order.vector/1",
         sentence="Vector order parameter: length of the mean direction of the units at one depth.",
         formula="R_l = ‖(1/N) Σ_n x̂_{l,n}‖, x̂ = x/‖x‖; value = mean over l; null ≈ 1/√N",
+        latex=(
+            r"R_l = \Bigl\lVert \frac{1}{N}\sum_{n=1}^{N}\hat x_{l,n}\Bigr\rVert, \qquad \hat x = \frac{x}{\lVert "
+            r"x\rVert}, \qquad "
+            r"\operatorname*{mean}_{l} R_l"
+        ),
         value_range="[0, 1]",
         invariances=_INVARIANCES,
         column="order_vector",
@@ -90,6 +95,11 @@ register(
         id="order.pairwise/1",
         sentence="Debiased order parameter: mean cosine over pairs of units at one depth.",
         formula="C_l = (N·R_l² − 1)/(N − 1), R_l of order.vector/1; value = mean over l; N ≥ 2",
+        latex=(
+            r"C_l = \frac{N R_l^2-1}{N-1}, \qquad R_l = \Bigl\lVert \frac{1}{N}\sum_{n=1}^{N}\hat "
+            r"x_{l,n}\Bigr\rVert, \qquad "
+            r"\operatorname*{mean}_{l} C_l"
+        ),
         value_range="[−1/(N−1), 1]",
         invariances=_INVARIANCES | {"T"},
         column="order_pairwise",

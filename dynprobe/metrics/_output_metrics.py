@@ -91,6 +91,7 @@ register(
         id="output.entropy/1",
         sentence="Shannon entropy of the next-token distribution.",
         formula="−Σ_v p_v ln p_v, p = softmax(logits)",
+        latex=r"H = -\sum_v p_v\ln p_v, \qquad p = \operatorname{softmax}(\mathrm{logits})",
         input="logits[pos,vocab]",
         value_range="[0, ln V]",
         unit="nat",
@@ -108,6 +109,7 @@ register(
         id="output.margin/1",
         sentence="Difference between the two largest next-token probabilities.",
         formula="p₁ − p₂, p₁ ≥ p₂ ≥ …; p = softmax(logits)",
+        latex=r"p_1-p_2, \qquad p_1\ge p_2\ge\dots, \quad p = \operatorname{softmax}(\mathrm{logits})",
         input="logits[pos,vocab]",
         value_range="[0, 1]",
         unit="1",
@@ -125,6 +127,7 @@ register(
         id="output.nll/1",
         sentence="Negative log-likelihood of the token that came next.",
         formula="−ln p_target, p = softmax(logits)",
+        latex=r"-\ln p_{\mathrm{target}}, \qquad p = \operatorname{softmax}(\mathrm{logits})",
         input="logits[pos,vocab], targets[pos] (−1 = none)",
         value_range="[0, ∞)",
         unit="nat",
@@ -143,6 +146,7 @@ register(
         id="output.kl/1",
         sentence="KL divergence of the arm's next-token distribution from the clean one.",
         formula="KL(clean ‖ arm) = Σ_v p_v (ln p_v − ln q_v), p clean, q arm, same positions under teacher forcing",
+        latex=r"\mathrm{KL}(p\,\Vert\,q) = \sum_v p_v\,(\ln p_v-\ln q_v), \qquad p \text{ clean},\ q \text{ arm}",
         input="logits[pos,vocab]×2, clean first",
         value_range="[0, ∞)",
         unit="nat",
@@ -161,6 +165,7 @@ register(
         id="output.flip/1",
         sentence="Whether the most probable next token differs between arm and clean.",
         formula="[argmax p ≠ argmax q], ties to the lower id",
+        latex=r"\mathbb{1}\bigl[\arg\max_v p_v\ne\arg\max_v q_v\bigr]",
         input="logits[pos,vocab]×2, clean first",
         value_range="{0, 1}; mean = flip rate",
         unit="1",
@@ -179,6 +184,10 @@ register(
         id="lens.entropy/1",
         sentence="Entropy of the logit-lens distribution at each depth.",
         formula="entropy of softmax(W_U·norm(h_l)); profile = mean over positions, value = mean over depths",
+        latex=(
+            r"H_l = -\sum_v p_{l,v}\ln p_{l,v}, \qquad p_l = "
+            r"\operatorname{softmax}\bigl(W_U\operatorname{norm}(h_l)\bigr)"
+        ),
         input="logits[depth,pos,vocab]",
         value_range="[0, ln V]",
         unit="nat",
@@ -196,6 +205,10 @@ register(
         id="lens.kl/1",
         sentence="KL divergence of the logit-lens distribution at each depth from the model's own.",
         formula="KL(model ‖ lens) per depth and position; profile = mean over positions, value = mean over depths",
+        latex=(
+            r"\mathrm{KL}(p\,\Vert\,p_l) = \sum_v p_v\,(\ln p_v-\ln p_{l,v}), \qquad p_l = "
+            r"\operatorname{softmax}\bigl(W_U\operatorname{norm}(h_l)\bigr)"
+        ),
         input="logits[pos,vocab], logits[depth,pos,vocab]",
         value_range="[0, ∞)",
         unit="nat",

@@ -178,6 +178,13 @@ register(
             "Δκ_l = (1/π)·mean_n(θ'_{l,n} − θ_{l,n}) over units valid in both runs; Δκ = mean_l Δκ_l; injection at m: "
             "Δκ_inj = Δκ_{m−1} (m = 0: NaN depth<2), Δκ_down = mean_{l ≥ m} Δκ_l"
         ),
+        latex=(
+            r"\begin{aligned} \Delta\kappa_l &= "
+            r"\frac{1}{\pi}\operatorname*{mean}_{n}\bigl(\theta'_{l,n}-\theta_{l,n}\bigr), \qquad "
+            r"\Delta\kappa = \operatorname*{mean}_{l}\Delta\kappa_l \\"
+            r"\Delta\kappa_{\mathrm{inj}} &= \Delta\kappa_{m-1}, \qquad \Delta\kappa_{\mathrm{down}} = "
+            r"\operatorname*{mean}_{l\ge m}\Delta\kappa_l \end{aligned}"
+        ),
         input="trajectory[depth,unit,dim]×2, clean first",
         value_range="[−1, 1]",
         unit="half-turns",
@@ -196,6 +203,7 @@ register(
         id="diverge.angle/1",
         sentence="Angle between the states of two runs at the same depth and unit.",
         formula="(1/π)·angle(x_{l,n}, x'_{l,n}); profile = mean over units valid in both; value = mean over depths",
+        latex=r"\frac{1}{\pi}\operatorname{angle}(x_{l,n},\,x'_{l,n})",
         input="trajectory[depth,unit,dim]×2, clean first",
         value_range="[0, 1]",
         unit="half-turns",

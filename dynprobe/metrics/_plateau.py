@@ -172,6 +172,7 @@ register(
         id="plateau.d/1",
         sentence="Share of the way from one end's output to the other's, along an interpolation; series = the curve.",
         formula="d(t) = ‖F(x(t)) − F_A‖/(‖F(x(t)) − F_A‖ + ‖F(x(t)) − F_B‖); value = mean over t; F_A = F_B → NaN",
+        latex=r"d(t) = \frac{\lVert F(x(t))-F_A\rVert}{\lVert F(x(t))-F_A\rVert+\lVert F(x(t))-F_B\rVert}",
         input="outputs[t,dim], F_A[dim], F_B[dim]",
         value_range="[0, 1]",
         unit="1",
@@ -199,12 +200,22 @@ _DEFINITIONS = {
               "1 − (length of t with 0.1 < d < 0.9)/(length of t), d linear between grid points", "[0, 1]", "1",
               "linear → 0.2; a step → 1 − 0.8 grid steps"),
 }  # fmt: skip
+_CROSSING = r"t_{{{}}}: \text{{ first upward crossing of }} d(t) = {}"
+_LATEX = {
+    "t10": _CROSSING.format(10, 0.1),
+    "t50": _CROSSING.format(50, 0.5),
+    "t90": _CROSSING.format(90, 0.9),
+    "width": r"t_{90}-t_{10}",
+    "slope": r"\max_i\frac{d_{i+1}-d_i}{t_{i+1}-t_i}",
+    "share": r"1-\frac{\bigl|\{t : 0.1<d(t)<0.9\}\bigr|}{t_{\mathrm{end}}-t_{\mathrm{start}}}",
+}
 for _name, (_sentence, _formula, _range, _unit, _vector) in _DEFINITIONS.items():
     register(
         MetricSpec(
             id=f"plateau.{_name}/1",
             sentence=_sentence,
             formula=_formula,
+            latex=_LATEX[_name],
             input="t series, d series",
             value_range=_range,
             unit=_unit,

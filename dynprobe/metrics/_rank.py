@@ -146,6 +146,7 @@ register(
         id="erank.rv/1",
         sentence="Effective rank of the units' matrix: exponential of the entropy of its normalised singular values.",
         formula=f"{_MATRIX}p_i = σ_i/Σσ; erank = exp(−Σ p_i ln p_i), 0·ln 0 = 0{_MEAN}",
+        latex=r"p_i = \frac{\sigma_i}{\sum_j\sigma_j}, \qquad \mathrm{erank} = \exp\Bigl(-\sum_i p_i\ln p_i\Bigr)",
         value_range="[1, min(N, d)]",
         unit="1",
         invariances=_INVARIANCES,
@@ -167,6 +168,7 @@ register(
         id="erank.participation/1",
         sentence="Participation ratio of the squared singular values of the units' matrix.",
         formula=f"{_MATRIX}λ = σ²; PR = (Σλ)²/Σλ²{_MEAN}",
+        latex=r"\lambda_i = \sigma_i^2, \qquad \mathrm{PR} = \frac{\bigl(\sum_i\lambda_i\bigr)^2}{\sum_i\lambda_i^2}",
         value_range="[1, min(N, d)]",
         unit="1",
         invariances=_INVARIANCES,
@@ -183,6 +185,7 @@ register(
         id="erank.stable/1",
         sentence="Stable rank of the units' matrix: squared Frobenius norm over squared spectral norm.",
         formula=f"{_MATRIX}‖A‖_F²/σ₁²{_MEAN}",
+        latex=r"\frac{\lVert A\rVert_F^2}{\sigma_1^2} = \frac{\sum_i\sigma_i^2}{\sigma_1^2}",
         value_range="[1, min(N, d)]",
         unit="1",
         invariances=_INVARIANCES,
@@ -204,6 +207,12 @@ register(
             "S = −Σ λ ln λ; else S = ln(Σ λ^order)/(1 − order); order inf: −ln max λ; norm raw: S; logn: S/ln N; "
             f"logd: S/ln d; lognlogd: S/(ln N·ln d); logmin: S/min(ln N, ln d); N = units left; Gram entries not "
             f"clamped{_MEAN}"
+        ),
+        latex=(
+            r"\lambda = \operatorname{eig}\Bigl(\frac{1}{N}\hat X\hat X^{\mathsf T}\Bigr), \qquad "
+            r"S_a = \begin{cases} -\sum_i\lambda_i\ln\lambda_i & a = 1 \\ \dfrac{\ln\sum_i\lambda_i^{a}}{1-a} & "
+            r"a\ne 1 \\"
+            r"-\ln\max_i\lambda_i & a = \infty \end{cases}"
         ),
         value_range="raw [0, ln min(N, d)]; logmin [0, 1]",
         unit="nat",

@@ -135,6 +135,10 @@ register(
             "r_t = 1 − clip((q_t − low)/(high − low), 0, 1), low = median and high = q99 of clean calibration values; "
             "q oriented larger = worse; high ≤ low → NaN degenerate-band; q_t not finite → NaN; value = mean_t r_t"
         ),
+        latex=(
+            r"r_t = 1-\operatorname{clip}\Bigl(\frac{q_t-\mathrm{low}}{\mathrm{high}-\mathrm{low}},\,0,\,1\Bigr), "
+            r"\qquad \operatorname*{mean}_{t} r_t"
+        ),
         input="series, low, high",
         source="dynprobe; readiness is named without a formula in DOI 10.5281/zenodo.20361289",
         column="readiness",
@@ -151,6 +155,7 @@ register(
             "r_t = (Π_j r_{j,t})^{1/J}, r_{j,t} as readiness.band/1; one NaN signal or degenerate band → NaN; "
             "value = mean_t r_t"
         ),
+        latex=r"r_t = \Bigl(\prod_{j=1}^{J} r_{j,t}\Bigr)^{1/J}, \qquad \operatorname*{mean}_{t} r_t",
         input="series[signal,pos], low[signal], high[signal]",
         source="dynprobe",
         column="readiness_gmean",

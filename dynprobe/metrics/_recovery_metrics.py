@@ -87,6 +87,10 @@ register(
             "up to rounding, → NaN no-effect; δ_min = 3·SD (ddof 1) of the clean–clean difference; interval: cluster "
             "bootstrap over prompts, replicates without an effect open it on both sides"
         ),
+        latex=(
+            r"\mathrm{RF} = \frac{\sum m_{\mathrm{pert}}-\sum m_{\mathrm{rec}}}{\sum m_{\mathrm{pert}}-\sum "
+            r"m_{\mathrm{clean}}}"
+        ),
         input="values×3: clean, perturbed, recovered, paired",
         value_range="(−∞, ∞); 1 full recovery, 0 none, < 0 harm, > 1 overshoot",
         unit="1",
@@ -110,6 +114,13 @@ register(
             "intervals above 0.1; DISSOCIATED: RF_dyn interval above 0.5 and 90 % interval of RF_sem inside ±margin "
             "(TOST at 5 %); else INDETERMINATE; accuracy: RF_sem refused when clean − perturbed < 0.2 or clean − "
             "chance < 0.3"
+        ),
+        latex=(
+            r"\begin{cases} \text{COUPLED} & I_{95}(\mathrm{RF}_{\mathrm{dyn}}) > 0.1 \text{ and } "
+            r"I_{95}(\mathrm{RF}_{\mathrm{sem}}) > 0.1 \\"
+            r"\text{DISSOCIATED} & I_{95}(\mathrm{RF}_{\mathrm{dyn}}) > 0.5 \text{ and } "
+            r"I_{90}(\mathrm{RF}_{\mathrm{sem}})\subset(-\mathrm{margin},\,\mathrm{margin}) \\"
+            r"\text{INDETERMINATE} & \text{otherwise} \end{cases}"
         ),
         input="table[3,run]×2: clean, perturbed, recovered of the dynamic and of the semantic metric",
         value_range="COUPLED, DISSOCIATED, INDETERMINATE, DETECTOR_BLIND",

@@ -215,6 +215,11 @@ register(
             "that were not low when they came, no test before there are 20; crisis at the third low value in a row, "
             "restart = that step − 3; a run of low values is one crisis; not finite: in no window, ends a run"
         ),
+        latex=(
+            r"c_t = \cos(h_t,\,h_{t-1}), \qquad \text{low} \iff c_t < \bar c_{20}-0.6\,\mathrm{SD}_{20}-10^{-12}, "
+            r"\qquad "
+            r"\text{crisis: the third low value in a row}"
+        ),
         input="series",
         value_range="0, 1, 2, …",
         unit="crises",

@@ -116,7 +116,7 @@ def _compute(
     return Result(**{name: getattr(result, name) for name in Result.__slots__} | {"dtype": b.dtype})
 
 
-def _define(axis: str, sentence: str, series: str, vectors: tuple[str, ...]) -> None:
+def _define(axis: str, sentence: str, series: str, latex: str, vectors: tuple[str, ...]) -> None:
     column = f"relax_{axis}"
     register(
         MetricSpec(
@@ -126,6 +126,10 @@ def _define(axis: str, sentence: str, series: str, vectors: tuple[str, ...]) -> 
                 f"ρ_{{l,n}} = ‖x'_{{l,n}} − x_{{l,n}}‖/‖x_{{l,n}}‖; write at depth m, unit p; series {series}; points "
                 "with ρ > 16·eps; value = −slope of ln ρ over τ, by least squares (fit=ls) or Theil–Sen (fit=theil); "
                 "fewer than 3 points → NaN; growth is a negative rate; r² = 1 − SS_res/SS_tot of the line"
+            ),
+            latex=(
+                r"\rho_{l,n} = \frac{\lVert x'_{l,n}-x_{l,n}\rVert}{\lVert x_{l,n}\rVert}, \qquad "
+                rf"\ln\rho_{{{latex}}}\approx c-\lambda\tau"
             ),
             input="trajectory[depth,unit,dim]×2, clean first, units in order of time",
             value_range="(−∞, ∞)",
@@ -149,11 +153,13 @@ _define(
     "depth",
     "Rate at which the response to a push decays along depth at the written unit.",
     "ρ_{m+τ,p}, τ = 0, 1, …",
+    r"m+\tau,\,p",
     ("ρ ∝ e^{−λτ} → λ, r² 1", "ρ = α 2^τ → −ln 2"),
 )
 _define(
     "token",
     "Rate at which the response to a push decays along the later units at the last depth.",
     "ρ_{D,p+τ}, τ = 1, 2, …",
+    r"D,\,p+\tau",
     ("ρ ∝ e^{−λτ} → λ, r² 1", "no later response → NaN no-response"),
 )

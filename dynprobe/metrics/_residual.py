@@ -101,6 +101,7 @@ register(
         id="deq.residual/1",
         sentence="Length of the update of all units together relative to the state it arrives at, plus ε.",
         formula="‖S_{k+1} − S_k‖_F/(‖S_{k+1}‖_F + ε), norms over all valid units; mean over steps",
+        latex=r"\operatorname*{mean}_{k}\frac{\lVert S_{k+1}-S_k\rVert_F}{\lVert S_{k+1}\rVert_F+\varepsilon}",
         value_range="[0, ∞)",
         unit="1",
         invariances=frozenset({"R", "P", "T"}),
@@ -120,6 +121,10 @@ register(
         formula=(
             "‖(s_{k+1} − s_k) − (s_k − s_{k−1})‖/‖s_{k+1}‖ (norm=state) or without the quotient (norm=none) per unit "
             "valid at the three depths; mean over units, then over k"
+        ),
+        latex=(
+            r"\operatorname*{mean}_{k}\ "
+            r"\operatorname*{mean}_{n}\frac{\lVert(s_{k+1}-s_k)-(s_k-s_{k-1})\rVert}{\lVert s_{k+1}\rVert}"
         ),
         value_range="[0, ∞)",
         unit="1 (norm=state), state (norm=none)",

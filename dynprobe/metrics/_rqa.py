@@ -194,6 +194,10 @@ register(
         id="rqa.rr/1",
         sentence="Recurrence rate: share of pairs of tokens whose states recur.",
         formula=f"{_MATRIX}RR = Σ R/Σ 1 over i ≠ j",
+        latex=(
+            r"R_{ij} = \mathbb{1}\bigl[1-\cos(x_i,x_j)\le\varepsilon\bigr], \qquad "
+            r"\mathrm{RR} = \frac{\sum_{|i-j|\ge w} R_{ij}}{\sum_{|i-j|\ge w} 1}, \quad w = \max(\mathrm{theiler},\,1)"
+        ),
         value_range="[0, 1]",
         unit="1",
         params={**_EPS, "theiler": 1},
@@ -210,6 +214,10 @@ register(
         sentence="Determinism: share of recurrent pairs that lie on diagonal lines.",
         formula=f"{_MATRIX}DET = Σ_{{l ≥ lmin}} l·P(l)/Σ_l l·P(l), P(l) lines parallel to the main diagonal; N ≥ "
         "theiler + lmin",
+        latex=(
+            r"R_{ij} = \mathbb{1}\bigl[1-\cos(x_i,x_j)\le\varepsilon\bigr], \qquad "
+            r"\mathrm{DET} = \frac{\sum_{l\ge l_{\min}} l\,P(l)}{\sum_{l} l\,P(l)}"
+        ),
         value_range="[0, 1]",
         unit="1",
         params={**_EPS, "theiler": 1, "lmin": 3},
@@ -226,6 +234,10 @@ register(
         sentence="Laminarity: share of recurrent pairs that lie on vertical lines.",
         formula=f"{_MATRIX}LAM = Σ_{{v ≥ vmin}} v·P(v)/Σ_v v·P(v) over columns, theiler 0: main diagonal included; "
         "N ≥ theiler + vmin",
+        latex=(
+            r"R_{ij} = \mathbb{1}\bigl[1-\cos(x_i,x_j)\le\varepsilon\bigr], \qquad "
+            r"\mathrm{LAM} = \frac{\sum_{v\ge v_{\min}} v\,P(v)}{\sum_{v} v\,P(v)}"
+        ),
         value_range="[0, 1]",
         unit="1",
         params={**_EPS, "theiler": 0, "vmin": 3},
@@ -242,6 +254,10 @@ register(
         sentence="Entropy of the lengths of diagonal lines, in bits.",
         formula=f"{_MATRIX}ENTR = −Σ_{{l ≥ lmin}} p(l)·log₂ p(l), p(l) = P(l)/Σ_{{l ≥ lmin}} P(l), one triangle; N ≥ "
         "theiler + lmin",
+        latex=(
+            r"p(l) = \frac{P(l)}{\sum_{l'\ge l_{\min}} P(l')}, \qquad \mathrm{ENTR} = -\sum_{l\ge l_{\min}} "
+            r"p(l)\log_2 p(l)"
+        ),
         value_range="[0, ∞)",
         unit="bit",
         params={**_EPS, "theiler": 1, "lmin": 3},

@@ -179,6 +179,11 @@ register(
         id="rsa.dist/1",
         sentence="Correlation of the distances between units at one depth with those at the next.",
         formula=f"{_FORMULA}; r_l = corr(d_l, d_{{l+1}}), value = mean over l",
+        latex=(
+            r"d_l(i,j) = \lVert x_{l,i}-x_{l,j}\rVert,\ i<j, \qquad r_l = "
+            r"\operatorname*{corr}_{i<j}\bigl(d_l,\,d_{l+1}\bigr), \qquad "
+            r"\operatorname*{mean}_{l} r_l"
+        ),
         input="trajectory[depth,unit,dim], dim may differ by depth",
         value_range="[−1, 1]",
         unit="1",
@@ -202,6 +207,11 @@ register(
         id="rsa.dist.paired/1",
         sentence="Correlation of the distances between units in one run with those in another at the same depth.",
         formula=f"{_FORMULA}; r_l = corr(d_l, d'_l) over units valid in both runs, value = mean over l",
+        latex=(
+            r"d_l(i,j) = \lVert x_{l,i}-x_{l,j}\rVert,\ i<j, \qquad r_l = "
+            r"\operatorname*{corr}_{i<j}\bigl(d_l,\,d'_l\bigr), \qquad "
+            r"\operatorname*{mean}_{l} r_l"
+        ),
         input="trajectory[depth,unit,dim]×2, clean first, dim may differ",
         value_range="[−1, 1]",
         unit="1",

@@ -183,6 +183,10 @@ register(
             "s_{l,n} = |ln(‖x_{l+1,n}‖/‖x_{l,n}‖)|; z_n = max_l (s_{l,n} − μ_l)/σ_l; value = mean_n z_n; σ with "
             "ddof 1; steps with σ_l = 0 dropped"
         ),
+        latex=(
+            r"s_{l,n} = \Bigl|\ln\frac{\lVert x_{l+1,n}\rVert}{\lVert x_{l,n}\rVert}\Bigr|, \qquad "
+            r"z_n = \max_l\frac{s_{l,n}-\mu_l}{\sigma_l}, \qquad \operatorname*{mean}_{n} z_n"
+        ),
         input="trajectory[depth,unit,dim], mu[step], sigma[step]",
         value_range="(−∞, ∞)",
         unit="SD",

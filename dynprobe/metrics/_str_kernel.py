@@ -149,6 +149,10 @@ register(
             "least 2), K_ij = exp(−‖h_i − h_j‖²/2σ²), W_ij = 1 − exp(−|i − j|/τ_w); σ given, fixed; σ = 0 → NaN; "
             "pairs with a state that is not finite leave both sums; value = mean_t STR_t"
         ),
+        latex=(
+            r"\mathrm{STR}_t = \frac{\sum_{ij} W_{ij}K_{ij}}{\sum_{ij} W_{ij}}, \qquad "
+            r"K_{ij} = \exp\Bigl(-\frac{\lVert h_i-h_j\rVert^2}{2\sigma^2}\Bigr), \qquad W_{ij} = 1-e^{-|i-j|/\tau_w}"
+        ),
         input="tokens[pos,dim], sigma",
         value_range="[0, 1]",
         unit="1",
