@@ -8,6 +8,7 @@ SOURCES = dynprobe tests benchmarks .ci
 
 demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
+	.venv-demo/bin/dynprobe show "$$(ls -td runs/*smollm2* | head -n 1)" --figure demo.png
 
 .venv-demo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo

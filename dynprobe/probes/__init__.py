@@ -2,6 +2,7 @@
 
 from dynprobe.probes._calibration import Calibration, load_calibration
 from dynprobe.probes._capture import Recording, as_subject, capture, perturb, record
+from dynprobe.probes._discover import discover
 from dynprobe.probes._dispatch import live_hooks
 from dynprobe.probes._fork import Fork, Roads, lowest_block
 from dynprobe.probes._generate import Sampling, generate, ignored_defaults
@@ -23,7 +24,7 @@ from dynprobe.probes._selftest import (
     check_readout,
     check_resume,
 )
-from dynprobe.probes._subject import Subject, discover
+from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import States, Tape
 from dynprobe.probes._trained import warn_beyond
 from dynprobe.probes._turns import Loop, Start, Turn

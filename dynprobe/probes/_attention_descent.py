@@ -29,8 +29,9 @@ from dynprobe.probes._attention_calls import AttentionCall, AttentionWatch
 from dynprobe.probes._attention_match import deviation, tolerance
 from dynprobe.probes._attention_weights import AttentionWeights, Refusal, attention_weights
 from dynprobe.probes._dispatch import attach
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import make_batch
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 
 __all__ = ["Descent", "Lens", "energy_probe"]
 

@@ -40,9 +40,10 @@ from dynprobe.probes._attention_match import (
     same,
     tolerance,
 )
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import make_batch
 from dynprobe.probes._outputs import hidden_argument, hidden_of
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 
 __all__ = ["AttentionWeights", "Refusal", "attention_weights"]
 

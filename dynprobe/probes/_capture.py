@@ -20,7 +20,9 @@ from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._backend import on_backend
 from dynprobe.probes._calibration import Calibration
 from dynprobe.probes._clock import Step
+from dynprobe.probes._discover import blocks_by_pattern, discover
 from dynprobe.probes._dispatch import attach_to, calls_of
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import Prompts, make_batch, tokenize
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._last import last_only
@@ -29,7 +31,7 @@ from dynprobe.probes._reading import sites_to_read
 from dynprobe.probes._resume import logits_of, select_last
 from dynprobe.probes._roles import Site, Writer
 from dynprobe.probes._same_model import check_same_model
-from dynprobe.probes._subject import Subject, blocks_by_pattern, discover, evaluating
+from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where
 from dynprobe.probes._writers import Perturbs, make_writers

@@ -25,6 +25,7 @@ from torch import Tensor
 from dynprobe.errors import UsageError
 from dynprobe.probes._backend import need_hooks
 from dynprobe.probes._chunks import out_of_memory
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._last import last_only
@@ -32,7 +33,7 @@ from dynprobe.probes._reading import sites_to_read
 from dynprobe.probes._resume import logits_of, select_last
 from dynprobe.probes._roles import Site, Writer
 from dynprobe.probes._stub import stubbed
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import Tape
 from dynprobe.probes._where import Where
 

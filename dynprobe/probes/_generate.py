@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._decode import Adjust, can_shrink, decode
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import Batch, pad_token
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._noise import uniform
 from dynprobe.probes._outputs import hidden_argument, hidden_of
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 
 __all__ = ["Sampling", "generate", "ignored_defaults"]
 

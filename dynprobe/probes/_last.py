@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 
 from dynprobe.errors import ModelError
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._outputs import hidden_of
-from dynprobe.probes._subject import Subject, evaluating
-from dynprobe.probes._trial import trial_ids
+from dynprobe.probes._subject import Subject
+from dynprobe.probes._trial_calls import trial_ids
 
 __all__ = ["last_only"]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dynprobe import models
 from dynprobe.errors import UsageError
 from dynprobe.probes._backend import on_backend
-from dynprobe.probes._subject import Subject, discover
+from dynprobe.probes._discover import discover
+from dynprobe.probes._subject import Subject
 from dynprobe.probes._turns import Loop
 
 __all__ = ["load"]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from dynprobe.errors import ModelError
-from dynprobe.probes._subject import Subject, discover
+from dynprobe.probes._discover import discover
+from dynprobe.probes._subject import Subject
 
 __all__ = ["random_twin"]
 

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe.errors import UsageError
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._generate import Sampling, adjusting, check_writes, choosers, end_tokens
 from dynprobe.probes._inputs import Batch, make_batch
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._last import last_only
 from dynprobe.probes._outputs import logits_of
 from dynprobe.probes._roles import Rewinds
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 from dynprobe.probes._take_back import check_takes_back, next_inputs
 
 __all__ = ["Restart", "Restarted", "Wish", "WrittenRow", "write_row"]

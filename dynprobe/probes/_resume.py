@@ -13,12 +13,13 @@ from torch import Tensor
 from dynprobe.errors import ModelError, SiteError, UsageError
 from dynprobe.probes._backend import need_hooks
 from dynprobe.probes._dispatch import attach_to
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._outputs import logits_of, ordinary
 from dynprobe.probes._roles import Site
 from dynprobe.probes._stub import stubbed
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import Tape
 
 __all__ = ["logits_of", "readout", "resume", "select_last"]

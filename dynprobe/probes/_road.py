@@ -20,13 +20,14 @@ from torch import Tensor
 
 from dynprobe.probes._backend import on_backend
 from dynprobe.probes._dispatch import attach_to
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import Batch, make_batch
 from dynprobe.probes._instrument import Instrument
 from dynprobe.probes._outputs import logits_of, ordinary
 from dynprobe.probes._roles import Site
 from dynprobe.probes._stub import stubbed
-from dynprobe.probes._subject import Subject, evaluating
-from dynprobe.probes._trial import vocabulary
+from dynprobe.probes._subject import Subject
+from dynprobe.probes._trial_calls import vocabulary
 
 __all__ = ["RoadTrial", "try_road", "try_road_unasked"]
 

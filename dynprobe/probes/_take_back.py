@@ -16,10 +16,11 @@ from torch import Tensor
 from dynprobe.errors import ModelError
 from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._decode import can_shrink
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import make_batch
 from dynprobe.probes._outputs import logits_of
-from dynprobe.probes._subject import Subject, evaluating
-from dynprobe.probes._trial import trial_ids
+from dynprobe.probes._subject import Subject
+from dynprobe.probes._trial_calls import trial_ids
 
 __all__ = ["check_takes_back", "next_inputs"]
 

@@ -27,9 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynprobe.errors import ModelError, SelfTestError, SiteError
 from dynprobe.probes._dispatch import attach_to
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import Batch
 from dynprobe.probes._stub import stubbed
-from dynprobe.probes._subject import Subject, evaluating
+from dynprobe.probes._subject import Subject
 
 __all__ = ["Turn", "carry", "check_chain"]
 

@@ -24,7 +24,7 @@ from dynprobe.controllers.attractor._baselines import ContinuousCache
 from dynprobe.errors import UsageError
 from dynprobe.probes import Batch, Instrument, Subject, logits_of, make_batch
 from dynprobe.probes._clock import Step
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.protocols._arms import Text
 from dynprobe.protocols._attract_arms import Condition, Sites
 from dynprobe.protocols._attract_config import HISTORICAL

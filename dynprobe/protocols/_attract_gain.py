@@ -27,7 +27,7 @@ from dynprobe.controllers.attractor import AttractorSite
 from dynprobe.errors import UsageError
 from dynprobe.metrics.statistics import mean_interval
 from dynprobe.probes import Batch, Instrument, Sampling, Site, Subject, generate, make_batch, tokenize
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 
 __all__ = ["LoopGain", "loop_gain"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from dynprobe.controllers.attractor import duality_phase2
 from dynprobe.errors import ModelError
 from dynprobe.probes import Subject, logits_of
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._generate import end_tokens
-from dynprobe.probes._subject import evaluating
 from dynprobe.protocols._arms import Text
 
 __all__ = ["historical_answer", "historical_logits", "historical_session"]

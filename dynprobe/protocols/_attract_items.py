@@ -24,7 +24,7 @@ from dynprobe import metrics
 from dynprobe.controllers import Steering
 from dynprobe.errors import UsageError
 from dynprobe.probes import Instrument, Sampling, Subject, generate, logits_of, make_batch, tokenize
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.prompts import Prompt, exact_match, load_stories
 from dynprobe.protocols._arms import Text, aligned
 from dynprobe.protocols._attract_arms import Condition, Sites

@@ -24,8 +24,8 @@ from torch import nn
 
 from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Perturb, PerturbWriter, Subject, Writer
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._perturb import parse_many
-from dynprobe.probes._subject import evaluating
 from dynprobe.protocols._batch import Produced
 from dynprobe.protocols._conditions import OWN_UNIT, resolve_perturbations, yardstick
 from dynprobe.protocols._evaluate_asked import Asked, asked_of, harness_model, subject_of

@@ -10,7 +10,7 @@ from typing import Any
 from dynprobe.errors import ModelError, UsageError
 from dynprobe.probes import Subject
 from dynprobe.probes import load as load_subject
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.prompts import Prompt
 from dynprobe.protocols._evaluate_config import EvaluateConfig
 from dynprobe.protocols._evaluate_rows import category_of, column_of, content_of, prompt_name

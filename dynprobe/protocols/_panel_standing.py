@@ -19,8 +19,8 @@ from typing import Any
 from dynprobe.runs import examine, repair
 from dynprobe.runs._atomic import sync_folder, writing
 from dynprobe.runs._damage_files import ASIDE
+from dynprobe.runs._open_run import looks_like_run
 from dynprobe.runs._repair import REOPENS
-from dynprobe.runs._run import looks_like_run
 from dynprobe.runs._schema import SCHEMA_VERSION
 
 __all__ = ["fault_of", "mend"]

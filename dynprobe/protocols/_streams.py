@@ -23,10 +23,10 @@ from dynprobe.errors import ModelError
 from dynprobe.probes import Instrument, Subject, Where, make_batch, sites_to_read
 from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._decode import can_shrink, decode
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import pad_token
 from dynprobe.probes._outputs import logits_of
-from dynprobe.probes._subject import evaluating
-from dynprobe.probes._trial import trial_ids
+from dynprobe.probes._trial_calls import trial_ids
 from dynprobe.protocols._arms import Passage, Text, aligned, measured
 
 __all__ = ["check_streams", "streamed"]

@@ -36,10 +36,11 @@ from dynprobe.runs._figures import draw_run
 from dynprobe.runs._identity import hash_prompts, identity
 from dynprobe.runs._listing import list_runs
 from dynprobe.runs._manifest import Manifest, Part
+from dynprobe.runs._open_run import open_run
 from dynprobe.runs._panel_folder import Panel, open_panel
 from dynprobe.runs._repair import repair
 from dynprobe.runs._report import report
-from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._run import Run
 from dynprobe.runs._schema import COLUMNS, SCHEMA_VERSION, TABLES, Column, Table, registry_facts
 from dynprobe.runs._secrets import scrub, scrub_command
 from dynprobe.runs._series import run_series

@@ -19,8 +19,9 @@ from typing import Any
 import pandas as pd
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
+from dynprobe.runs._open_run import open_run
 from dynprobe.runs._protocol import protocol_of
-from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._run import Run
 from dynprobe.runs._text_hash import text_hash
 
 __all__ = ["Pairing", "Side", "open_sides", "pair_conditions", "shared_prompts"]

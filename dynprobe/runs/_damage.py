@@ -23,7 +23,7 @@ from dynprobe.runs._identity import identity
 from dynprobe.runs._json import loads
 from dynprobe.runs._lock import LOCK_NAME, is_held
 from dynprobe.runs._manifest import MANIFEST_NAME, Manifest
-from dynprobe.runs._run import looks_like_run
+from dynprobe.runs._open_run import looks_like_run
 from dynprobe.runs._schema import SCHEMA_VERSION
 from dynprobe.runs._tables import read_frame
 

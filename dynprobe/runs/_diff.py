@@ -25,7 +25,8 @@ from dynprobe.runs._diff_found import APART, EQUAL, NOTHING, WITHIN, Difference,
 from dynprobe.runs._diff_head import heads_of
 from dynprobe.runs._identity import NOT_IDENTITY
 from dynprobe.runs._manifest import Manifest
-from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._open_run import open_run
+from dynprobe.runs._run import Run
 
 __all__ = ["diff"]
 

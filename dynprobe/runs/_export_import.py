@@ -27,7 +27,8 @@ from dynprobe.runs._export_tables import schema_of
 from dynprobe.runs._find import find_run, folder_name, parent_lock
 from dynprobe.runs._json import dumps
 from dynprobe.runs._manifest import MANIFEST_NAME, Part, encode_manifest, validated
-from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._open_run import open_run
+from dynprobe.runs._run import Run
 from dynprobe.runs._schema import table_schema
 from dynprobe.runs._start import now
 from dynprobe.runs._states import states_table, write_states_file

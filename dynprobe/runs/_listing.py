@@ -8,8 +8,8 @@ import pandas as pd
 
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._manifest import MANIFEST_NAME
+from dynprobe.runs._open_run import open_run
 from dynprobe.runs._protocol import MAIN_TABLE, in_short, protocol_of
-from dynprobe.runs._run import open_run
 
 __all__ = ["list_runs"]
 

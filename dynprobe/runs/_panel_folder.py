@@ -15,7 +15,8 @@ import pandas as pd
 from dynprobe.errors import RunFolderError, did_you_mean
 from dynprobe.runs._json import loads
 from dynprobe.runs._lock import is_held
-from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._open_run import open_run
+from dynprobe.runs._run import Run
 
 __all__ = ["PANEL_NAME", "PANEL_SCHEMA", "PANEL_TABLES", "Panel", "open_panel"]
 

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dynprobe.errors import RunFolderError, did_you_mean
+from dynprobe.errors import RunFolderError
 from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._json import loads
 from dynprobe.runs._lock import is_held
-from dynprobe.runs._manifest import MANIFEST_NAME, PREVIOUS_NAME, Manifest, read_manifest
+from dynprobe.runs._manifest import Manifest, read_manifest
 from dynprobe.runs._pivot import pivot_table
 from dynprobe.runs._plot import Plots
 from dynprobe.runs._repr import as_html, as_text
@@ -30,24 +30,7 @@ from dynprobe.runs._tables import column_facts, hash_file, part_path, read_frame
 if TYPE_CHECKING:
     from dynprobe.runs._export import Export
 
-__all__ = ["Run", "looks_like_run", "open_run"]
-
-
-def open_run(path: str | Path) -> Run:
-    """Open a run folder.
-
-    Args:
-        path: The folder, or its ``manifest.json``.
-
-    Raises:
-        RunFolderError: It is no run folder, damaged, or of a newer schema; runs that lie nearby are suggested.
-    """
-    folder = Path(path)
-    if folder.name == MANIFEST_NAME:
-        folder = folder.parent
-    if not (folder / MANIFEST_NAME).is_file():
-        raise RunFolderError(_not_a_run(folder))
-    return Run(folder, read_manifest(folder))
+__all__ = ["Run"]
 
 
 class Run:
@@ -322,12 +305,6 @@ class Run:
         return f"No hidden states with {asked}. Stored are {have}."
 
 
-def looks_like_run(folder: Path) -> bool:
-    """Return whether a folder has what only a run folder has, whatever became of its manifest."""
-    marks = (MANIFEST_NAME, PREVIOUS_NAME, "prompts.parquet", "conditions.parquet", "samples")
-    return folder.is_dir() and any((folder / name).exists() for name in marks)
-
-
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the frame with its categoricals as plain values, for joining frames of different categories."""
     return frame.astype({c: "object" for c in frame if isinstance(frame[c].dtype, pd.CategoricalDtype)})
@@ -337,21 +314,3 @@ def _span(values: pd.Series) -> str:
     found = sorted(values.dropna().unique())
     shown = [str(v) for v in found[:12]]
     return ", ".join(shown) + (" …" if len(found) > 12 else "")
-
-
-def _not_a_run(folder: Path) -> str:
-    if not folder.exists():
-        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        return f"There is no run folder {folder}.{did_you_mean(folder.name, near)} Type dynprobe ls to see your runs."
-    if (folder / "panel.json").is_file():
-        own = folder / "runs"
-        return f"{folder} is a panel of many runs; open it with dynprobe.runs.open_panel, its runs lie in {own}"
-    inside = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST_NAME}")) if folder.is_dir() else []
-    if inside:
-        example = folder / inside[-1]
-        return f"{folder} holds {len(inside)} runs and is none itself. Open one of them, for example {example}."
-    if (folder / "dynprobe.json").is_file():
-        return f"{folder} is an exported run; make a run folder of it first. Type: dynprobe import {folder}"
-    if looks_like_run(folder):
-        return f"{folder} is damaged: its {MANIFEST_NAME} is missing. {ask_doctor(folder)}"
-    return f"{folder} is no run folder: it has no {MANIFEST_NAME}. Type dynprobe ls to see your runs."

@@ -16,7 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dynprobe.errors import RunFolderError, UsageError, did_you_mean
-from dynprobe.runs._run import Run, open_run
+from dynprobe.runs._open_run import open_run
+from dynprobe.runs._run import Run
 from dynprobe.runs._schema import TABLES
 
 __all__ = ["SPANS", "Span", "run_series"]

@@ -30,8 +30,8 @@ from dynprobe.probes import (
     sites_to_read,
 )
 from dynprobe.probes._decode import can_shrink
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._outputs import logits_of
-from dynprobe.probes._subject import evaluating
 
 __all__ = ["CONTROLLER_CHECKS", "check_controller"]
 

@@ -22,9 +22,9 @@ from dynprobe.probes import (
 )  # fmt: skip
 from dynprobe.probes._calibration import QUANTILE_LEVELS
 from dynprobe.probes._decode import decode
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._inputs import pad_token
 from dynprobe.probes._outputs import logits_of
-from dynprobe.probes._subject import evaluating
 
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46], [50, 51, 52], [60, 61, 62, 63, 64]]
 NEW = [[7, 8, 9, 10, 11, 12, 13, 14], [21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33, 34, 35, 36, 37, 38]]

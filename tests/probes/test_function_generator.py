@@ -142,21 +142,29 @@ def test_alpha_zero_is_bit_identical(spec: dict[str, Any], dtype: torch.dtype) -
 
 @pytest.mark.parametrize("spec", WRITES, ids=NAMES)
 def test_batch_padding_and_decode_cannot_matter(spec: dict[str, Any]) -> None:
-    """Rows alone, turned round, padded on the left, and one column at a time get the same bits."""
+    """Rows alone, turned round, padded on the left, and one column at a time get the same bits.
+
+    Under cov the noise is multiplied by a matrix, and some processors sum a product of another shape in another order.
+    """
+    room = 1e-13 if spec.get("scale") == "cov" else 0.0
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> None:
+        torch.testing.assert_close(a, b, rtol=room, atol=room)
+
     h, p, keys = normal(3, 8, 16), Perturb(0.6, **spec), ["a", "b", "c"]
     whole = write(p, h, rows=keys).u
     turned = write(p, h.flip(0), rows=keys[::-1]).u.flip(0)
-    assert torch.equal(turned, whole)
+    same(turned, whole)
     for i, key in enumerate(keys):
-        assert torch.equal(write(p, h[i : i + 1], rows=[key]).u[0], whole[i])
+        same(write(p, h[i : i + 1], rows=[key]).u[0], whole[i])
     pad = torch.cat([torch.full((3, 2, 16), float("nan"), dtype=torch.float64), h], 1)
     positions = np.tile(np.arange(-2, 8), (3, 1)).clip(-1)
     mask = torch.from_numpy(positions >= 0)
     padded = write(p, pad, positions, keys, mask).u
-    assert torch.equal(padded[:, 2:], whole)
+    same(padded[:, 2:], whole)
     assert not padded[:, :2].any()
     for t in range(8):
-        assert torch.equal(write(p, h[:, t : t + 1], np.full((3, 1), t), keys).u[:, 0], whole[:, t])
+        same(write(p, h[:, t : t + 1], np.full((3, 1), t), keys).u[:, 0], whole[:, t])
 
 
 @pytest.mark.parametrize("spec", WRITES, ids=NAMES)

@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from dynprobe.errors import ModelError, SiteError
 from dynprobe.probes import as_subject, capture, discover, live_hooks
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 
 PATHS = {
     "gpt2": ("transformer.h.*", "transformer.ln_f", "transformer.wte", "lm_head"),

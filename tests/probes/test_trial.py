@@ -6,7 +6,8 @@ from models import CONTAINERS, Block, Looped, Mixer, Net, open_container, seeded
 from torch import Tensor, nn
 
 from dynprobe.errors import ModelError
-from dynprobe.probes._trial import TrialError, _adds_up, trial_ids, watch
+from dynprobe.probes._trial import _adds_up, watch
+from dynprobe.probes._trial_calls import TrialError, trial_ids
 
 INPUT = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
 

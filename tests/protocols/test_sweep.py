@@ -569,7 +569,8 @@ def test_the_response_table_averages_seeds_inside_prompts(whole: Any) -> None:
     assert row["kl_clean_pert_low"].item() < row["kl_clean_pert"].item() < row["kl_clean_pert_high"].item()
     for side, end in (("low", min), ("high", max)):
         value = row[f"kl_clean_pert_{side}"].item()
-        assert abs(value - row["kl_clean_pert"].item()) <= abs(end(per_prompt) - per_prompt.mean())
+        room = 1e-6 * per_prompt.mean()  # these means are of float32 columns
+        assert abs(value - row["kl_clean_pert"].item()) <= abs(end(per_prompt) - per_prompt.mean()) + room
     energies = table[table["arm"] == "energy-matched"]
     assert len(energies) == 2 * 2 * 3  # scale × layer × α: energies of two scales are not one
     assert set(energies["matched"]) == {f"{s}|gaussian|L{n}" for s in ("relnorm", "coordstd") for n in (0, 2)}

@@ -19,7 +19,7 @@ from dynprobe.protocols import ThresholdConfig, _execute, _fits, _threshold
 from dynprobe.protocols._criteria import CRITERIA, Criterion, criterion_named, null_level
 from dynprobe.protocols._fits import crossings_of
 from dynprobe.protocols._prepare import prepare
-from dynprobe.protocols._threshold import _writes
+from dynprobe.protocols._threshold_asked import writes_of
 from dynprobe.testing import tiny_llama
 
 LEVEL = 0.05
@@ -503,7 +503,7 @@ def test_how_a_search_is_spelt_is_no_other_search(llama: Any, prompts: Any) -> N
     base: dict[str, Any] = {"layers": "0+1", "seeds": [0, 1], "criterion": "kl,flip"}
 
     def ident(**change: Any) -> str:
-        return prepare(llama, prompts, base | change, kind=ThresholdConfig, resolve=_writes).ident
+        return prepare(llama, prompts, base | change, kind=ThresholdConfig, resolve=writes_of).ident
 
     for same in (
         {"layers": [1, 0]}, {"seeds": "1+0"}, {"criterion": ["flip", "crit.kl/1"]}, {"scale": "coordstd+relnorm"},

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynprobe.errors import CalibrationError
 from dynprobe.probes import Instrument, Site, Subject, make_batch, tokenize
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.prompts import load_prompts
 
 __all__ = ["FALSE_HITS", "measure_centre"]

@@ -19,7 +19,7 @@ from dynprobe.probes import Calibration, Site, Subject, make_batch
 from dynprobe.probes._attention_calls import AttentionCall, AttentionWatch
 from dynprobe.probes._attention_weights import AttentionWeights, attention_weights
 from dynprobe.probes._dispatch import attach_to
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 
 __all__ = ["QuerySite", "mean_query"]
 

@@ -43,9 +43,10 @@ def report(
         >>> dp.report("runs/2026-11-22T18-46-44_tiny-llama_f1c2d6bd")  # doctest: +SKIP
         PosixPath('runs/2026-11-22T18-46-44_tiny-llama_f1c2d6bd/report.html')
     """
+    from dynprobe.runs._open_run import open_run
     from dynprobe.runs._report._html import rendered
     from dynprobe.runs._report._run_section import run_section
-    from dynprobe.runs._run import Run, open_run
+    from dynprobe.runs._run import Run
 
     given = [runs] if isinstance(runs, str | Path | Run) else list(runs)
     if not given:

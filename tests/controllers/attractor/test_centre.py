@@ -10,7 +10,7 @@ import dynprobe as dp
 from dynprobe.controllers import AttractorLayer
 from dynprobe.controllers.attractor._centre import FALSE_HITS, _Keep, measure_centre
 from dynprobe.probes import Instrument, make_batch, tokenize
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 from dynprobe.prompts import load_prompts, load_stories
 
 SLOTS = 16

@@ -8,7 +8,7 @@ import torch
 from dynprobe.controllers import AttractorLayer, Steering
 from dynprobe.controllers.attractor import Recorded, strengths
 from dynprobe.probes import Instrument, identical, live_hooks
-from dynprobe.probes._subject import evaluating
+from dynprobe.probes._evaluating import evaluating
 
 pytestmark = pytest.mark.slow
 
