@@ -18,6 +18,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OfflineError",
+    "PluginError",
     "PromptError",
     "RunFolderError",
     "SelfTestError",
@@ -90,6 +91,10 @@ class SelfTestError(DynprobeError):
 
 class EngineError(DynprobeError):
     """The workers of an engine cannot be started, or keep dying."""
+
+
+class PluginError(DynprobeError):
+    """Something another package adds was asked for and cannot be had: it does not load, or its name is not its own."""
 
 
 class InterruptedRunError(DynprobeError):

@@ -23,6 +23,8 @@
   :func:`functional_capacity`.
 - Thresholds, recovery, detectors and their intervals: :mod:`dynprobe.metrics.statistics`.
 
+- A metric of your own: :class:`Metric`, :class:`MetricSpec`, :func:`trajectory_metric`; see ``docs/extending.md``.
+
 A number that cannot be computed is NaN with a reason. Every definition has a versioned id and a digest.
 """
 
@@ -53,6 +55,7 @@ from dynprobe.metrics._lists import CORE, DEFAULT
 from dynprobe.metrics._lockin import Lockin, lockin
 from dynprobe.metrics._measure import Measurement, measure
 from dynprobe.metrics._motifs import Motif, motifs
+from dynprobe.metrics._one_function import trajectory_metric
 from dynprobe.metrics._output import lens_output, output_metrics, paired_arms, paired_output
 from dynprobe.metrics._paired import diverge, paired
 from dynprobe.metrics._phase_z import phase_z
@@ -61,6 +64,7 @@ from dynprobe.metrics._recync import Crises, RecyncDetector, recync_detect, toke
 from dynprobe.metrics._reduction import reducing
 from dynprobe.metrics._registry import (
     Column,
+    Metric,
     MetricSpec,
     ParsedId,
     column_name,
@@ -96,6 +100,7 @@ __all__ = [
     "LabelledRun",
     "Lockin",
     "Measurement",
+    "Metric",
     "MetricSpec",
     "Motif",
     "ParsedId",
@@ -167,4 +172,5 @@ __all__ = [
     "surrogates",
     "symbols",
     "token_cosine",
+    "trajectory_metric",
 ]

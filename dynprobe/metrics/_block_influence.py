@@ -112,6 +112,7 @@ register(
         groups=frozenset({"optional"}),
     ),
     _compute_block,
+    score=lambda c, p: block_influence(c.w),
 )
 register(
     MetricSpec(
@@ -141,4 +142,5 @@ register(
         groups=frozenset({"optional"}),
     ),
     _compute_angular,
+    score=lambda c, p: angular_distance(c.states, c.w.norm, c.w.valid, c.w.keep, dtype=c.dtype, **p),
 )

@@ -168,6 +168,7 @@ _LATEX = (
 register(
     MetricSpec(
         id="cka.linear/1",
+        span=True,
         sentence="Linear CKA of the units' geometry at neighbouring depths, debiased.",
         formula=f"{_FORMULA}; X, Y = states at depths l, l+1; value = mean over l",
         latex=r"\begin{aligned} K &= X_l X_l^{\mathsf T}, \qquad M = X_{l+1}X_{l+1}^{\mathsf T} \\" + _LATEX,
@@ -188,10 +189,12 @@ register(
         groups=frozenset({"optional"}),
     ),
     _compute,
+    score=lambda c, p: cka(*c.of_span, eps=c.w.eps, **p),
 )
 register(
     MetricSpec(
         id="cka.linear.paired/1",
+        span=True,
         sentence="Linear CKA between the units' geometry in two runs at the same depth, debiased.",
         formula=f"{_FORMULA}; X, Y = states of the two runs at depth l, units valid in both; value = mean over l",
         latex=r"\begin{aligned} K &= X_l X_l^{\mathsf T}, \qquad M = X'_l {X'_l}^{\mathsf T} \\" + _LATEX,

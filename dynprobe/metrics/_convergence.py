@@ -251,6 +251,7 @@ register(
         groups=_GROUPS,
     ),
     _compute_rho,
+    score=lambda c, p: contraction(c.w),
 )
 register(
     MetricSpec(
@@ -279,6 +280,7 @@ register(
         groups=_GROUPS,
     ),
     _compute_iterations,
+    score=lambda c, p: iterations_to_tolerance(c.states, c.w, **p, dtype=c.dtype),
 )
 register(
     MetricSpec(

@@ -111,10 +111,13 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute_depth,
+    score=lambda c, p: curv_depth(c.w),
+    needs=("turn",),
 )
 register(
     MetricSpec(
         id="curv.token/1",
+        span=True,
         sentence="Mean turning angle along the tokens at each depth.",
         formula=(
             "v_t = x_{l,t+1} − x_{l,t}; c_{l,t} = angle(v_t, v_{t+1}); C_l = mean_t c_{l,t}; value = mean_l C_l; "
@@ -135,4 +138,6 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute_token,
+    score=lambda c, p: curv_token(c.w, c.deep_span),
+    needs=("hop_turn",),
 )

@@ -93,6 +93,7 @@ _SAMPLE = {"sample": "over the ct values inside the span"}
 register(
     MetricSpec(
         id="debt.cusum/1",
+        span=True,
         sentence="Highest level of accumulated excess of ct over θ, repaid by calm tokens.",
         formula="D_t = max(0, D_{t−1} + ct_t − θ), D_0 = 0; value = max_t D_t; invalid ct: D carried over and counted",
         latex=r"D_0 = 0, \qquad D_t = \max(0,\ D_{t-1}+\mathrm{ct}_t-\theta), \qquad \max_t D_t",
@@ -107,10 +108,13 @@ register(
         groups=frozenset({"default"}),
     ),
     _with_theta(debt_cusum),
+    score=lambda c, p: debt_cusum(c.values, c.theta),
+    needs=("ct",),
 )
 register(
     MetricSpec(
         id="debt.excess/1",
+        span=True,
         sentence="Sum of the excess of ct over θ, never repaid; extensive in length.",
         formula="E_T = Σ_t max(0, ct_t − θ) over valid t; E_T/T beside it",
         latex=r"E_T = \sum_t\max(0,\ \mathrm{ct}_t-\theta)",
@@ -125,10 +129,13 @@ register(
         groups=frozenset({"default"}),
     ),
     _with_theta(debt_excess),
+    score=lambda c, p: debt_excess(c.values, c.theta),
+    needs=("ct",),
 )
 register(
     MetricSpec(
         id="collapse.late_ct/1",
+        span=True,
         sentence="Mean ct over the last quarter of the series; below 0.001 counts as collapsed.",
         formula="mean of ct over the last ⌈0.25·T⌉ valid values, T ≥ 12 valid; collapsed iff < 0.001 strictly",
         latex=(
@@ -150,5 +157,7 @@ register(
         groups=frozenset({"default"}),
     ),
     _plain,
+    score=lambda c, p: collapse_late(c.values),
+    needs=("ct",),
 )
 register_column("debt_final", "debt.cusum/1", "rad", {"sample": "level after the last token"})

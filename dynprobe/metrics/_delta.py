@@ -9,7 +9,8 @@ invalid. ``resid.norm``, the length of the states, is here as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from dynprobe.metrics._reduce import mean_of_profile
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
 from dynprobe.metrics._walk import Walk, walk
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
 
 __all__ = ["delta_angle", "delta_rel_next", "delta_rel_prev", "delta_rms", "resid_norm"]
 
@@ -86,6 +90,10 @@ def _computer(score: Callable[..., Scores]) -> Callable[..., Result]:
     return compute
 
 
+def _score_angle(c: Context, params: dict[str, Any]) -> Scores:
+    return replace(c.phase, extras={k: v for k, v in c.phase.extras.items() if k != "kappa_path"})
+
+
 _CORE = frozenset({"core", "default"})
 _VECTOR_1 = "delta-1: e₁ → e₁ + e₂: prev 1; next 1/√2; κ 1/4"
 _LEVELS = {
@@ -112,6 +120,7 @@ register(
         groups=_CORE,
     ),
     _computer(delta_rel_prev),
+    score=lambda c, p: delta_rel_prev(c.w, p["agg"]),
 )
 register(
     MetricSpec(
@@ -131,6 +140,7 @@ register(
         groups=_CORE,
     ),
     _computer(delta_rel_next),
+    score=lambda c, p: delta_rel_next(c.w, p["agg"]),
 )
 register(
     MetricSpec(
@@ -149,6 +159,7 @@ register(
         groups=_CORE,
     ),
     _computer(delta_rms),
+    score=lambda c, p: delta_rms(c.w),
 )
 register(
     MetricSpec(
@@ -167,6 +178,7 @@ register(
         groups=_CORE,
     ),
     _computer(delta_angle),
+    score=_score_angle,
 )
 register(
     MetricSpec(
@@ -185,5 +197,6 @@ register(
         groups=_CORE,
     ),
     _computer(resid_norm),
+    score=lambda c, p: resid_norm(c.w),
 )
 register_column("angle", "delta.angle/1", "rad", {"depth": "per unit, π·delta.angle"})

@@ -9,7 +9,7 @@ comparison with the rows as they are. Windows, centring and the numerical choice
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from dynprobe.metrics._gram import adjacent
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
 
 __all__ = ["kappa_geom"]
 
@@ -54,9 +57,15 @@ def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_
     return scores.result(0, metric_id, dtype=t.dtype)
 
 
+def _score(c: Context, params: dict[str, Any]) -> Scores:
+    w = c.w
+    return kappa_geom(c.states, w.norm, w.valid, c.deep_span, eps=w.eps, W=params["W"], dtype=c.dtype)
+
+
 register(
     MetricSpec(
         id="kappa.geom/1",
+        span=True,
         sentence="One minus unbiased CKA of the cosine geometry of units at neighbouring depths.",
         formula=(
             "G_l = X̂_l X̂_lᵀ; Ã_ij = K_ij − Σ_k K_ik/(N−2) − Σ_k K_kj/(N−2) + ΣK/((N−1)(N−2)) for i ≠ j, K zero on the "
@@ -90,4 +99,5 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute,
+    score=_score,
 )

@@ -8,7 +8,7 @@ both. The absolute value is dominated by architecture and prompt; perturbations 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from dynprobe.metrics._reduce import mean_of_profile, share
 from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._result import Array, Result, Scores
 from dynprobe.metrics._walk import Walk, walk
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
 
 __all__ = ["check_centre", "kappa_phase"]
 
@@ -55,6 +58,11 @@ def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_
     (x,) = inputs
     t = as_trajectory(x, mask, metric_id)
     return kappa_phase(walk(t.states, t.keep, t.keep, eps=t.eps)).result(0, metric_id, dtype=t.dtype)
+
+
+def _score(c: Context, params: dict[str, Any]) -> Scores:
+    check_centre(params["centre"])
+    return c.phase
 
 
 register(
@@ -97,5 +105,6 @@ register(
         groups=frozenset({"core", "default"}),
     ),
     _compute,
+    score=_score,
 )
 register_column("kappa_path", "kappa.phase/1", "rad", {"sample": "π(D−1)·kappa_phase"})

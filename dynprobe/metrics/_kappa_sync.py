@@ -94,4 +94,6 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute,
+    score=lambda c, p: kappa_sync(c.w),
+    needs=("sync",),
 )

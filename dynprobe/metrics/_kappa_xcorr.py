@@ -104,6 +104,7 @@ def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_
 register(
     MetricSpec(
         id="kappa.xcorr/1",
+        span=True,
         sentence="One minus the mean correlation, over tokens, of the movement at two depths.",
         formula=(
             "δ_l(t) = ‖x̂_{l,t} − x̂_{l,t−1}‖; κ_xcorr = 1 − mean_{l<m} corr_t(δ_l, δ_m), Pearson over the t with t−1 "
@@ -128,4 +129,6 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute,
+    score=lambda c, p: kappa_xcorr(c.w, c.deep_span),
+    needs=("hop",),
 )

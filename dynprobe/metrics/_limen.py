@@ -9,7 +9,7 @@ them gaps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from dynprobe.metrics._norm import location_scale, winsorised
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Result, Scores
 from dynprobe.metrics._series import Values
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
 
 __all__ = ["gini", "qratio", "ratio", "regime_of", "regimes"]
 
@@ -133,10 +136,17 @@ def _compute_regime(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], 
     return Result(regime_of(value), reason, coverage, n_units, n_steps, metric_id, extras={"ratio": value})
 
 
+def _score(c: Context, params: dict[str, Any]) -> Scores:
+    if params["ref"] != "self":
+        raise MetricError("measure computes limen.ratio with ref=self; for ref=calib call compute with reference=.")
+    return c.ratio if params["norm"] == "raw" else ratio(c.values, params["norm"])
+
+
 _SAMPLE = {"sample": "over the ct values inside the span"}
 register(
     MetricSpec(
         id="limen.ratio/1",
+        span=True,
         sentence="Largest ct value over the mean ct value; not intensive in length.",
         formula=(
             "max(ct_t)/mean(ct_t) over valid t; norm=winsor_mad: of min(ct_t, m + 5·s); one value: 1 with steps<2; "
@@ -161,10 +171,13 @@ register(
         groups=frozenset({"core", "default"}),
     ),
     _compute_ratio,
+    score=_score,
+    needs=("ct",),
 )
 register(
     MetricSpec(
         id="limen.qratio/1",
+        span=True,
         sentence="95th percentile over median of ct; the length-robust companion of the ratio.",
         formula="q95(ct)/median(ct), type-7 quantiles; median 0: NaN zero-denominator",
         latex=r"\frac{q_{95}(\mathrm{ct})}{\operatorname{median}(\mathrm{ct})}",
@@ -179,10 +192,13 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute_qratio,
+    score=lambda c, p: qratio(c.values),
+    needs=("ct",),
 )
 register(
     MetricSpec(
         id="limen.gini/1",
+        span=True,
         sentence="Gini coefficient of ct.",
         formula="Σ_ij |ct_i − ct_j|/(2T²·mean)",
         latex=r"\frac{\sum_{i,j}|\mathrm{ct}_i-\mathrm{ct}_j|}{2\,T^2\operatorname{mean}(\mathrm{ct})}",
@@ -197,10 +213,13 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute_gini,
+    score=lambda c, p: gini(c.values),
+    needs=("ct",),
 )
 register(
     MetricSpec(
         id="limen.regime/1",
+        span=True,
         sentence="Name of the published band a ratio falls into, gaps kept as gaps.",
         formula=(
             "ratio < 1.55 BELOW_RANGE; [1.55, 1.70] UNDERACTIVE; (1.70, 2.27) GAP_UA; [2.27, 2.92] ADAPTIVE; "
@@ -224,4 +243,6 @@ register(
         groups=frozenset({"default"}),
     ),
     _compute_regime,
+    score=lambda c, p: regimes(c.ratio),
+    needs=("ct",),
 )

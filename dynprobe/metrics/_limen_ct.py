@@ -144,6 +144,7 @@ def _compute(inputs: tuple[Any, ...], mask: Any, metric_id: str, second: bool) -
 register(
     MetricSpec(
         id="limen.ct/1",
+        span=True,
         sentence="Chord between neighbouring unit states times the angle by which the chord turned.",
         formula=(
             "ĥ_t = h_t/‖h_t‖; v_t = ĥ_t − ĥ_{t−1}; delta_t = ‖v_t‖; curv_t = angle(v_{t−1}, v_t); "
@@ -171,10 +172,13 @@ register(
         groups=frozenset({"core", "default"}),
     ),
     lambda inputs, mask, params, metric_id: _compute(inputs, mask, metric_id, second=False),
+    score=lambda c, p: c.ct_scores(second=False),
+    needs=("ct",),
 )
 register(
     MetricSpec(
         id="limen.ct2/1",
+        span=True,
         sentence="Chord between neighbouring unit states times the norm of the second difference.",
         formula=(
             "ct2_t = delta_t·‖ĥ_{t+1} − 2ĥ_t + ĥ_{t−1}‖, delta_t = ‖ĥ_t − ĥ_{t−1}‖, 1 ≤ t ≤ T−2; "
@@ -195,4 +199,6 @@ register(
         groups=frozenset({"default"}),
     ),
     lambda inputs, mask, params, metric_id: _compute(inputs, mask, metric_id, second=True),
+    score=lambda c, p: c.ct_scores(second=True),
+    needs=("ct2",),
 )

@@ -125,4 +125,5 @@ register(
         groups=frozenset({"optional"}),
     ),
     _compute,
+    score=lambda c, p: line_shape(c.states, c.w.norm, c.w.keep, eps=c.w.eps, dtype=c.dtype),
 )

@@ -25,9 +25,9 @@ from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms
 from dynprobe.metrics._inputs import eps_of
 from dynprobe.metrics._lists import CORE
-from dynprobe.metrics._registry import column_name, entry, parse_id
+from dynprobe.metrics._registry import column_name, entry, measurable, parse_id
 from dynprobe.metrics._result import Array, Bools, Result, Scores
-from dynprobe.metrics._sample import SCORERS, Context
+from dynprobe.metrics._sample import Context
 from dynprobe.metrics._walk import walk
 
 __all__ = ["Measurement", "measure"]
@@ -139,6 +139,10 @@ class _Plan(NamedTuple):
     ct2: bool
 
 
+#: What a walk collects only where a metric needs it.
+_NEEDS = ("turn", "sync", "hop", "hop_turn", "ct", "ct2")
+
+
 @lru_cache(maxsize=64)
 def _plan(ids: tuple[str, ...]) -> _Plan:
     items: dict[str, _Item] = {}
@@ -146,26 +150,17 @@ def _plan(ids: tuple[str, ...]) -> _Plan:
         parsed = parse_id(text)
         if entry(parsed.id).spec.family == "output":
             continue
-        if parsed.id not in SCORERS:
+        if entry(parsed.id).score is None:
             kind = entry(parsed.id).spec.input
             raise MetricError(
-                f"measure cannot take {parsed.id!r}: its input is {kind}. It can take {', '.join(SCORERS)}; "
+                f"measure cannot take {parsed.id!r}: its input is {kind}. It can take {', '.join(measurable())}; "
                 "use compute, paired, diverge or output_metrics for the others."
             )
         full = str(parsed._replace(extraction={}))
         items[full] = _Item(parsed.id, parsed.params, full, column_name(full))
     bare = frozenset(item.id for item in items.values())
-    on_ct = {k for k in bare if k.startswith(("limen.", "debt.", "collapse."))} - {"limen.ct2/1"}
-    return _Plan(
-        tuple(items.values()),
-        bare,
-        turn="curv.depth/1" in bare,
-        sync="kappa.sync/1" in bare,
-        hop="kappa.xcorr/1" in bare,
-        hop_turn="curv.token/1" in bare,
-        ct=bool(on_ct),
-        ct2="limen.ct2/1" in bare,
-    )
+    needs = {need for metric in bare for need in entry(metric).needs}
+    return _Plan(tuple(items.values()), bare, **{need: need in needs for need in _NEEDS})
 
 
 def _read_mask(mask: Any, shape: tuple[int, ...], what: str) -> Bools:
@@ -295,7 +290,9 @@ def closed(
         first=int(zeroth is not None), extractor_id=extractor,
     )  # fmt: skip
     for item in plan.items:
-        scores = SCORERS[item.id](context, item.params)
+        score = entry(item.id).score
+        assert score is not None, "the plan holds measurable metrics only"
+        scores = score(context, item.params)
         _enter(out, item, scores, n_depths)
     for column, (rows, ok) in context.depth_rows(plan.bare).items():
         grid = np.empty((n_depths, *real.shape), wide)

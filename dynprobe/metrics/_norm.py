@@ -86,6 +86,7 @@ _SOURCE = "reading by dynprobe of the names RAW and CLIPPED_MAD in DOI 10.5281/z
 register(
     MetricSpec(
         id="norm.raw/1",
+        span=True,
         sentence="The series as it is.",
         formula="ct'_t = ct_t; value = mean",
         latex=r"\mathrm{ct}'_t = \mathrm{ct}_t",
@@ -102,6 +103,7 @@ register(
 register(
     MetricSpec(
         id="norm.winsor_mad/1",
+        span=True,
         sentence="The series with its high values capped at c scaled median absolute deviations above the median.",
         formula=(
             "ct'_t = min(ct_t, m + c·s), m = median, s = 1.4826·median|ct − m| of the declared reference; "
@@ -125,6 +127,7 @@ register(
 register(
     MetricSpec(
         id="norm.zmad/1",
+        span=True,
         sentence="The series centred and scaled by median and MAD, clipped at ±c; for detection only.",
         formula=(
             "z_t = clip((ct_t − m)/s, −c, c), m and s as norm.winsor_mad/1; s = 0: NaN zero-mad; value = mean; "

@@ -75,6 +75,7 @@ _COMMON: dict[str, Any] = {
 register(
     MetricSpec(
         id="order.vector/1",
+        span=True,
         sentence="Vector order parameter: length of the mean direction of the units at one depth.",
         formula="R_l = ‖(1/N) Σ_n x̂_{l,n}‖, x̂ = x/‖x‖; value = mean over l; null ≈ 1/√N",
         latex=(
@@ -89,10 +90,12 @@ register(
         **_COMMON,
     ),
     _computer(False),
+    score=lambda c, p: order_parameter(*c.of_span),
 )
 register(
     MetricSpec(
         id="order.pairwise/1",
+        span=True,
         sentence="Debiased order parameter: mean cosine over pairs of units at one depth.",
         formula="C_l = (N·R_l² − 1)/(N − 1), R_l of order.vector/1; value = mean over l; N ≥ 2",
         latex=(
@@ -107,4 +110,5 @@ register(
         **_COMMON,
     ),
     _computer(True),
+    score=lambda c, p: order_parameter(*c.of_span, debiased=True),
 )

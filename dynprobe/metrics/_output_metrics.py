@@ -89,6 +89,7 @@ _DEFAULT = frozenset({"default"})
 register(
     MetricSpec(
         id="output.entropy/1",
+        span=True,
         sentence="Shannon entropy of the next-token distribution.",
         formula="−Σ_v p_v ln p_v, p = softmax(logits)",
         latex=r"H = -\sum_v p_v\ln p_v, \qquad p = \operatorname{softmax}(\mathrm{logits})",
@@ -107,6 +108,7 @@ register(
 register(
     MetricSpec(
         id="output.margin/1",
+        span=True,
         sentence="Difference between the two largest next-token probabilities.",
         formula="p₁ − p₂, p₁ ≥ p₂ ≥ …; p = softmax(logits)",
         latex=r"p_1-p_2, \qquad p_1\ge p_2\ge\dots, \quad p = \operatorname{softmax}(\mathrm{logits})",
@@ -125,6 +127,7 @@ register(
 register(
     MetricSpec(
         id="output.nll/1",
+        span=True,
         sentence="Negative log-likelihood of the token that came next.",
         formula="−ln p_target, p = softmax(logits)",
         latex=r"-\ln p_{\mathrm{target}}, \qquad p = \operatorname{softmax}(\mathrm{logits})",
@@ -144,6 +147,7 @@ register(
 register(
     MetricSpec(
         id="output.kl/1",
+        span=True,
         sentence="KL divergence of the arm's next-token distribution from the clean one.",
         formula="KL(clean ‖ arm) = Σ_v p_v (ln p_v − ln q_v), p clean, q arm, same positions under teacher forcing",
         latex=r"\mathrm{KL}(p\,\Vert\,q) = \sum_v p_v\,(\ln p_v-\ln q_v), \qquad p \text{ clean},\ q \text{ arm}",
@@ -163,6 +167,7 @@ register(
 register(
     MetricSpec(
         id="output.flip/1",
+        span=True,
         sentence="Whether the most probable next token differs between arm and clean.",
         formula="[argmax p ≠ argmax q], ties to the lower id",
         latex=r"\mathbb{1}\bigl[\arg\max_v p_v\ne\arg\max_v q_v\bigr]",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms_and_validity
 from dynprobe.metrics._inputs import as_trajectory
 from dynprobe.metrics._reduce import Terms, mean_of_profile
-from dynprobe.metrics._registry import MetricSpec, register
+from dynprobe.metrics._registry import MetricSpec, Scorer, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores
 from dynprobe.metrics._spectrum import Spectra, spectra
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
 
 __all__ = ["RANKS", "rank_scores"]
 
@@ -129,6 +132,14 @@ def _computer(metric: str) -> Callable[..., Result]:
     return compute
 
 
+def _scorer(metric: str) -> Scorer:
+    def score(c: Context, params: dict[str, Any]) -> Scores:
+        found = c.spectra(params["centre"], RANKS[metric][1])
+        return rank_scores(metric, *c.of_span, eps=c.w.eps, params=params, found=found)
+
+    return score
+
+
 _MATRIX = (
     "σ: singular values of the matrix of valid units (rows), as given, those ≤ max(N, d)·2⁻⁵²·σ₁ zero; centre=mean: "
     "mean over units subtracted, rows left ≤ 16·eps of the largest norm zero; "
@@ -144,6 +155,7 @@ _INVARIANCES = frozenset({"R", "R_l", "S", "S_l", "P"})
 register(
     MetricSpec(
         id="erank.rv/1",
+        span=True,
         sentence="Effective rank of the units' matrix: exponential of the entropy of its normalised singular values.",
         formula=f"{_MATRIX}p_i = σ_i/Σσ; erank = exp(−Σ p_i ln p_i), 0·ln 0 = 0{_MEAN}",
         latex=r"p_i = \frac{\sigma_i}{\sum_j\sigma_j}, \qquad \mathrm{erank} = \exp\Bigl(-\sum_i p_i\ln p_i\Bigr)",
@@ -162,10 +174,12 @@ register(
         **_COMMON,
     ),
     _computer("erank.rv/1"),
+    score=_scorer("erank.rv/1"),
 )
 register(
     MetricSpec(
         id="erank.participation/1",
+        span=True,
         sentence="Participation ratio of the squared singular values of the units' matrix.",
         formula=f"{_MATRIX}λ = σ²; PR = (Σλ)²/Σλ²{_MEAN}",
         latex=r"\lambda_i = \sigma_i^2, \qquad \mathrm{PR} = \frac{\bigl(\sum_i\lambda_i\bigr)^2}{\sum_i\lambda_i^2}",
@@ -179,10 +193,12 @@ register(
         **_COMMON,
     ),
     _computer("erank.participation/1"),
+    score=_scorer("erank.participation/1"),
 )
 register(
     MetricSpec(
         id="erank.stable/1",
+        span=True,
         sentence="Stable rank of the units' matrix: squared Frobenius norm over squared spectral norm.",
         formula=f"{_MATRIX}‖A‖_F²/σ₁²{_MEAN}",
         latex=r"\frac{\lVert A\rVert_F^2}{\sigma_1^2} = \frac{\sum_i\sigma_i^2}{\sigma_1^2}",
@@ -196,10 +212,12 @@ register(
         **_COMMON,
     ),
     _computer("erank.stable/1"),
+    score=_scorer("erank.stable/1"),
 )
 register(
     MetricSpec(
         id="entropy.matrix/1",
+        span=True,
         sentence="Rényi entropy of the spectrum of the trace-normalised Gram matrix of unit-length units.",
         formula=(
             "rows x̂ = x/‖x‖ (centre=mean: mean over units subtracted before); λ = eigenvalues of X̂X̂ᵀ/N, zero below "
@@ -228,4 +246,5 @@ register(
         **_COMMON,
     ),
     _computer("entropy.matrix/1"),
+    score=_scorer("entropy.matrix/1"),
 )

@@ -15,14 +15,25 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from dynprobe._plugins import Registry
 from dynprobe.errors import MetricError, did_you_mean
+from dynprobe.metrics._result import Scores
 
-__all__ = ["Column", "MetricSpec", "ParsedId", "column_name", "columns", "format_id", "ids", "parse_id", "spec"]
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
+
+__all__ = [
+    "PLUGINS", "Column", "Metric", "MetricSpec", "ParsedId", "column_name", "columns", "format_id", "ids", "measurable",
+    "parse_id", "spec",
+]  # fmt: skip
+
+#: Scores a batch from the walk over its states.
+Scorer: TypeAlias = Callable[["Context", dict[str, Any]], Scores]
 
 EXTRACTION = MappingProxyType(
     {"embed": 0, "final_norm": "pre", "grain": "layer", "sink": "drop1", "site": "resid_post", "span": ""}
@@ -52,6 +63,7 @@ class MetricSpec:
         groups: Named lists the metric belongs to.
         latex: The formula as LaTeX, for typesetting. The text of ``formula`` is normative; this is no part of the
             digest.
+        span: Whether a run narrows it to the span: it reads along the tokens, or compares them as a set.
 
     Example:
         >>> from dynprobe.metrics import spec
@@ -73,6 +85,7 @@ class MetricSpec:
     vectors: tuple[str, ...] = ()
     groups: frozenset[str] = frozenset()
     latex: str = ""
+    span: bool = False
 
     @property
     def name(self) -> str:
@@ -122,21 +135,41 @@ class Column(NamedTuple):
     digest: str
 
 
-class Entry(NamedTuple):
-    """A definition together with the function that computes it."""
+@dataclass(frozen=True)
+class Metric:
+    """A definition together with the functions that compute it.
+
+    Args:
+        spec: The definition.
+        compute: ``(inputs, mask, params, metric_id) → Result`` of one input, exactly as handed in; further arguments
+            are side inputs. :func:`~dynprobe.metrics.trajectory_metric` makes one of plain mathematics.
+        arity: Number of inputs.
+        score: Scores a whole batch from the walk over its states; with it a run can store the metric.
+        needs: What the walk must collect for it beside norms and steps: ``turn sync hop hop_turn ct ct2``.
+    """
 
     spec: MetricSpec
     compute: Callable[..., Any]
-    arity: int
+    arity: int = 1
+    score: Scorer | None = None
+    needs: Collection[str] = ()
 
 
-_ENTRIES: dict[str, Entry] = {}
+_ENTRIES: dict[str, Metric] = {}
 _EXTRA_COLUMNS: dict[str, tuple[str, str, Mapping[str, str]]] = {}
 
 
-def register(definition: MetricSpec, compute: Callable[..., Any], arity: int = 1) -> None:
-    """Enter a definition and its function, which takes ``arity`` inputs, into the catalogue."""
-    _ENTRIES[definition.id] = Entry(definition, compute, arity)
+def register(
+    definition: MetricSpec,
+    compute: Callable[..., Any],
+    arity: int = 1,
+    *,
+    score: Scorer | None = None,
+    needs: Collection[str] = (),
+) -> None:
+    """Enter a definition and its functions into the catalogue; the arguments are those of :class:`Metric`."""
+    _ENTRIES[definition.id] = Metric(definition, compute, arity, score, needs)
+    _OURS.add(definition.name)
 
 
 def register_column(name: str, metric_id: str, unit: str, levels: Mapping[str, str]) -> None:
@@ -144,9 +177,50 @@ def register_column(name: str, metric_id: str, unit: str, levels: Mapping[str, s
     _EXTRA_COLUMNS[name] = (metric_id, unit, levels)
 
 
-def entry(metric_id: str) -> Entry:
+def _plugin(name: str, found: Any) -> tuple[Metric, ...]:
+    """Check what a plug-in's entry point names: a metric, or several majors of one, and enter them."""
+    made = tuple(found) if isinstance(found, list | tuple) else (found,)
+    for one in made:
+        if not isinstance(one, Metric):
+            raise TypeError(f"it is a {type(one).__name__}, not a dynprobe.metrics.Metric")
+        if _ID.match(one.spec.id) is None or one.spec.name != name:
+            raise ValueError(f"its id {one.spec.id!r} is not {name}/MAJOR, as the entry point says")
+        if not one.spec.column.isidentifier() or one.spec.column.lower() != one.spec.column:
+            raise ValueError(f"its column {one.spec.column!r} is no name in small letters, digits and underscores")
+        taken = columns().get(one.spec.column)
+        if taken is not None and taken.metric_id != one.spec.id:
+            raise ValueError(f"its column {one.spec.column!r} is that of {taken.metric_id}")
+    _ENTRIES.update({one.spec.id: one for one in made})
+    return made
+
+
+_OURS: set[str] = set()
+#: Metrics of other packages, by the name of their id without the major number.
+PLUGINS: Registry[tuple[Metric, ...]] = Registry("dynprobe.metrics", "metric", lambda: _OURS, _plugin)
+
+
+def _found(metric_id: str) -> Metric | None:
+    """The entry of a bare id, brought in where a plug-in has its name."""
+    name = metric_id.split("/")[0]
+    if metric_id not in _ENTRIES and PLUGINS.plugin(name) is not None:
+        PLUGINS[name]
+    return _ENTRIES.get(metric_id)
+
+
+def measurable() -> list[str]:
+    """Return the ids that are computed from the states of one run, of those that are loaded."""
+    return [key for key, one in _ENTRIES.items() if one.score is not None]
+
+
+def loaded() -> list[str]:
+    """Return the ids that are there: dynprobe's own, then those of plug-ins that were asked for, by name."""
+    theirs = sorted(key for key, one in _ENTRIES.items() if one.spec.name not in _OURS)
+    return [*(key for key, one in _ENTRIES.items() if one.spec.name in _OURS), *theirs]
+
+
+def entry(metric_id: str) -> Metric:
     """Return the catalogue entry of a bare id, or refuse with the nearest known one."""
-    found = _ENTRIES.get(metric_id)
+    found = _found(metric_id)
     if found is None:
         stem = metric_id.split("/")[0]
         majors = [k for k in _ENTRIES if k.split("/")[0] == stem]
@@ -168,15 +242,16 @@ def ids(level: str | None = None, group: str | None = None) -> list[str]:
         group: ``core``, ``default``, ``paired``, ``optional``, or a family such as ``kappa``.
 
     Returns:
-        Ids in catalogue order.
+        Ids in catalogue order, those of other packages last; one of theirs that cannot be loaded is warned of.
 
     Example:
         >>> ids(group="delta")
         ['delta.rel_prev/1', 'delta.rel_next/1', 'delta.rms/1', 'delta.angle/1']
     """
+    PLUGINS.warn_of_broken()
     return [
         key
-        for key, (s, _, _) in _ENTRIES.items()
+        for key, s in ((key, _ENTRIES[key].spec) for key in loaded())
         if (level is None or level in s.levels) and (group is None or group in s.groups or group == s.family)
     ]
 
@@ -295,13 +370,15 @@ def _snake(number: Any) -> str:
 def columns() -> dict[str, Column]:
     """Map column names to metric, unit, table levels with their aggregation, and digest.
 
+    Metrics of other packages are among them once they were asked for by id.
+
     Example:
         >>> columns()["angle"].metric_id, columns()["angle"].unit
         ('delta.angle/1', 'rad')
     """
     out = {
         s.column: Column(s.column, s.id, s.unit, s.levels, s.digest)
-        for s, _, _ in _ENTRIES.values()
+        for s in (_ENTRIES[key].spec for key in loaded())
         if s.column and s.levels
     }
     for name, (metric_id, unit, levels) in _EXTRA_COLUMNS.items():

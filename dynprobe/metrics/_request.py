@@ -9,8 +9,7 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics._lists import DEFAULT
 from dynprobe.metrics._measure import measure
-from dynprobe.metrics._registry import entry, format_id, ids, parse_id
-from dynprobe.metrics._sample import SCORERS
+from dynprobe.metrics._registry import entry, format_id, loaded, measurable, parse_id
 
 __all__ = ["requested"]
 
@@ -43,11 +42,11 @@ def requested(wanted: Iterable[str]) -> tuple[str, ...]:
         full = format_id(parsed.id, parsed.params)
         if full in DEFAULT:
             continue
-        if parsed.id not in SCORERS:
+        if entry(parsed.id).score is None:
             raise MetricError(f"a run cannot be asked for {parsed.id!r}: {_why_not(parsed.id)}")
         _try(full)
         found[full] = None
-    order = {name: place for place, name in enumerate(ids())}
+    order = {name: place for place, name in enumerate(loaded())}
     return tuple(sorted(found, key=lambda full: (order[parse_id(full).id], full)))
 
 
@@ -57,7 +56,7 @@ def _why_not(metric: str) -> str:
         return "lens metrics come with --lens."
     if "paired" in spec.groups:
         return "it compares two runs; what a run pairs is stored whenever it perturbs, the rest goes through compute."
-    return f"its input is {spec.input}. It can be asked for {', '.join(SCORERS)}."
+    return f"its input is {spec.input}. It can be asked for {', '.join(measurable())}."
 
 
 def _try(metric: str) -> None:

@@ -113,6 +113,7 @@ register(
         **_COMMON,
     ),
     _computer(lambda states, w, p: deq_residual(w, p["eps"])),
+    score=lambda c, p: deq_residual(c.w, p["eps"]),
 )
 register(
     MetricSpec(
@@ -141,4 +142,5 @@ register(
         **_COMMON,
     ),
     _computer(lambda states, w, p: acceleration(states, w, p["norm"])),
+    score=lambda c, p: acceleration(c.states, c.w, p["norm"], c.dtype),
 )

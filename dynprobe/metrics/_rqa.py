@@ -12,7 +12,7 @@ least w = 1 (the main diagonal is no recurrence); LAM as published has w = 0, ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from dynprobe.metrics._geometry import NEAR_ZERO, norms_and_validity
 from dynprobe.metrics._inputs import as_tokens
 from dynprobe.metrics._pairwise import pairwise
 from dynprobe.metrics._reduce import share
-from dynprobe.metrics._registry import MetricSpec, register
+from dynprobe.metrics._registry import MetricSpec, Scorer, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores, first_reason
+
+if TYPE_CHECKING:
+    from dynprobe.metrics._sample import Context
 
 __all__ = ["READINGS", "Recurrence", "recurrences", "rqa"]
 
@@ -175,6 +178,14 @@ def _computer(metric: str) -> Callable[..., Result]:
     return compute
 
 
+def _scorer(metric: str) -> Scorer:
+    def score(c: Context, params: dict[str, Any]) -> Scores:
+        found = c.recurrences(params["q"], params["eps"])
+        return rqa(metric, found, c.w.valid[-1] & c.span, c.span, params)
+
+    return score
+
+
 _MATRIX = (
     "R_ij = [1 − cos(x_i, x_j) ≤ ε + 16·2⁻⁵²], ε the q-quantile (type 7) over i < j, or eps where eps > 0; pairs with "
     "|i − j| < theiler leave every sum; "
@@ -192,6 +203,7 @@ _EPS = {"eps": 0.0, "q": 0.1}
 register(
     MetricSpec(
         id="rqa.rr/1",
+        span=True,
         sentence="Recurrence rate: share of pairs of tokens whose states recur.",
         formula=f"{_MATRIX}RR = Σ R/Σ 1 over i ≠ j",
         latex=(
@@ -207,10 +219,12 @@ register(
         **_COMMON,
     ),
     _computer("rqa.rr/1"),
+    score=_scorer("rqa.rr/1"),
 )
 register(
     MetricSpec(
         id="rqa.det/1",
+        span=True,
         sentence="Determinism: share of recurrent pairs that lie on diagonal lines.",
         formula=f"{_MATRIX}DET = Σ_{{l ≥ lmin}} l·P(l)/Σ_l l·P(l), P(l) lines parallel to the main diagonal; N ≥ "
         "theiler + lmin",
@@ -227,10 +241,12 @@ register(
         **_COMMON,
     ),
     _computer("rqa.det/1"),
+    score=_scorer("rqa.det/1"),
 )
 register(
     MetricSpec(
         id="rqa.lam/1",
+        span=True,
         sentence="Laminarity: share of recurrent pairs that lie on vertical lines.",
         formula=f"{_MATRIX}LAM = Σ_{{v ≥ vmin}} v·P(v)/Σ_v v·P(v) over columns, theiler 0: main diagonal included; "
         "N ≥ theiler + vmin",
@@ -247,10 +263,12 @@ register(
         **_COMMON,
     ),
     _computer("rqa.lam/1"),
+    score=_scorer("rqa.lam/1"),
 )
 register(
     MetricSpec(
         id="rqa.entr/1",
+        span=True,
         sentence="Entropy of the lengths of diagonal lines, in bits.",
         formula=f"{_MATRIX}ENTR = −Σ_{{l ≥ lmin}} p(l)·log₂ p(l), p(l) = P(l)/Σ_{{l ≥ lmin}} P(l), one triangle; N ≥ "
         "theiler + lmin",
@@ -267,4 +285,5 @@ register(
         **_COMMON,
     ),
     _computer("rqa.entr/1"),
+    score=_scorer("rqa.entr/1"),
 )

@@ -177,6 +177,7 @@ _INVARIANCES = frozenset({"R", "R_l", "S", "S_l", "P", "T", "shift"})
 register(
     MetricSpec(
         id="rsa.dist/1",
+        span=True,
         sentence="Correlation of the distances between units at one depth with those at the next.",
         formula=f"{_FORMULA}; r_l = corr(d_l, d_{{l+1}}), value = mean over l",
         latex=(
@@ -201,10 +202,12 @@ register(
         groups=frozenset({"optional"}),
     ),
     _compute,
+    score=lambda c, p: rsa(*c.of_span, eps=c.w.eps, params=p),
 )
 register(
     MetricSpec(
         id="rsa.dist.paired/1",
+        span=True,
         sentence="Correlation of the distances between units in one run with those in another at the same depth.",
         formula=f"{_FORMULA}; r_l = corr(d_l, d'_l) over units valid in both runs, value = mean over l",
         latex=(

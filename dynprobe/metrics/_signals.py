@@ -178,6 +178,7 @@ def _compute(
 register(
     MetricSpec(
         id="norm.step.zmax/1",
+        span=True,
         sentence="Largest deviation over depth of a unit's change of length from a calibration profile.",
         formula=(
             "s_{l,n} = |ln(‖x_{l+1,n}‖/‖x_{l,n}‖)|; z_n = max_l (s_{l,n} − μ_l)/σ_l; value = mean_n z_n; σ with "

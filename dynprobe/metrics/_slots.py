@@ -40,7 +40,6 @@ __all__ = ["measure_slots"]
 #: Reason of what slots, which have no order, do not have.
 UNORDERED = "slots"
 
-_SETS = ("kappa.geom", "cka", "rsa", "erank", "entropy.matrix", "id.", "order")
 _RESIDUALS = ("deq.", "converge.", "influence.block", "delta.")
 _PLAIN = frozenset({"delta.rel_prev/1", "delta.rel_next/1", "delta.rms/1", "delta.angle/1"})
 _COUNTED = "converge.iterations/1"
@@ -119,7 +118,7 @@ def measure_slots(
         elif pooled is not None and item.id == _COUNTED:
             scores = pooled._scores[item.column]
         else:
-            scores = fold.close(each._scores[item.column], in_span if item.id.startswith(_SETS) else keep)
+            scores = fold.close(each._scores[item.column], in_span if entry(item.id).spec.span else keep)
         _enter(out, item, scores, n_depths)
         _by_position(out, item, each, fold)
     return out

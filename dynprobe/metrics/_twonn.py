@@ -147,6 +147,7 @@ def _compute(inputs: tuple[Any, ...], mask: Any, params: dict[str, Any], metric_
 register(
     MetricSpec(
         id="id.twonn/1",
+        span=True,
         sentence="Intrinsic dimension of the units of each depth from the ratio of their two nearest distances.",
         formula=(
             "points with r₁ ≤ 16·eps·‖x‖ leave the cloud and are counted; μ_i = r_{i,2}/r_{i,1} among the N left; "
@@ -172,4 +173,5 @@ register(
         groups=frozenset({"optional"}),
     ),
     _compute,
+    score=lambda c, p: twonn(*c.of_span, eps=c.w.eps, **p),
 )

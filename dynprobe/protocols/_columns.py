@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dynprobe import metrics
+from dynprobe.metrics._registry import loaded
 from dynprobe.protocols._config import RunConfig
 from dynprobe.runs import registry_facts
 
@@ -161,12 +162,6 @@ _ACTIONS = {
     "energy": ("‖u‖²/‖h‖²", "Relative energy of the write u at the state h; 0 where nothing was written."),
     "controller": ("", "Which controller of the mode; empty where none acts and the detector only looks on."),
 }
-#: Metrics whose sample value runs over the span; the others run over all real tokens after the sink.
-_ON_SPAN = (
-    "limen", "debt", "collapse", "norm", "kappa.xcorr", "kappa.geom", "curv.token", "output", "cka", "rsa", "erank",
-    "entropy.matrix", "id.", "order", "rqa",
-)  # fmt: skip
-
 #: Columns of the samples that say how much was written, in every unit.
 PASSPORT = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs", "alpha_cos")
 #: Columns of the samples that count written states.
@@ -188,11 +183,11 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
     columns = metrics.columns() | _with_parameters(config.measured_metrics)
     facts = registry_facts(columns)
     for name, column in columns.items():
-        runs_over = span if column.metric_id.startswith(_ON_SPAN) else "all"
+        definition = metrics.spec(column.metric_id)
+        runs_over = span if definition.span else "all"
         if column.metric_id.startswith("lockin"):
             runs_over = "whole periods of the drive"
-        sentence = metrics.spec(metrics.parse_id(column.metric_id).id).sentence
-        facts[name] |= {"span": runs_over, "description": sentence}
+        facts[name] |= {"span": runs_over, "description": definition.sentence}
         facts[f"{name}_d"] = {
             **facts[name], "aggregation": "arm − clean, same tokens",
             "description": f"Paired difference of {name} under teacher forcing.",
@@ -200,7 +195,7 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
         for table in ("tokens", "depths"):  # one row per token: nothing is aggregated over a span
             facts[f"{table}.{name}"] = {**facts.get(f"{table}.{name}", {}), "span": "all"}
     for name, (metric_id, unit, runs_over, how, text) in _OWN.items():
-        digest = metrics.spec(metric_id).digest if metric_id in metrics.ids() else ""
+        digest = metrics.spec(metric_id).digest if metric_id in loaded() else ""
         facts[f"samples.{name}"] = {
             "id": metric_id, "unit": unit, "digest": digest, "span": span if runs_over == "span" else runs_over,
             "aggregation": how, "description": text,

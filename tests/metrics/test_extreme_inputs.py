@@ -16,7 +16,7 @@ from twins import TWINS
 
 from dynprobe.errors import DynprobeError
 from dynprobe.metrics import compute, ids, measure, spec
-from dynprobe.metrics._sample import SCORERS
+from dynprobe.metrics._registry import measurable
 
 #: Grow with the states as their scale does (θ of the debts along with it).
 DEGREE = {
@@ -183,7 +183,7 @@ def test_degenerate_shapes_and_states(metric, name):
 
 # ---------------------------------------------------------------- the batched road, in the precision of a run
 
-BATCHED = [m for m in SCORERS if m not in ("deq.residual/1", "converge.iterations/1")]
+BATCHED = [m for m in measurable() if m not in ("deq.residual/1", "converge.iterations/1")]
 RUN_SCALES = {
     "float32": (torch.float32, 0), "bfloat16": (torch.bfloat16, 0), "float16": (torch.float16, 0),
     "float16 × 2^10": (torch.float16, 10), "float16 subnormal": (torch.float16, -22),

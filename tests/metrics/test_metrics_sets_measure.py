@@ -7,7 +7,7 @@ from test_metrics_measure import batch, one_row, same
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics import CORE, DEFAULT, compute, ids, measure, parse_id, requested
-from dynprobe.metrics._sample import SCORERS
+from dynprobe.metrics._registry import measurable
 
 ON_SPAN = [
     "erank.rv/1", "erank.rv/1{centre=mean}", "erank.participation/1", "erank.stable/1", "entropy.matrix/1",
@@ -69,7 +69,7 @@ def test_neighbours_and_precision():
 def test_not_in_the_default_lists():
     for metric in ALL:
         assert parse_id(metric).id not in {parse_id(m).id for m in (*CORE, *DEFAULT)}
-        assert parse_id(metric).id in SCORERS
+        assert parse_id(metric).id in measurable()
         assert parse_id(metric).id in ids(group="optional")
 
 
