@@ -27,7 +27,7 @@ T = TypeVar("T")
 #: Group of entry points → where its registry stands.
 GROUPS: Mapping[str, str] = {
     "dynprobe.metrics": "dynprobe.metrics._registry:PLUGINS",
-    "dynprobe.scales": "dynprobe.probes._scale_registry:SCALES",
+    "dynprobe.scales": "dynprobe.probes._scales:SCALES",
     "dynprobe.controllers": "dynprobe.controllers.recovery._modes:MODES",
     "dynprobe.adapters": "dynprobe.probes._adapters:ADAPTERS",
     "dynprobe.exporters": "dynprobe.runs._export_formats:FORMATS",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CRITERION_UNITS", "head", "mean_intervals"]
 
+#: What α means in runs that do not say it themselves.
 _UNITS = {
     "relnorm": "α is the size of the write as a share of each state's norm (‖u‖/‖h‖ = α)",
     "coordstd": "α is in standard deviations of each coordinate over the calibration prompts",
@@ -81,7 +82,10 @@ def _writes(found: Run) -> list[str]:
     protocol = protocol_of(config)
     if protocol in ("run", "iterate", "eval", "recover"):
         specs = config.get("perturb") or ()
-        return [*_loop(config), *(line for spec in specs for line in (f"perturb {spec}", f"        {_unit(spec)}"))]
+        return [
+            *_loop(config),
+            *(line for spec in specs for line in (f"perturb {spec}", f"        {_unit(found, spec)}")),
+        ]
     if protocol == "attract":
         return [_of_attract(config)]
     if protocol == "dissociate":
@@ -91,7 +95,7 @@ def _writes(found: Run) -> list[str]:
     units = {kind: _KIND_UNITS[kind] for kind in kinds if kind in _KIND_UNITS}
     if set(kinds) - set(_KIND_UNITS) or not kinds:  # a kind with a unit of its own has no scale
         crest = ", at the crest of the sine" if "sine" in kinds else ""
-        units = {scale: _UNITS.get(scale, "") + crest for scale in scales} | units
+        units = {scale: _meaning(found, scale) + crest for scale in scales} | units
     return [*first, *(f"        {name}: {text}" for name, text in units.items())]
 
 
@@ -125,7 +129,7 @@ def _of_dissociate(found: Run) -> list[str]:
     spec = str(config["perturb"][0])
     said = spec if config.get("fixed") else "α=…" + spec[spec.index(",") :]
     ladder = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
-    return [f"perturb {said}; dose–response at α {ladder}", f"        {_unit(spec)}"]
+    return [f"perturb {said}; dose–response at α {ladder}", f"        {_unit(found, spec)}"]
 
 
 def _place(found: Run) -> str:
@@ -175,9 +179,14 @@ def _of_threshold(found: Run) -> list[str]:
     return [*lines, f"writes  {_place(found).replace('; ', each + '; ', 1)}"]
 
 
-def _unit(spec: str) -> str:
-    from dynprobe.probes import Perturb
+def _unit(found: Run, spec: str) -> str:
+    # Not parsed as a perturbation: the package that brought its scale need not be installed where a run is read.
+    values = dict(pair.partition("=")[::2] for pair in spec.split(","))
+    crest = ", at the crest of the sine" if values.get("kind") == "sine" else ""
+    return _KIND_UNITS.get(values.get("kind", "")) or _meaning(found, values.get("scale", "relnorm")) + crest
 
-    parsed = Perturb.parse(spec)
-    crest = ", at the crest of the sine" if parsed.kind == "sine" else ""
-    return _KIND_UNITS.get(parsed.kind) or _UNITS.get(parsed.scale, "") + crest
+
+def _meaning(found: Run, scale: str) -> str:
+    """What α means under a scale: as the run says it, which knows the scales of other packages."""
+    said = (found.manifest.scales or {}).get(scale, {})
+    return str(said.get("meaning") or _UNITS.get(scale, ""))

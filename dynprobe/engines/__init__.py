@@ -8,7 +8,8 @@ the same bytes, and the second is thrown away. So a worker that dies costs the i
 from dynprobe.engines._contract import Done, Engine, Item, Job, Seat, content_key
 from dynprobe.engines._local import Local
 from dynprobe.engines._ray import Ray
+from dynprobe.engines._registry import ENGINES
 from dynprobe.engines._schedule import Schedule
 from dynprobe.engines._slurm import Slurm
 
-__all__ = ["Done", "Engine", "Item", "Job", "Local", "Ray", "Schedule", "Seat", "Slurm", "content_key"]
+__all__ = ["ENGINES", "Done", "Engine", "Item", "Job", "Local", "Ray", "Schedule", "Seat", "Slurm", "content_key"]

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 __all__ = ["Done", "Engine", "Files", "Item", "Job", "Seat", "Worker", "content_key"]
@@ -143,12 +144,28 @@ class Engine(ABC):
 
     #: What ``--engine`` calls it.
     name: ClassVar[str]
+    #: Of ``address``, ``worker_gpus`` and ``slurm``, the settings that it looks at; the others are refused beside it.
+    takes: ClassVar[frozenset[str]] = frozenset()
     #: How many workers it has.
     workers: int
 
     def __init__(self) -> None:
         self._facts: dict[str, dict[str, Any]] = {}
         self._lost: list[dict[str, Any]] = []
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], out: Path) -> Engine:
+        """Make the engine of a run's settings, for ``--engine``.
+
+        Args:
+            settings: ``workers``, ``worker_threads``, ``address``, ``worker_gpus``, ``slurm`` (texts ``name=value``).
+            out: Folder of runs; what is shared between machines lies under it.
+
+        Raises:
+            EngineError: If there is no such cluster.
+            UsageError: If a library is missing, or the settings do not go together.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def begin(self, job: Job) -> None:

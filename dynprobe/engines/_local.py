@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
 from typing import Any
 
 from dynprobe.engines._contract import Done, Engine, Item, Job, Seat
@@ -95,6 +96,11 @@ class Local(Engine):
         self._threads = threads or max(1, (os.cpu_count() or 1) // self.workers)
         self._crew: dict[int, _Process] = {}
         self._started = 0
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], out: Path) -> Local:
+        """Make it of a run's settings."""
+        return cls(settings["workers"], threads=settings["worker_threads"])
 
     def begin(self, job: Job) -> None:
         """Start what is missing and open the job everywhere; the workers load side by side."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import socket
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dynprobe.engines._contract import Done, Engine, Item, Job, Seat, Worker
@@ -46,6 +47,7 @@ class Ray(Engine):
     """
 
     name = "ray"
+    takes = frozenset({"address", "worker_gpus"})
 
     def __init__(
         self, workers: int | str = "auto", *, address: str | None = None, gpus: float | None = None,
@@ -72,6 +74,14 @@ class Ray(Engine):
         self._refuse_too_many(resources)
         self._crew: dict[int, _Actor] = {}
         self._started = 0
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], out: Path) -> Ray:
+        """Make it of a run's settings."""
+        return cls(
+            settings["workers"], address=settings["address"], gpus=settings["worker_gpus"],
+            threads=settings["worker_threads"],
+        )  # fmt: skip
 
     def begin(self, job: Job) -> None:
         """Start the actors that are missing and open the job in all of them, side by side."""

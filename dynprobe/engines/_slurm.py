@@ -17,6 +17,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dynprobe.engines._contract import Done, Engine, Files, Item, Job, Seat, Worker, content_key
 from dynprobe.errors import EngineError, UsageError
 
@@ -40,6 +42,7 @@ class Slurm(Engine):
     """
 
     name = "slurm"
+    takes = frozenset({"slurm", "worker_gpus"})
 
     def __init__(
         self, workers: int | str = "auto", *, folder: str | Path = "runs/.slurm", cluster: str | None = None,
@@ -75,6 +78,17 @@ class Slurm(Engine):
             self._executor.update_parameters(**settings)
         except (TypeError, ValueError, NameError, AssertionError) as error:  # it asserts the types of values
             raise UsageError(f"submitit does not take these settings: {error}") from error
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], out: Path) -> Slurm:
+        """Make it of a run's settings."""
+        pairs = dict(item.split("=", 1) for item in settings["slurm"])
+        cluster = pairs.pop("cluster", None)
+        parameters = {key.strip(): yaml.safe_load(value) for key, value in pairs.items()}
+        return cls(
+            settings["workers"], folder=out / ".slurm", cluster=cluster, threads=settings["worker_threads"],
+            gpus=settings["worker_gpus"], parameters=parameters,
+        )  # fmt: skip
 
     def begin(self, job: Job) -> None:
         """Nothing: jobs wait in the queue, and load what they need when their turn comes."""

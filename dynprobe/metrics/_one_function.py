@@ -13,7 +13,7 @@ from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms_and_validity
 from dynprobe.metrics._inputs import Trajectory, as_trajectory
 from dynprobe.metrics._registry import Metric, MetricSpec, format_id
-from dynprobe.metrics._result import Array, Result, Scores, first_reason
+from dynprobe.metrics._result import Result, Scores, first_reason
 
 if TYPE_CHECKING:
     from dynprobe.metrics._sample import Context
@@ -58,7 +58,7 @@ def trajectory_metric(spec: MetricSpec, formula: Formula) -> Metric:
     if not spec.input.startswith("trajectory") or set(spec.levels) != {"sample"}:
         raise MetricError(
             f"{spec.id}: one function gives one number per trajectory, so input='trajectory[depth,unit,dim]' and "
-            f"levels={{'sample': …}}; found {spec.input!r} and {sorted(spec.levels)}. For other levels give Metric(score=…)."
+            f"levels={{'sample': …}}; found {spec.input!r}, {sorted(spec.levels)}. Other levels need Metric(score=…)."
         )
     taken = list(inspect.signature(formula).parameters)[2:]
     if set(taken) != set(spec.params):
@@ -100,10 +100,8 @@ def trajectory_metric(spec: MetricSpec, formula: Formula) -> Metric:
 
 
 def _gathered(rows: Sequence[Result]) -> Scores:
-    def column(name: str) -> Array:
-        return np.array([getattr(row, name) for row in rows])
-
     return Scores(
-        column("value"), [row.reason for row in rows], column("coverage"), column("n_units"), column("n_steps"),
+        np.array([row.value for row in rows]), [row.reason for row in rows], np.array([row.coverage for row in rows]),
+        np.array([row.n_units for row in rows]), np.array([row.n_steps for row in rows]),
         extras={"n_invalid": np.array([row.extras["n_invalid"] for row in rows])},
     )  # fmt: skip

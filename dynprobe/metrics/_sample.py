@@ -25,6 +25,11 @@ __all__ = ["Context"]
 class Context:
     """What the scorers share: the walk, the span, the ct series of the last depth, and phase lags made once."""
 
+    w: Walk
+    states: Sequence[torch.Tensor]
+    span: Bools
+    deep_span: Bools
+
     def __init__(
         self,
         w: Walk,

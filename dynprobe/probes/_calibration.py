@@ -24,7 +24,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from dynprobe.errors import CalibrationError
-from dynprobe.probes._scales import SiteStats
+from dynprobe.probes._site_stats import SiteStats
 
 __all__ = ["CALIBRATION_SCHEMA", "QUANTILE_LEVELS", "Calibration", "load_calibration"]
 

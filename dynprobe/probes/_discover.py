@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynprobe.errors import ModelError, SiteError, did_you_mean
-from dynprobe.probes._loops import known_loop, refuse_ambiguous, refuse_unreadable
+from dynprobe.probes._adapters import adapted
 from dynprobe.probes._placement import refuse_without_weights
 from dynprobe.probes._subject import Subject
 from dynprobe.probes._trained import warn_beyond
@@ -25,6 +25,7 @@ from dynprobe.probes._trial_calls import TrialError
 from dynprobe.probes._trial_loop import watch_loop
 from dynprobe.probes._turns import Loop
 from dynprobe.probes._twins import refuse_tied
+from dynprobe.probes._unreadable import refuse_unreadable
 
 __all__ = ["blocks_by_pattern", "discover"]
 
@@ -97,8 +98,8 @@ def discover(
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")
     if loop is None and layers is None:
-        refuse_ambiguous(model)
-        loop = known_loop(model)
+        layers, loop, found = adapted(model)
+        subject.facts |= found
     if loop is not None:
         return _with_turns(subject, loop, trial_input)
     subject.block_path = layers or ""

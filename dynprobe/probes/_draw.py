@@ -31,9 +31,7 @@ def law_of(perturb: Perturb) -> str | None:
     fixed = perturb.kind in ("direction", "sine", "scale") or (
         perturb.kind == "impulse" and perturb.direction is not None
     )
-    if fixed or perturb.scale == "interp":
-        return None
-    return UNIFORM if perturb.kind == "dropout" or perturb.scale == "neftune" else GAUSSIAN
+    return None if fixed else UNIFORM if perturb.kind == "dropout" else perturb.noise_scale.law
 
 
 def sine(positions: np.ndarray, period: float) -> np.ndarray:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from dynprobe.errors import UsageError
-from dynprobe.probes import _scales
 from dynprobe.probes._draw import GAUSSIAN, UNIFORM, Draw
 from dynprobe.probes._noise import NoiseSource
 from dynprobe.probes._perturb import Perturb
-from dynprobe.probes._scales import SiteStats
+from dynprobe.probes._scales import ScaleStats
+from dynprobe.probes._site_stats import SiteStats
 
 __all__ = ["Displacement", "apply", "displacement", "realised"]
 
@@ -174,38 +174,20 @@ def _write(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Dispatch to the formula; returns u [n, dim] and which states have no unit."""
-    kind, scale = perturb.kind, perturb.scale
+    kind, scale = perturb.kind, perturb.noise_scale
     if kind == "scale":
         return alpha * states, None
     if kind == "dropout":
         return torch.where(draw(UNIFORM) >= alpha, (alpha / (1 - alpha)) * states, -states), None
     if kind == "rotate":
         return _rotate(states, norm, alpha, draw(GAUSSIAN))
-    if scale == "interp":
-        if donor is None or donor.shape != draw.h.shape:
-            shape = "none" if donor is None else tuple(donor.shape)
-            raise UsageError(f"scale=interp needs donor states of shape {tuple(draw.h.shape)}, found {shape}.")
-        return _scales.interp(states, draw.pick(donor).to(states), alpha), None
-    if scale == "neftune":
-        if lengths is None:
-            raise UsageError("scale=neftune needs lengths, the number of real tokens of each row's prompt.")
-        rows = torch.as_tensor(lengths).to(states)
-        return _scales.neftune(draw(UNIFORM), alpha, draw.pick(_per_state(rows, draw.mask))), None
     if kind == "sine":
         alpha = alpha * draw.wave()
-    eps = draw.direction() if draw.directed else draw(GAUSSIAN)
-    if scale in ("relnorm", "isokl"):
-        return _scales.relnorm(states, eps, alpha, norm)
-    if scale == "mad":
-        return _scales.mad_scaled(states, eps, alpha)
-    if scale == "abs":
-        return alpha * eps, None
-    if stats is None:
-        raise _scales.missing_stats(scale, draw.source.site if draw.source else "")
-    if scale == "cov":
-        return _scales.cov(eps, alpha, stats.half_covariance(states)), None
-    s = stats.deviations(states)
-    return _scales.coordstd(eps, alpha, s if s.ndim == 1 else draw.pick(s.expand(draw.h.shape))), None
+    eps = None if scale.law is None else draw.direction() if draw.directed else draw(scale.law)
+    rows = None if lengths is None else _per_state(torch.as_tensor(lengths).to(states), draw.mask)
+    place = draw.source.site if draw.source else ""
+    known = ScaleStats(norm, scale.name, stats, place, draw.h.shape, draw.pick, donor, rows)
+    return scale.written(states, eps, alpha, known)
 
 
 def _rotate(h: Tensor, norm: Tensor, alpha: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,9 +205,9 @@ def _rotate(h: Tensor, norm: Tensor, alpha: Tensor, eps: Tensor) -> tuple[Tensor
 def _strengths(perturb: Perturb, h: Tensor, magnitude: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return α as [1, 1], or one per row as [batch]."""
     if magnitude is None:
-        if perturb.scale == "isokl" and perturb.alpha != 0:
+        if perturb.noise_scale.solved and perturb.alpha != 0:
             raise UsageError(
-                "scale=isokl needs a magnitude per row, solved so that the KL is alpha; alpha is the target."
+                f"scale={perturb.scale} needs a magnitude per row, solved so that the KL is alpha; alpha is the target."
             )
         return torch.full((1, 1), perturb.alpha, dtype=dtype, device=h.device)
     rows = torch.as_tensor(magnitude).to(h.device, dtype)

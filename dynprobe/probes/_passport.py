@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynprobe.probes._scales import GAUSS_MAD, SiteStats, mad
+from dynprobe.probes._mad import GAUSS_MAD, mad
+from dynprobe.probes._site_stats import SiteStats
 
 __all__ = ["Passport", "passport", "spread"]
 

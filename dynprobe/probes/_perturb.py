@@ -31,20 +31,20 @@ from dynprobe.probes._grammar import PLACE_KEYS, WRITE_KEYS, Items, listed, near
 from dynprobe.probes._perturb_values import (
     KINDS,
     READERS,
-    SCALES,
     InvalidError,
     fault,
     number_text,
     place_fault,
     vector,
 )
+from dynprobe.probes._scales import SCALES, NoiseScale
 from dynprobe.probes._where import IMPULSE_POSITION, WRITE_POSITIONS, Where
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["KINDS", "SCALES", "Perturb", "parse_many"]
+__all__ = ["KINDS", "Perturb", "parse_many"]
 
 _ORDER: Final = ("alpha", "scale", *PLACE_KEYS, "kind", "seed", "period")
 
@@ -210,6 +210,11 @@ class Perturb:
         values["where"] = Where.parse(values["where"]).replace(**place)
         return Perturb(**values)
 
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """What α multiplies; of kinds with a unit of their own it says nothing."""
+        return SCALES[self.scale]
+
     def defaults_filled(self) -> Perturb:
         """Return the perturbation with every default of writing made explicit.
 
@@ -219,7 +224,7 @@ class Perturb:
         respond; an impulse at a position that was named is written in whatever phase that position falls.
         """
         w = self.where
-        embedding = self.scale == "neftune" and w.layers is None and w.component in (None, ("resid_pre",))
+        embedding = self.noise_scale.at_embedding and w.layers is None and w.component in (None, ("resid_pre",))
         filled: dict[str, Items] = {
             "positions": IMPULSE_POSITION if self.kind == "impulse" else WRITE_POSITIONS,
             "phase": "prefill" if self.kind == "impulse" and w.positions is None else "all",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynprobe.errors import UsageError
 from dynprobe.probes._grammar import SEVERAL_ALPHAS, Span, is_number, listed, near
+from dynprobe.probes._scales import SCALES
 from dynprobe.probes._where import Where
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "READERS",
-    "SCALES",
     "TAKES_DIRECTION",
     "InvalidError",
     "fault",
@@ -33,14 +33,11 @@ __all__ = [
     "vector",
 ]
 
-SCALES: Final = ("relnorm", "coordstd", "mad", "cov", "abs", "interp", "neftune", "isokl")
 KINDS: Final = ("gaussian", "direction", "impulse", "sine", "scale", "rotate", "dropout")
 #: Kinds that write along a given vector: the first must have one, the others may.
 TAKES_DIRECTION: Final = ("direction", "impulse", "sine")
 
 _OWN_UNIT: Final = {"scale": "a factor, h' = (1 + α)h", "rotate": "an angle in radians", "dropout": "a probability"}
-_OWN_WRITE: Final = {"interp": "h' = h + α(donor − h)", "neftune": "uniform noise"}
-_SINE_SCALES: Final = ("relnorm", "coordstd", "mad", "abs")
 
 
 class InvalidError(UsageError):
@@ -54,14 +51,15 @@ class InvalidError(UsageError):
 def fault(v: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the key and the reason of the first combination of values that has no meaning, or None."""
     alpha, scale, kind = v["alpha"], v["scale"], v["kind"]
+    unit = SCALES[scale]
     if kind in _OWN_UNIT and scale != "relnorm":
         return "scale", f"kind={kind} has its own unit ({_OWN_UNIT[kind]}); leave scale={scale} out"
-    if scale in _OWN_WRITE and kind != "gaussian":
-        return "kind", f"scale={scale} defines its own write ({_OWN_WRITE[scale]}); leave kind={kind} out"
+    if unit.own_write and kind != "gaussian":
+        return "kind", f"scale={scale} defines its own write ({unit.own_write}); leave kind={kind} out"
     if kind == "dropout" and not 0 <= alpha < 1:
         return "alpha", f"dropout takes a probability, 0 ≤ alpha < 1, not {number_text(alpha)}"
-    if scale == "isokl" and alpha < 0:
-        return "alpha", f"under isokl alpha is the target KL in nats, ≥ 0, not {number_text(alpha)}"
+    if unit.solved and alpha < 0:
+        return "alpha", f"under {scale} alpha is the target KL in nats, ≥ 0, not {number_text(alpha)}"
     if kind == "sine":
         return _sine_fault(scale, v["period"])
     if v["period"] is not None:
@@ -70,8 +68,9 @@ def fault(v: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _sine_fault(scale: str, period: float | None) -> tuple[str, str] | None:
-    if scale not in _SINE_SCALES:
-        return "scale", f"kind=sine takes a scale with one unit per state ({listed(_SINE_SCALES)}), not {scale}"
+    if not SCALES[scale].wave:
+        known = listed([name for name in SCALES.builtin if SCALES[name].wave])
+        return "scale", f"kind=sine takes a scale with one unit per state ({known}), not {scale}"
     if period is None:
         return "kind", "kind=sine needs its period in tokens: add period=8"
     if period <= 2:
@@ -139,9 +138,16 @@ def _named(key: str, known: tuple[str, ...], value: Any) -> str:
     return name
 
 
+def _scale(value: Any) -> str:
+    name = str(value).strip().replace("-", "_")
+    if name not in SCALES:
+        _named("scale", SCALES.names(), name)
+    return SCALES[name].name
+
+
 READERS: Final = {
     "alpha": lambda v: _float("alpha", v),
-    "scale": lambda v: _named("scale", SCALES, v),
+    "scale": _scale,
     "kind": lambda v: _named("kind", KINDS, v),
     "seed": _seed,
     "period": lambda v: None if v is None else _float("period", v),

@@ -1,4 +1,4 @@
-"""Named noise scales: what α multiplies, and the size of a write in every one of them at once.
+"""Noise scales: what α multiplies. One contract, one file each in ``scales/``, one line each in the table below.
 
 A strength means something only together with its scale. For a state h ∈ R^d at one site, ε ~ N(0, I) and ε̂ = ε/‖ε‖:
 
@@ -15,197 +15,209 @@ neftune     α/√(L·d)·υ, υ ~ U(−1, 1)        the convention of noisy fin
 isokl       m‖h‖ε̂                           m is solved by the caller so that the mean KL is α nats
 ==========  ==============================  ==============================================================
 
-relnorm, cov and interp are equivariant under rotations and positive scalings of the states, coordstd and mad under
-scalings, abs under rotations, neftune under neither (in law; the calibration is transformed too).
-
-The functions here are bare mathematics on [n, dim] float32 or float64 states without masks; ``_kinds`` chooses, guards
-and writes. Each returns the update and, where the unit itself can vanish (a zero state has no relative norm), which
-states have no unit.
-
-Sources: NEFTune, arXiv 2310.05914; type-7 quantiles, Hyndman and Fan 1996.
+Another package adds one through the entry-point group ``dynprobe.scales``; :func:`dynprobe.testing.check_scale` tries
+whether it keeps the contract. What draws the noise, guards states without a unit and writes is :mod:`._kinds`; a scale
+is bare mathematics on [n, dim] float32 or float64 states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dynprobe.errors import CalibrationError
+from dynprobe._plugins import Registry
+from dynprobe.errors import UsageError
+from dynprobe.probes._site_stats import SiteStats, missing_stats
 
-__all__ = ["SiteStats", "mad"]
+__all__ = ["NEEDS", "SCALES", "NoiseScale", "ScaleStats", "Update"]
 
-Float64: TypeAlias = NDArray[np.float64]
+#: The update [n, dim] (or what broadcasts to it), alone or with the states [n] that have no unit.
+Update: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
-GAUSS_MAD: Final = (
-    1.4826  # the SD of a normal law in units of its median absolute deviation, as written in the specification
-)
+#: What a scale may need beside the state and its noise.
+NEEDS: Final = ("calibration", "covariance", "donor", "lengths")
+_LAWS: Final = ("gaussian", "uniform", None)
+_UNITS: Final = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs")
 
 
-@dataclass(eq=False)
-class SiteStats:
-    """What a calibration knows about the states of one site.
+@dataclass(frozen=True)
+class ScaleStats:
+    """What is known about the selected states of one write, for a scale's ``update``.
 
-    Args:
-        mean: Mean of each coordinate, [dim].
-        std: SD of each coordinate (ddof 1), [dim] or [slot, dim].
-        cov_basis: Principal axes U as columns, [dim, rank].
-        cov_sqrt: √λ of the same axes, [rank].
-        site: Name of the site, for messages.
-
-    Raises:
-        CalibrationError: An entry is not finite, an SD is negative, or shapes do not fit.
+    Attributes:
+        norm: ‖h‖ of each state, ``[n, 1]``.
+        scale: Name of the scale, for messages.
+        site: Calibration of the site, or None.
+        place: Name of the site, such as ``"resid_post.6"``; empty where it is not known.
+        shape: Shape of all states, selected or not, ``[batch, pos(, slot), dim]``.
+        pick: Takes the selected states out of something of that shape.
+        given_donor: States of another prompt, of that shape, or None.
+        given_lengths: Real tokens of each row's prompt as ``[batch, pos(, slot), 1]``, or None.
     """
 
-    mean: Any = None
-    std: Any = None
-    cov_basis: Any = None
-    cov_sqrt: Any = None
-    site: str = ""
-    _placed: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    norm: Tensor
+    scale: str
+    site: SiteStats | None
+    place: str
+    shape: Sequence[int]
+    pick: Callable[[Tensor], Tensor]
+    given_donor: Tensor | None = None
+    given_lengths: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("mean", "std", "cov_basis", "cov_sqrt"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            value = torch.as_tensor(value)
-            setattr(self, name, value)
-            if not bool(torch.isfinite(value).all()) or (name in ("std", "cov_sqrt") and bool((value < 0).any())):
-                raise CalibrationError(f"{name} {self._of()}holds impossible numbers; run `dynprobe calibrate` again.")
-        pair = (self.cov_basis, self.cov_sqrt)
-        if (pair[0] is None) != (pair[1] is None) or (pair[0] is not None and pair[0].shape[1:] != pair[1].shape):
-            raise CalibrationError(f"cov_basis [dim, rank] and cov_sqrt [rank] {self._of()}do not fit each other.")
+    def _calibrated(self) -> SiteStats:
+        if self.site is None:
+            raise missing_stats(self.scale, self.place)
+        return self.site
 
-    def deviations(self, like: Tensor, scale: str = "coordstd") -> Tensor:
-        """Return s on the device and in the dtype of ``like``.
+    def deviations(self) -> Tensor:
+        """Return the SDs of the coordinates over the calibration tokens, ``[dim]``; with slots ``[n, dim]``.
 
         Raises:
-            CalibrationError: The calibration has no SDs, or of another width.
+            CalibrationError: There is no calibration, or it is another model's.
         """
-        self._need(self.std, scale, like)
-        return self._place("std", like, lambda: self.std)
+        s = self._calibrated().deviations(self.norm.expand(-1, self.shape[-1]), self.scale)
+        return s if s.ndim == 1 else self.pick(s.expand(tuple(self.shape)))
 
-    def weights(self, like: Tensor) -> Tensor:
-        """Return w with ‖w⊙u‖ = RMS_i(u_i/s_i) over the coordinates with s_i > 0 (a constant one has no unit)."""
-        self._need(self.std, "coordstd", like)
+    def half_covariance(self) -> tuple[Tensor, ...]:
+        """Return the factors whose product with ε ``[n, dim]``, from the left to the right, is Σ^{1/2}ε.
 
-        def make() -> Tensor:
-            s = self.std.double()
-            live = (s > 0).double().sum(-1, keepdim=True)
-            return torch.where(live > 0, torch.where(s > 0, 1 / s, 0.0) / live.sqrt(), torch.nan)
-
-        return self._place("weights", like, make)
-
-    def half_covariance(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors whose product with ε [n, dim] from the left to the right is (Σ^{1/2}ε) [n, dim].
-
-        Σ^{1/2} = U diag(√λ) Uᵀ is symmetric. A low rank keeps its two thin factors, a high one is multiplied out once.
+        Raises:
+            CalibrationError: There is no covariance, or it is another model's.
         """
-        self._need(self.cov_basis, "cov", like)
-        basis, root = self.cov_basis, self.cov_sqrt
-        if 2 * basis.shape[1] <= basis.shape[0]:
-            thin = self._place("cov_basis", like, lambda: basis)
-            return thin, self._place("cov_rows", like, lambda: (basis.double() * root.double()).T)
-        return (self._place("cov_half", like, lambda: (basis.double() * root.double()) @ basis.double().T),)
+        return self._calibrated().half_covariance(self.norm.expand(-1, self.shape[-1]))
 
-    def _need(self, value: Tensor | None, scale: str, like: Tensor) -> None:
-        if value is None:
-            raise missing_stats(scale, self.site)
-        width = value.shape[0] if scale == "cov" else value.shape[-1]
-        if width != like.shape[-1]:
-            found = f"the calibration {self._of()}has {width} coordinates, the states {like.shape[-1]}"
-            raise CalibrationError(f"{found}: it was made on another model; run `dynprobe calibrate`.")
+    def donor(self) -> Tensor:
+        """Return the states of the next prompt at the same positions, ``[n, dim]``.
 
-    def _place(self, name: str, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        key = (name, like.device, like.dtype)
-        if key not in self._placed:
-            self._placed[key] = make().to(like.device, like.dtype).contiguous()
-        return self._placed[key]
+        Raises:
+            UsageError: There are none.
+        """
+        given = self.given_donor
+        if given is None or tuple(given.shape) != tuple(self.shape):
+            shape = "none" if given is None else tuple(given.shape)
+            raise UsageError(f"scale={self.scale} needs donor states of shape {tuple(self.shape)}, found {shape}.")
+        return self.pick(given).to(self.norm)
 
-    def _of(self) -> str:
-        return f"of {self.site} " if self.site else ""
+    def lengths(self) -> Tensor:
+        """Return the number of real tokens of each state's prompt, ``[n, 1]``.
 
-
-def missing_stats(scale: str, site: str = "") -> CalibrationError:
-    """Build the error of a scale whose unit comes from a calibration that is not there."""
-    where = f" at {site}" if site else ""
-    what = "principal axes" if scale == "cov" else "coordinate SDs"
-    return CalibrationError(
-        f"scale={scale} needs the {what}{where}, and there are none: run `dynprobe calibrate MODEL`, "
-        "or in Python pass calibration=dp.calibrate(subject)."
-    )
+        Raises:
+            UsageError: They are not known.
+        """
+        if self.given_lengths is None:
+            raise UsageError(f"scale={self.scale} needs lengths, the number of real tokens of each row's prompt.")
+        return self.pick(self.given_lengths)
 
 
-def relnorm(h: Tensor, eps: Tensor, alpha: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u = α‖h‖ε̂ and which states have norm zero.
+@dataclass(frozen=True)
+class NoiseScale:
+    """What α multiplies.
+
+    ``update(h, eps, alpha, stats)`` is the whole of it: states ``h`` [n, dim], noise ``eps`` [n, dim] (or one direction
+    [1, dim]; None where the scale draws none), strengths ``alpha`` [n, 1] or [1, 1], and what else is known
+    (:class:`ScaleStats`). It returns u, float of the dtype of h, with u = 0 exactly at α = 0; beside it, where the unit
+    itself can vanish, which states have none. A state's answer depends on that state, its own noise and the calibration
+    alone.
 
     Args:
-        h: States [n, dim].
-        eps: Noise [n, dim] or one direction [1, dim].
-        alpha: Strengths [n, 1].
-        norm: ‖h‖, [n, 1].
-    """
-    unit = norm / torch.linalg.vector_norm(eps, dim=-1, keepdim=True)
-    return eps * (alpha * unit), norm[:, 0] == 0
-
-
-def coordstd(eps: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
-    """Return u = α·s⊙ε with the coordinate SDs s [dim] or [n, dim]."""
-    return alpha * (s * eps)
-
-
-def mad_scaled(h: Tensor, eps: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u = α·1.4826·MAD(h)·ε and which states have MAD zero (half their coordinates equal)."""
-    spread = mad(h)[:, None]
-    return eps * (alpha * (GAUSS_MAD * spread)), spread[:, 0] == 0
-
-
-def cov(eps: Tensor, alpha: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-    """Return u = α·Σ^{1/2}ε, Σ^{1/2} given by ``SiteStats.half_covariance``."""
-    for factor in factors:
-        eps = eps @ factor
-    return alpha * eps
-
-
-def interp(h: Tensor, donor: Tensor, alpha: Tensor) -> Tensor:
-    """Return u = α(h′ − h), linear towards the donor's states h′ [n, dim]."""
-    return alpha * (donor - h)
-
-
-def neftune(uniforms: Tensor, alpha: Tensor, lengths: Tensor) -> Tensor:
-    """Return u = α/√(L·d)·(2υ − 1) for υ in [0, 1) and L = real tokens of the prompt of each state's row, [n, 1]."""
-    return (alpha / torch.sqrt(lengths * uniforms.shape[-1])) * (2 * uniforms - 1)
-
-
-def mad(h: Tensor) -> Tensor:
-    """Return median(|h_i − median(h)|) over the last axis, medians of type 7 (mean of the two middles).
-
-    Args:
-        h: States [..., dim], float32 or float64, finite.
-
-    Returns:
-        MAD [...], without the factor 1.4826.
+        name: What ``scale=`` calls it.
+        meaning: What α is, in words; a line of the printed run.
+        unit: The unit of α in a few words; the label of an axis.
+        update: The formula.
+        needs: Of :data:`NEEDS`, what it asks of ``stats`` beside the norm.
+        law: What it draws: ``"gaussian"``, ``"uniform"`` (in [0, 1)), or None.
+        passport: Column of the α passport in which its realised size is proportional to α, or None.
+        per_alpha: Mean of that column at α = 1, in law.
+        equivariances: ``"R"``: u(Qh) = Q·u(h) in law for rotations Q; ``"S"``: u(ch) = c·u(h) for c > 0. Where it needs
+            a calibration or a donor, that is transformed too.
+        own_write: What it writes, in words, where it defines that itself and so takes no other kind than ``gaussian``.
+        wave: Whether each state has one unit, which a ``sine`` can swing in.
+        solved: Whether α is a target and the strength is solved for.
+        at_embedding: Whether its usual place is the embedding.
 
     Example:
-        >>> mad(torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0])), mad(torch.tensor([0.0, 1.0, 3.0, 7.0]))
-        (tensor(1.), tensor(1.5000))
+        >>> SCALES["relnorm"].meaning
+        "α is the size of the write as a share of each state's norm (‖u‖/‖h‖ = α)"
     """
-    return _median((h - _median(h)[..., None]).abs())
+
+    name: str
+    meaning: str
+    unit: str
+    update: Callable[[Tensor, Any, Tensor, ScaleStats], Update]
+    needs: frozenset[str] = frozenset()
+    law: str | None = "gaussian"
+    passport: str | None = None
+    per_alpha: float = 1.0
+    equivariances: frozenset[str] = frozenset()
+    own_write: str = ""
+    wave: bool = False
+    solved: bool = False
+    at_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"the name of a scale is small letters, digits and underscores, not {self.name!r}")
+        for what, found, known in (
+            ("needs", self.needs, NEEDS), ("law", {self.law}, _LAWS), ("passport", {self.passport}, (*_UNITS, None)),
+            ("equivariances", self.equivariances, ("R", "S")),
+        ):  # fmt: skip
+            wrong = sorted(map(str, set(found) - set(known)))
+            if wrong:
+                raise ValueError(f"{what} of the scale {self.name} knows {', '.join(map(str, known))}, not {wrong[0]}")
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether it can be written only where clean states of the same batch are at hand."""
+        return self.solved or "donor" in self.needs
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its unit comes from a calibration of the residual stream."""
+        return bool(self.needs & {"calibration", "covariance"})
+
+    def written(self, h: Tensor, eps: Tensor | None, alpha: Tensor, stats: ScaleStats) -> tuple[Tensor, Tensor | None]:
+        """Return the update and which states have no unit, or refuse what is neither.
+
+        Raises:
+            UsageError: The formula gave something that cannot be added to the states.
+        """
+        made = self.update(h, eps, alpha, stats)
+        u, dead = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(u, Tensor) or not u.is_floating_point() or not _fits(u, h):
+            found = f"{u.dtype} {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
+            raise UsageError(f"scale={self.name} gave {found} for states of shape {tuple(h.shape)}; it is broken.")
+        return u, dead
 
 
-def _median(x: Tensor) -> Tensor:
-    # torch.median takes the lower middle, torch.quantile and torch.sort are some twenty times slower than NumPy's sort.
-    if x.device.type == "cpu" and not x.requires_grad:
-        ordered = torch.from_numpy(np.sort(x.numpy(), axis=-1))
-    else:
-        ordered = x.sort(dim=-1).values
-    upper = x.shape[-1] // 2
-    if x.shape[-1] % 2:
-        return ordered[..., upper]
-    return (ordered[..., upper - 1] + ordered[..., upper]) / 2
+def _fits(u: Tensor, h: Tensor) -> bool:
+    return u.ndim == h.ndim and all(a in (1, b) for a, b in zip(u.shape, h.shape, strict=True)) and u.dtype == h.dtype
+
+
+def _plugin(name: str, found: Any) -> NoiseScale:
+    if not isinstance(found, NoiseScale):
+        raise TypeError(f"it is a {type(found).__name__}, not a dynprobe.probes.NoiseScale")
+    if found.name != name:
+        raise ValueError(f"it calls itself {found.name!r} and its entry point calls it {name!r}")
+    if found.solved:
+        raise ValueError("a strength that is solved for belongs to dynprobe's own isokl")
+    return found
+
+
+SCALES: Registry[NoiseScale] = Registry(
+    "dynprobe.scales", "noise scale",
+    {
+        "relnorm": "dynprobe.probes.scales._relnorm:SCALE",
+        "coordstd": "dynprobe.probes.scales._coordstd:SCALE",
+        "mad": "dynprobe.probes.scales._mad:SCALE",
+        "cov": "dynprobe.probes.scales._cov:SCALE",
+        "abs": "dynprobe.probes.scales._abs:SCALE",
+        "interp": "dynprobe.probes.scales._interp:SCALE",
+        "neftune": "dynprobe.probes.scales._neftune:SCALE",
+        "isokl": "dynprobe.probes.scales._isokl:SCALE",
+    },
+    _plugin,
+)  # fmt: skip

@@ -18,7 +18,7 @@ from dynprobe.probes._noise import NoiseSource
 from dynprobe.probes._passport import Passport, passport, spread
 from dynprobe.probes._perturb import Perturb, parse_many
 from dynprobe.probes._roles import Site, Writer
-from dynprobe.probes._scales import SiteStats
+from dynprobe.probes._site_stats import SiteStats
 from dynprobe.probes._subject import Subject
 
 __all__ = ["CallableWriter", "Donor", "PerturbWriter", "Perturbs", "Update", "make_writers"]
@@ -82,17 +82,19 @@ class PerturbWriter:
                 f"kind={self.perturb.kind} writes at one site; {where} are {len(self.sites)} in {subject.name}. Write "
                 f"{subject.where_of(self.sites[0])}"
             )
-        scale, writes = self.perturb.scale, self.perturb.alpha != 0
-        if scale == "isokl" and magnitude is None and writes:
+        scale, writes = self.perturb.noise_scale, self.perturb.alpha != 0
+        if scale.solved and magnitude is None and writes:
             raise UsageError(
-                "scale=isokl is solved for by a protocol; use dp.run, which finds the strength of each row"
+                f"scale={scale.name} is solved for by a protocol; use dp.run, which finds the strength of each row"
             )
-        if scale == "interp" and donors is None and writes:
-            raise UsageError("scale=interp needs states of another prompt; use dp.run, which takes the next prompt's")
-        if scale in ("coordstd", "cov") and any(c not in ("resid_pre", "resid_post") for c, _ in self.sites):
+        if "donor" in scale.needs and donors is None and writes:
             raise UsageError(
-                f"scale={scale} is calibrated along the residual stream; write at resid_post or resid_pre, or take "
-                "relnorm, mad or abs for attention and MLP outputs"
+                f"scale={scale.name} needs states of another prompt; use dp.run, which takes the next prompt's"
+            )
+        if scale.calibrated and any(c not in ("resid_pre", "resid_post") for c, _ in self.sites):
+            raise UsageError(
+                f"scale={scale.name} is calibrated along the residual stream; write at resid_post or resid_pre, or "
+                "take relnorm, mad or abs for attention and MLP outputs"
             )
         self._stats: dict[Site, SiteStats | None] = {
             site: calibration.site_stats(*site) if calibration is not None else None for site in self.sites
@@ -201,7 +203,7 @@ class PerturbWriter:
         return torch.cat(self._drive, dim=1) if self._drive else None
 
     def _donor(self, site: Site, step: Step, state: Tensor) -> Tensor | None:
-        if self.perturb.scale != "interp":
+        if "donor" not in self.perturb.noise_scale.needs:
             return None
         if self._donors is None:  # α = 0: nothing is moved towards anything
             return state

@@ -24,6 +24,7 @@ from dynprobe.probes import load as load_subject
 from dynprobe.protocols._conditions import yardstick
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._halving import Halving
+from dynprobe.protocols._plugins_used import deciding, in_words
 from dynprobe.protocols._prepare import LOAD_KEYS, Held, Prepared
 from dynprobe.protocols._selfchecks import all_checks, refuse_if_broken
 from dynprobe.protocols._spread_config import SPREAD
@@ -73,6 +74,7 @@ class _Sent:
     ident: str
     weights: str
     version: str
+    plugins: Sequence[Mapping[str, str]]
 
 
 def engine_of(config: RunConfig, call: Call | None) -> tuple[Engine, bool] | None:
@@ -117,11 +119,12 @@ def job_of(call: Call, ready: Prepared, calibration: Calibration | None, exact: 
         call.protocol, str(Path(name).resolve()) if Path(name).exists() else name,
         {key: getattr(ready.config, key) for key in LOAD_KEYS}, list(ready.prompts),
         {"model": name, **{key: value for key, value in call.settings.items() if key not in _HERE}},
-        calibration, exact, ready.ident, ready.weights, __version__,
+        calibration, exact, ready.ident, ready.weights, __version__, deciding(ready.plugins),
     )  # fmt: skip
     known = None if calibration is None else calibration.hash
-    # The version too: units that lie in a shared folder outlive the call that asked for them.
-    return Job("dynprobe.protocols._call:open_call", sent, content_key(ready.ident, known, exact, __version__))
+    # The versions too: units that lie in a shared folder outlive the call that asked for them.
+    made_by = (__version__, *([sent.plugins] if sent.plugins else ()))
+    return Job("dynprobe.protocols._call:open_call", sent, content_key(ready.ident, known, exact, *made_by))
 
 
 #: The model of the last job, so that the next one need not load it again.
@@ -150,7 +153,12 @@ def open_call(sent: _Sent, seat: Seat) -> Callable[[Any], dict[str, bytes]]:
             f"the worker comes to another run ({ready.ident} and not {sent.ident}): its {sent.settings['model']} has "
             f"the weights {ready.weights}. Give all machines the same files, or name a revision with --revision"
         )
-    tried = next((p for p in ready.perturbs if p.scale not in ("interp", "isokl")), None)
+    if deciding(ready.plugins) != list(sent.plugins):
+        raise EngineError(
+            f"the worker has {in_words(deciding(ready.plugins))}, and the run was begun with {in_words(sent.plugins)}; "
+            "install the same packages on every machine"
+        )
+    tried = next((p for p in ready.perturbs if not p.noise_scale.needs_clean), None)
     known = None if tried is None else yardstick(subject, tried, sent.calibration)
     if "alone" in refuse_if_broken(all_checks(subject, ready.rows, tried, known)) and not sent.exact:
         raise EngineError(

@@ -54,7 +54,7 @@ def resolve_perturbations(
         raise UsageError("a direction was given and no perturbation needs it; add kind=direction to --perturb")
     if need and not (config.direction or config.contrast):
         raise UsageError("kind=direction needs --direction FILE or --contrast 'TEXT A' 'TEXT B'")
-    if any(p.scale == "isokl" for p in found) and len(found) > 1:
+    if any(p.noise_scale.solved for p in found) and len(found) > 1:
         raise UsageError("scale=isokl solves for one strength; it cannot act together with other perturbations")
     if sum(p.kind == "sine" for p in found) > 1:
         raise UsageError("kind=sine is read at one frequency along one direction; run once for each period")
@@ -186,10 +186,10 @@ class Push:
         donors: dict[Site, list[torch.Tensor]] = {}
         solved: np.ndarray | None = None
         for perturb in self.perturbs:
-            if perturb.scale == "interp":
+            if "donor" in perturb.noise_scale.needs:
                 sites = PerturbWriter(self.subject, perturb.replace(alpha=0.0)).sites
                 donors |= donor_states(self.subject, sites, partners)
-            elif perturb.scale == "isokl":
+            elif perturb.noise_scale.solved:
                 solved = (
                     magnitude
                     if clean is None

@@ -111,7 +111,7 @@ def _checked(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> l
     found = resolve_perturbations(subject, config, given)
     if len(found) != 1:
         raise UsageError(f"dynprobe dissociate takes one perturbation, whose strength is the dose; found {len(found)}")
-    if found[0].scale in ("isokl", "interp"):
+    if found[0].noise_scale.needs_clean:
         raise UsageError("dynprobe dissociate takes scales that need no other text: relnorm, coordstd, mad, cov, abs")
     if not found[0].alpha > 0:
         raise UsageError(f"alpha={found[0].alpha:g} is no dose: nothing is lost, so nothing can be recovered")

@@ -123,7 +123,7 @@ def evaluate(
         asked = asked_of(subject, harness)
     perturbs = resolve_perturbations(subject, config, given)
     for perturb in perturbs:
-        if perturb.scale in ("interp", "isokl"):
+        if perturb.noise_scale.needs_clean:
             raise UsageError(
                 f"scale={perturb.scale} needs clean states of every batch, which the harness's calls do not have; take "
                 "relnorm, coordstd, mad, cov or abs"

@@ -117,7 +117,7 @@ def execute(
     say(Progress("calibrate"))
     calibration = calibration_of(ready)
     say(Progress("self-tests"))
-    tried = next((p for p in ready.perturbs if p.scale not in ("interp", "isokl")), None)
+    tried = next((p for p in ready.perturbs if not p.noise_scale.needs_clean), None)
     known = None if tried is None else yardstick(ready.subject, tried, calibration)
     checks = all_checks(ready.subject, ready.rows, tried, known)
     broken = refuse_if_broken(checks)
@@ -183,7 +183,9 @@ def calibration_of(ready: Prepared, subject: Subject | None = None) -> Calibrati
     subject = subject if subject is not None else ready.subject
     if subject.tokenizer is None:
         return None
-    covariances = [depth for p in ready.perturbs if p.scale == "cov" for depth in written_depths(subject, p)]
+    covariances = [
+        depth for p in ready.perturbs if "covariance" in p.noise_scale.needs for depth in written_depths(subject, p)
+    ]
     return calibrated(subject, cov_depths=sorted(set(covariances)))
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from dynprobe.errors import SiteError, UsageError
 from dynprobe.probes import Perturb, PerturbWriter, Subject, Where
 from dynprobe.probes._perturb_values import number_text
+from dynprobe.probes._scales import SCALES
 from dynprobe.protocols._conditions import OWN_UNIT, directed
 from dynprobe.protocols._config import RunConfig
 
@@ -228,10 +229,10 @@ def grid_of(
         if kind == "direction" and not given:
             raise UsageError("kind=direction needs --direction FILE or --contrast 'TEXT A' 'TEXT B'")
         for scale in config.scale if kind not in OWN_UNIT else ("relnorm",):
-            if scale == "isokl":
+            if scale in SCALES and SCALES[scale].solved:
                 raise UsageError(
-                    "scale=isokl solves for a strength and is not swept; sweep relnorm and read kl_clean_pert, or use "
-                    "dynprobe run --perturb alpha=1,scale=isokl"
+                    f"scale={scale} solves for a strength and is not swept; sweep relnorm and read kl_clean_pert, or "
+                    "use dynprobe run --perturb alpha=1,scale=isokl"
                 )
             name = kind if kind in OWN_UNIT else f"{scale}|{kind}"
             for layer in layers:

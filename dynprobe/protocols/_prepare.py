@@ -28,9 +28,10 @@ from dynprobe.probes._generate import end_tokens
 from dynprobe.probes._perturb import parse_many
 from dynprobe.prompts import Prompt, content_hash
 from dynprobe.protocols._columns import column_facts
-from dynprobe.protocols._conditions import resolve_perturbations
+from dynprobe.protocols._conditions import OWN_UNIT, resolve_perturbations
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._model_skeleton import skeleton_of
+from dynprobe.protocols._plugins_used import plugins_used
 from dynprobe.protocols._prompts import choose_prompts, token_rows
 from dynprobe.protocols._spread_config import in_words
 from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
@@ -108,6 +109,11 @@ class Prepared:
             **({"hooks": uuid.uuid4().hex} if foreign_hooks(self.subject) else {}),
         }
 
+    @cached_property
+    def plugins(self) -> list[dict[str, str]]:
+        """What other packages bring to this run, each with its version."""
+        return plugins_used(self.config, self.perturbs, self.subject)
+
     def finished(self) -> Run | None:
         """Return this run where it lies finished under ``out``."""
         out = Path(self.config.out)
@@ -160,6 +166,11 @@ class Prepared:
             "foreign_hooks": foreign_hooks(subject),
             "identity": self.settings,
             "ignored_generation_defaults": ignored_defaults(subject),
+            "plugins": self.plugins or None,
+            "scales": {
+                p.scale: {"meaning": p.noise_scale.meaning, "unit": p.noise_scale.unit}
+                for p in self.perturbs if p.kind not in OWN_UNIT
+            } or None,
         }  # fmt: skip
 
 
@@ -264,10 +275,10 @@ def _refuse(run: Prepared) -> None:
             "the prompts only"
         )
     for perturb in run.perturbs:
-        if perturb.scale == "interp" and len(run.rows) < 2:
-            raise UsageError("scale=interp takes its donor from the next prompt; give at least two prompts")
+        if "donor" in perturb.noise_scale.needs and len(run.rows) < 2:
+            raise UsageError(f"scale={perturb.scale} takes its donor from the next prompt; give at least two prompts")
         handed_in = getattr(run.config, "calibration", None) is not None
-        if perturb.scale in ("coordstd", "cov") and subject.tokenizer is None and not handed_in:
+        if perturb.noise_scale.calibrated and subject.tokenizer is None and not handed_in:
             raise UsageError(
                 f"scale={perturb.scale} needs a calibration, and {subject.name} has no tokenizer to read the "
                 "calibration prompts with; load it with tokenizer=…, or take relnorm, mad or abs"

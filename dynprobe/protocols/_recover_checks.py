@@ -34,7 +34,7 @@ def checked(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> li
     check_streams(subject)
     assert isinstance(config, RecoverConfig)
     found = resolve_perturbations(subject, config, given)
-    if any(p.scale in ("isokl", "interp") for p in found):
+    if any(p.noise_scale.needs_clean for p in found):
         raise UsageError("dynprobe recover takes scales that need no other text: relnorm, coordstd, mad, cov, abs")
     modes = [mode for mode in config.mode if mode != "none"]
     if modes and not any(arm.mode for arm in arms_of(config, bool(found))):

@@ -64,7 +64,7 @@ class RecoverConfig(RunConfig):
                 f"{controls[0]} is run beside {controls[0].removeprefix('random:')} anyway; name that mode"
             )
         if "all" in names:
-            chosen += [name for name in MODES if name != "none" and not _idle(name, info.data)]
+            chosen += [name for name in MODES.builtin if name != "none" and not _idle(name, info.data)]
         return tuple(dict.fromkeys(chosen))
 
     @field_validator("timings", mode="before")

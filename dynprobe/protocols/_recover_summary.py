@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dynprobe.controllers.recovery._modes import selected_by
 from dynprobe.metrics.statistics import (
     delta_min,
     detector_blind,
@@ -39,13 +40,6 @@ __all__ = [
 #: Metrics that a recovery fraction is given for: semantic ones first.
 FORCED_METRICS = ("nll", "kl_clean_pert", "entropy", "kappa_geom", "kappa_phase", "delta_rel_prev", "limen_ct")
 FREE_METRICS = ("nll_bare", "repetition", "entropy", "kappa_geom", "kappa_phase", "delta_rel_prev", "limen_ct")
-#: What a mode works on by what it does itself, whatever detector it follows: a guard keeps texts that are likely and do
-#: not go in circles, a narrow nucleus gives likely ones, and what draws the last states of consecutive tokens together,
-#: or takes back those that lie apart, lowers their turning.
-_BY_MODE = {
-    "guard": ("nll_bare", "repetition"), "hybrid": ("nll_bare", "repetition"), "sampling": ("nll_bare",),
-    "recync": ("limen_ct",), "str": ("limen_ct",), "dom": ("limen_ct",),
-}  # fmt: skip
 _HEAD = ("duty", "energy_written", "detector_duty", "acted_after", "recovered_after", "n_restarts")
 
 
@@ -60,7 +54,7 @@ def acted_on(metric: str, detector: str, mode: str | None = None) -> bool:
         >>> acted_on("nll_bare", "entropy", "slerp"), acted_on("nll_bare", "entropy", "sampling")
         (False, True)
     """
-    if metric in ("kappa_phase", "delta_rel_prev") or metric in _BY_MODE.get(mode or "", ()):
+    if metric in ("kappa_phase", "delta_rel_prev") or (mode is not None and metric in selected_by(mode)):
         return True
     return metric == {"limen_ct": "limen_ct", "entropy": "entropy"}.get(detector)
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
-from dynprobe.engines import Engine, Local, Ray, Slurm
+from dynprobe.engines import ENGINES, Engine
+from dynprobe.errors import did_you_mean
 
 __all__ = ["SPREAD", "SpreadConfig", "in_words"]
-
-
-#: Engines that look at a setting.
-_TAKERS = {"address": ("ray",), "worker_gpus": ("ray", "slurm"), "slurm": ("slurm",)}
 
 
 class SpreadConfig(BaseModel):
     """How the work is spread."""
 
-    engine: Literal["local", "ray", "slurm"] = Field("local", description="Who does the batches.")
+    engine: str = Field("local", description="Who does the batches.")
     workers: int | Literal["auto"] = Field("auto", description="Processes that do them; 'auto' is one per GPU.")
     address: str | None = Field(None, description="Ray cluster to join: 'auto', 'ray://…'.")
     worker_gpus: float | None = Field(None, ge=0, description="GPUs of each worker; Ray takes shares such as 0.25.")
     worker_threads: int | None = Field(None, ge=1, description="Processor threads of each worker.")
     slurm: tuple[str, ...] = Field((), description="name=value for submitit: timeout_min=60, slurm_partition=gpu.")
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value not in ENGINES:
+            raise ValueError(f"one of {', '.join(ENGINES)}.{did_you_mean(value, ENGINES)}")
+        return value
 
     @field_validator("workers")
     @classmethod
@@ -48,11 +51,12 @@ class SpreadConfig(BaseModel):
     @classmethod
     def _taken(cls, value: Any, info: ValidationInfo) -> Any:
         """A setting that the engine would not look at is a run that is done elsewhere than was meant."""
-        engine, takers = info.data.get("engine"), _TAKERS[str(info.field_name)]
-        if value not in (None, ()) and engine is not None and engine not in takers:
+        engine, name = info.data.get("engine"), str(info.field_name)
+        if value not in (None, ()) and engine is not None and name not in ENGINES[engine].takes:
+            takers = [other for other in ENGINES.builtin if name in ENGINES[other].takes]
             raise ValueError(
                 f"engine={engine!r} does not take it. Type --engine {' or --engine '.join(takers)}, or leave "
-                f"--{str(info.field_name).replace('_', '-')} out"
+                f"--{name.replace('_', '-')} out"
             )
         return value
 
@@ -68,16 +72,7 @@ class SpreadConfig(BaseModel):
             EngineError: If there is no such cluster.
             UsageError: If a library is missing, or the settings do not go together.
         """
-        if self.engine == "local":
-            return Local(self.workers, threads=self.worker_threads)
-        if self.engine == "ray":
-            return Ray(self.workers, address=self.address, gpus=self.worker_gpus, threads=self.worker_threads)
-        pairs = dict(item.split("=", 1) for item in self.slurm)
-        cluster = pairs.pop("cluster", None)
-        return Slurm(
-            self.workers, folder=Path(out) / ".slurm", cluster=cluster, threads=self.worker_threads,
-            gpus=self.worker_gpus, parameters={key.strip(): yaml.safe_load(value) for key, value in pairs.items()},
-        )  # fmt: skip
+        return ENGINES[self.engine].made(self.model_dump(include=set(SPREAD)), Path(out))
 
 
 #: Names of these settings.

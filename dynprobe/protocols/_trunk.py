@@ -158,7 +158,7 @@ class Trunk:
             alphas = np.array([requests[row].perturb.alpha for row in rows])
             writes = model.replace(alpha=float(alphas[np.argmax(np.abs(alphas))]))
             donors = None
-            if model.scale == "interp":
+            if "donor" in model.noise_scale.needs:
                 sites = PerturbWriter(self.subject, model.replace(alpha=0.0)).sites
                 missing = [site for site in sites if site not in self._donors]
                 if missing:

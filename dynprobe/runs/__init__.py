@@ -31,6 +31,7 @@ from dynprobe.runs._diff import diff
 from dynprobe.runs._diff_found import Difference
 from dynprobe.runs._diff_found import place as difference_place
 from dynprobe.runs._export import EXPORT_FORMATS, Export, export_run
+from dynprobe.runs._export_format import Format, as_schema
 from dynprobe.runs._export_import import import_export, is_export
 from dynprobe.runs._figures import draw_run
 from dynprobe.runs._identity import hash_prompts, identity
@@ -69,6 +70,7 @@ __all__ = [
     "Difference",
     "Examination",
     "Export",
+    "Format",
     "Manifest",
     "Panel",
     "Part",
@@ -77,6 +79,7 @@ __all__ = [
     "Table",
     "Trace",
     "Trajectory",
+    "as_schema",
     "compare",
     "decode_bfloat16",
     "diff",

@@ -43,8 +43,8 @@ __all__ = ["EXPORT_FORMATS", "LAYOUT", "SIDECAR", "Export", "export_run"]
 SIDECAR = "dynprobe.json"
 #: Version of the layout of an export; a greater one is refused by older versions.
 LAYOUT = 2
-#: Formats an export can have.
-EXPORT_FORMATS = tuple(FORMATS)
+#: Formats of dynprobe's own; other packages may bring more.
+EXPORT_FORMATS = FORMATS.builtin
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def export_run(
 
     Args:
         run: The run, from :func:`dynprobe.open`.
-        to: ``hf`` (Parquet with a dataset card), ``arrow``, ``csv``, ``npz``, ``safetensors`` or ``zarr``.
+        to: ``hf`` (Parquet with a dataset card), ``arrow``, ``csv``, ``npz``, ``safetensors`` or ``zarr``; or a format
+            of another package.
         folder: Where the export goes; must not be there.
         tables: Names of tables; None for all.
         conditions: Conditions by id or arm; None for all. Prompts are never filtered.
@@ -146,7 +147,7 @@ def export_run(
             said = _manifest(manifest, run, gone, asked, conditions)
             summary = run.summary if gone is None else gone.json(run.summary, "summary")
             side: dict[str, Any] = {
-                "format": f"dynprobe-export/{LAYOUT}", "to": to, "schema_version": SCHEMA_VERSION,
+                "format": f"dynprobe-export/{LAYOUT}", "to": to, **_by_whom(to), "schema_version": SCHEMA_VERSION,
                 "folder": run.path.resolve().name, "filters": {"tables": tables, "conditions": conditions},
                 "redacted": redact_text, "removed": [] if gone is None else _removed(gone, held, leave),
                 "remarks": remarks, "tables": written, "files": _checksums(temporary), "manifest": said,
@@ -183,9 +184,18 @@ def _write(to: str, folder: Path, one: Leaving) -> dict[str, Any]:
             yield chunk
 
     files = FORMATS[to].write(folder, one.name, one.schema, counted())
+    for file in files:
+        if not (folder / file).resolve().is_relative_to(folder.resolve()) or not (folder / file).exists():
+            raise RunFolderError(f"--to {to} is broken: it says that it wrote {file!r}, which is no file of the export")
     return {
         "name": one.name, "table": one.table, "rows": count, "files": files, "columns": describe_columns(one.schema),
     }  # fmt: skip
+
+
+def _by_whom(to: str) -> dict[str, Any]:
+    """The package that brought the format, which whoever reads the export needs."""
+    plugin = FORMATS.plugin(to)
+    return {} if plugin is None else {"plugin": plugin.fact()}
 
 
 def _check_target(target: Path, run: Path, force: bool) -> None:

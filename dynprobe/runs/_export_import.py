@@ -21,7 +21,7 @@ from dynprobe.runs._card import card
 from dynprobe.runs._encode import METADATA_KEY, to_bytes
 from dynprobe.runs._export import SIDECAR
 from dynprobe.runs._export_arrays import to_arrays
-from dynprobe.runs._export_formats import FORMATS, read_unguarded_csv
+from dynprobe.runs._export_formats import FORMATS
 from dynprobe.runs._export_sidecar import Sidecar, TableFacts, read_sidecar, verify_files
 from dynprobe.runs._export_tables import schema_of
 from dynprobe.runs._find import find_run, folder_name, parent_lock
@@ -33,6 +33,7 @@ from dynprobe.runs._schema import table_schema
 from dynprobe.runs._start import now
 from dynprobe.runs._states import states_table, write_states_file
 from dynprobe.runs._tables import hash_file
+from dynprobe.runs.formats._csv import read_unguarded_csv
 
 __all__ = ["import_export", "is_export"]
 

@@ -77,6 +77,7 @@ class Sidecar(_Strict):
 
     format: str = Field(pattern=r"^dynprobe-export/[0-9]{1,6}$")
     to: str
+    plugin: dict[str, str] = {}
     folder: str = ""
     tables: list[TableFacts]
     files: dict[str, _File]
@@ -120,6 +121,11 @@ def read_sidecar(folder: Path) -> Sidecar:
         raise RunFolderError(f"{path} is damaged: {place}: {said}. {_ADVICE}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged: {error!r}. {_ADVICE}") from error
+    if side.to not in FORMATS and side.plugin:
+        raise RunFolderError(
+            f"{path} is an export in the format {side.to!r} of {side.plugin.get('package')} "
+            f"{side.plugin.get('version')}, which is not installed. Type: pip install {side.plugin.get('package')}"
+        )
     if side.layout > LAYOUT or side.to not in FORMATS:
         raise RunFolderError(
             f"{path} is an export of layout {side.layout} in the format {side.to!r}; this dynprobe reads up to "

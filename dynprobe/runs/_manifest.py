@@ -82,6 +82,8 @@ class Manifest(BaseModel):
         weights: Hashes of the weight files.
         prompts_hash: SHA-256 of the prompts.
         versions: Versions of the libraries.
+        plugins: What other packages brought to the run: group, name, package, version; None where there was nothing.
+        scales: What α means under each noise scale that was written, in words, and its unit.
         device: The device.
         dtypes: Dtypes of weights, capture and metrics.
         seeds: Seeds by what they seed.
@@ -112,6 +114,8 @@ class Manifest(BaseModel):
     weights: dict[str, Any] | list[Any] | str | None = None
     prompts_hash: str | None = None
     versions: dict[str, Any] = Field(default_factory=dict)
+    plugins: list[dict[str, str]] | None = None
+    scales: dict[str, dict[str, str]] | None = None
     device: dict[str, Any] | str | None = None
     dtypes: dict[str, Any] | str | None = None
     seeds: dict[str, Any] | list[int] | int | None = None

@@ -61,7 +61,7 @@ def heatmap_figure(run: Run, column: str | None = None, scale: str | None = None
     for number, (write, panel) in enumerate(zip(writes, panels[0], strict=True)):
         dress(panel, write if len(writes) > 1 else "")
         mesh = _map(panel, means[write], norm, colours, level, what)
-        plain(panel.set_xlabel(alpha_label(write), fontsize=SMALL))
+        plain(panel.set_xlabel(alpha_label(write, run=run), fontsize=SMALL))
         if number % 2 == 0:
             panel.set_ylabel("layer written (block)", fontsize=SMALL)
     bar = figure.colorbar(mesh, ax=panels[0], pad=0.02, aspect=30)

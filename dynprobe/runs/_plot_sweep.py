@@ -103,7 +103,7 @@ def response_figure(
             else:
                 panel.tick_params(labelleft=False)
             if number + 3 >= len(wanted):
-                plain(panel.set_xlabel(_short(alpha_label(write), len(wanted)), fontsize=SMALL))
+                plain(panel.set_xlabel(_short(alpha_label(write, run=run), len(wanted)), fontsize=SMALL))
     everything = [panel for row in panels for panel in row]
     legend(figure, everything, 2 if len(wanted) == 1 else 3)
     n = rows["prompt_id"].nunique()

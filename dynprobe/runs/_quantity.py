@@ -29,6 +29,7 @@ LEVELS = {"kl_clean_pert": 1.0, "flip_rate": 0.5}
 #: Column in which a criterion's response is drawn.
 COLUMN_OF = {"kl": "kl_clean_pert", "flip": "flip_rate", "kappa": "kappa_phase_d", "task": "accuracy_loss"}
 
+#: Units of scales in runs that do not say them themselves, and of kinds that have no scale.
 _UNITS = {
     "relnorm": "‖u‖ / ‖h‖", "coordstd": "SDs of each coordinate", "mad": "robust SDs of the state",
     "cov": "SDs along the principal axes", "abs": "the model's own units", "interp": "share of the way to the donor",
@@ -180,14 +181,16 @@ def write_name(scale: Any, kind: Any) -> str:
     return scale if kind == "gaussian" else f"{scale}, {kind}"
 
 
-def alpha_label(write: str, symbol: str = "α") -> str:
-    """Return the label of an axis of strengths.
+def alpha_label(write: str, symbol: str = "α", run: Run | None = None) -> str:
+    """Return the label of an axis of strengths; a run knows the units of scales that other packages bring.
 
     Example:
         >>> alpha_label("coordstd")
         'α, coordstd (SDs of each coordinate)'
     """
-    unit = _UNITS.get(write.split(",")[0])
+    scale = write.split(",")[0]
+    said = {} if run is None else (run.manifest.scales or {}).get(scale, {})
+    unit = said.get("unit") or _UNITS.get(scale)
     return f"{symbol}, {write} ({unit})" if unit else f"{symbol}, {write}"
 
 

@@ -12,10 +12,11 @@ import datetime as dt
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynprobe._plugins import NUMBER_GROUPS
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._atomic import TEMPORARY, remove, writing
@@ -163,15 +164,26 @@ def _not_imported(folder: Path, manifest: Manifest) -> None:
 
 
 def _versions_agree(folder: Path, manifest: Manifest, fresh: Manifest, force: bool) -> bool:
-    began, ours = manifest.versions.get("dynprobe"), fresh.versions.get("dynprobe")
+    began, ours = ((m.versions.get("dynprobe"), _deciding(m)) for m in (manifest, fresh))
     if began == ours:
         return False
     if not force:
+        one, other = (_by(*versions) for versions in (began, ours))
         raise RunFolderError(
-            f"{folder} was begun by dynprobe {began}, and this is {ours}: its numbers may differ. "
+            f"{folder} was begun by {one}, and this is {other}: its numbers may differ. "
             "Add --force to continue all the same (it is recorded), or choose another folder with --out FOLDER."
         )
     return True
+
+
+def _deciding(manifest: Manifest) -> list[tuple[str, str]]:
+    """Packages, with versions, whose plug-ins decide numbers of a run."""
+    found = {(p["package"], p["version"]) for p in manifest.plugins or () if p["group"] in NUMBER_GROUPS}
+    return sorted(found)
+
+
+def _by(version: str | None, packages: Sequence[tuple[str, str]]) -> str:
+    return " with ".join([f"dynprobe {version}", *(f"{name} {number}" for name, number in packages)])
 
 
 def _heal(folder: Path, manifest: Manifest) -> tuple[Manifest, list[int]]:

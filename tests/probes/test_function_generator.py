@@ -14,7 +14,7 @@ from dynprobe.probes._draw import sine
 from dynprobe.probes._kinds import Displacement, apply, displacement
 from dynprobe.probes._noise import NoiseSource, gaussian, shared, uniform
 from dynprobe.probes._outputs import identical
-from dynprobe.probes._scales import SiteStats
+from dynprobe.probes._site_stats import SiteStats
 
 SITE = "resid_post.15"
 SINE_SCALES = ("relnorm", "coordstd", "mad", "abs")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynprobe.errors import SpecError, UsageError
-from dynprobe.probes._perturb import KINDS, SCALES, Perturb, parse_many
+from dynprobe.probes._perturb import KINDS, Perturb, parse_many
+from dynprobe.probes._scales import SCALES
 from dynprobe.probes._where import Where
 
 NOISE_SCALES = ("relnorm", "coordstd", "mad", "cov", "abs", "isokl")
@@ -19,7 +20,7 @@ SINE_SCALES = ("relnorm", "coordstd", "mad", "abs")
 @st.composite
 def perturbations(draw: st.DrawFn) -> Perturb:
     kind = draw(st.sampled_from(KINDS))
-    scales = {"gaussian": SCALES, "direction": NOISE_SCALES, "impulse": NOISE_SCALES, "sine": SINE_SCALES}
+    scales = {"gaussian": SCALES.builtin, "direction": NOISE_SCALES, "impulse": NOISE_SCALES, "sine": SINE_SCALES}
     scale = draw(st.sampled_from(scales.get(kind, ("relnorm",))))
     several = st.nothing() if kind in ("impulse", "sine") else st.lists(st.integers(0, 40), min_size=1)
     places = [None, "last", "50%", 3] if kind == "impulse" else [None, "1:", "last", "-3:", "50%"]

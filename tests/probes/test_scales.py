@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dynprobe.errors import CalibrationError, UsageError
 from dynprobe.probes._kinds import Displacement, apply, displacement, realised
+from dynprobe.probes._mad import mad
 from dynprobe.probes._noise import NoiseSource, gaussian, uniform
 from dynprobe.probes._passport import Passport, passport
 from dynprobe.probes._perturb import Perturb
-from dynprobe.probes._scales import SiteStats, mad
+from dynprobe.probes._site_stats import SiteStats
 
 SITE = "resid_post.15"
 WRITES = [

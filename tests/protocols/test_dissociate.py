@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import dynprobe as dp
-from dynprobe.controllers.recovery import MODES, Always, Recovery
+from dynprobe.controllers.recovery import MODES, Always, Mode, Recovery
+from dynprobe.controllers.recovery._modes import _ADOPTED
 from dynprobe.errors import InterruptedRunError, PromptError, RunFolderError, UsageError
 from dynprobe.metrics.statistics import dissociation_verdict
 from dynprobe.models._zoo import zoo_folder
@@ -346,7 +347,7 @@ def _clean_states(subject: Subject, items: list[Item], donors: list[Item]) -> di
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> Any:
     def plant(name: str, table: dict[Any, torch.Tensor]) -> None:
-        monkeypatch.setitem(MODES, name, lambda timing, site=None, **_: _Table(timing(), table))
+        monkeypatch.setitem(_ADOPTED, name, Mode(lambda timing, site=None, **_: _Table(timing(), table)))
 
     return plant
 
@@ -383,7 +384,8 @@ def test_a_controller_that_brings_other_states_recovers_the_dynamics_alone(
 def test_harm_to_clean_items_is_counted(
     subject: Subject, items: list[Item], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(MODES, "harm", lambda timing, site=None, **_: MODES["shrink"](lambda: Always(1.0), site))
+    harm = Mode(lambda timing, site=None, **_: MODES["shrink"](lambda: Always(1.0), site))
+    monkeypatch.setitem(_ADOPTED, "harm", harm)
     run = dp.dissociate(subject, items[:10], mode="harm", **QUICK, out=tmp_path)
     (found,) = run.summary["iatrogenic"]
     clean, mine = _arm(run, "clean"), _arm(run, "clean+harm")

@@ -128,7 +128,7 @@ def test_states_keep_dtype_and_shape(tmp_path, dtype, shape):
 
 
 def test_a_large_table_is_several_files(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dynprobe.runs._export_formats._SHARD_ROWS", 5)
+    monkeypatch.setattr("dynprobe.runs.formats._parquet._SHARD_ROWS", 5)
     run.export("hf", tmp_path / "out")
     assert sorted(f.name for f in (tmp_path / "out" / "samples").iterdir()) == ["00000.parquet", "00001.parquet"]
     same(run, import_export(tmp_path / "out", tmp_path / "runs"))

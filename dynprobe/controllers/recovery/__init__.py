@@ -3,6 +3,7 @@
 from dynprobe.controllers.recovery._actuators import ACTUATORS, Clamp, Shrink, Slerp, Subspace
 from dynprobe.controllers.recovery._detector import Always, Deadband, Never, Oracle
 from dynprobe.controllers.recovery._guard import GUARD_WINDOW, Guard
+from dynprobe.controllers.recovery._mode import Mode
 from dynprobe.controllers.recovery._modes import MODES, adopt, make_mode, mode_name
 from dynprobe.controllers.recovery._operators import LoraPair, TopComponents
 from dynprobe.controllers.recovery._recovery import Recovery, Timing
@@ -25,6 +26,7 @@ __all__ = [
     "Gate",
     "Guard",
     "LoraPair",
+    "Mode",
     "Narrowing",
     "Never",
     "Oracle",

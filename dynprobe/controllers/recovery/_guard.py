@@ -17,10 +17,11 @@ from typing import Final
 import numpy as np
 
 from dynprobe.controllers._controller import Controller, Memory, Restart
+from dynprobe.controllers.recovery._mode import Mode
 from dynprobe.errors import CalibrationError
 from dynprobe.probes import Calibration, Subject
 
-__all__ = ["GUARD_WINDOW", "Guard", "repeats"]
+__all__ = ["GUARD_WINDOW", "MODE", "Guard", "repeats"]
 
 #: Tokens over which the NLL is averaged, and tokens that are taken back.
 GUARD_WINDOW: Final = 8
@@ -105,3 +106,7 @@ class Guard(Controller):
         if mean > self.limit:
             return f"mean NLL {mean:.3g} of the last {GUARD_WINDOW} tokens > {self.limit:.3g}"
         return f"{_NGRAM} tokens stood there {times} times" if times >= _TIMES else None
+
+
+#: A guard keeps texts that are likely and do not go in circles.
+MODE = Mode(lambda timing, site=None, **_: Guard(), selects=("nll_bare", "repetition"))

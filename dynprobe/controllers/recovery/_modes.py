@@ -6,96 +6,62 @@ tokens back and writes them anew; ``hybrid`` (also ``HYBRID_RECOVERY``) is slerp
 ``dom`` are published relatives with rules of their own for when to act; ``str`` is a stand-in for ``dom`` where there
 is no file of its operators. ``random:<mode>`` is made by a study, since it replays what a mode did.
 
-Another package adds modes through the entry-point group ``dynprobe.recovery``: a callable that takes ``timing`` and
-``site`` and returns a controller or a list of them. A controller at hand needs no package: ``adopt`` gives it a name.
+A mode is a file with its :class:`Mode` and a line of the table below. Another package adds modes through the
+entry-point group ``dynprobe.controllers``: a :class:`Mode`, a class of controllers, or a callable that takes ``timing``
+and ``site`` and returns a controller or a list of them. A controller at hand needs no package: ``adopt`` gives it a
+name.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
+from dynprobe._plugins import Registry
 from dynprobe.controllers._controller import Controller
-from dynprobe.controllers.recovery._actuators import ACTUATORS
-from dynprobe.controllers.recovery._guard import Guard
 from dynprobe.controllers.recovery._likeness import likeness
-from dynprobe.controllers.recovery._operators import LoraPair, TopComponents
-from dynprobe.controllers.recovery._recovery import Recovery, Timing
-from dynprobe.controllers.recovery._recync import Recync
-from dynprobe.controllers.recovery._sampling import Narrowing
-from dynprobe.controllers.recovery._str import StrControl
+from dynprobe.controllers.recovery._mode import Mode
+from dynprobe.controllers.recovery._recovery import Timing
 from dynprobe.errors import UsageError, did_you_mean
 
-__all__ = ["MODES", "MODE_ALIASES", "Mode", "adopt", "make_mode", "mode_name"]
-
-#: Makes the controllers of a mode, given a maker of timings and a site (None: where the signal points).
-Mode = Callable[..., "Controller | list[Controller]"]
+__all__ = ["MODES", "MODE_ALIASES", "adopt", "make_mode", "mode_name", "selected_by"]
 
 MODE_ALIASES = {"HYBRID_RECOVERY": "hybrid"}
-_GROUP = "dynprobe.recovery"
 
 
-def _deadband(kind: str, *, sham: bool = False, name: str | None = None) -> Mode:
-    def make(timing: Callable[[], Timing], site: str | None = None, **_: Any) -> Controller:
-        actuator = ACTUATORS[kind]() if kind in ACTUATORS else None
-        return Recovery(timing(), actuator, site=site, sham=sham, name=f"recovery.{name or kind}/1")
-
-    return make
-
-
-def _sampling(timing: Callable[[], Timing], site: str | None = None, **_: Any) -> Controller:
-    return Narrowing(timing())
-
-
-def _guard(timing: Callable[[], Timing], site: str | None = None, **_: Any) -> Controller:
-    return Guard()
+def _plugin(name: str, found: Any) -> Mode:
+    if ":" in name or "," in name or name == "all":
+        raise ValueError(f"{name!r} means something else where modes are named")
+    if isinstance(found, Mode):
+        return found
+    if isinstance(found, type) and issubclass(found, Controller):
+        return Mode(lambda timing, site=None, **_: found())
+    if isinstance(found, type) or not callable(found):
+        raise TypeError(f"it is {found!r}, neither a Mode nor a class of controllers nor a function that makes them")
+    return Mode(found)
 
 
-def _hybrid(timing: Callable[[], Timing], site: str | None = None, **_: Any) -> list[Controller]:
-    name = "recovery.hybrid/1"
-    return [Recovery(timing(), ACTUATORS["slerp"](), site=site, name=name), Guard(name=name)]
-
-
-def _recync(
-    timing: Callable[[], Timing], site: str | None = None, max_restarts: int | None = None, **_: Any
-) -> Controller:
-    return Recync() if max_restarts is None else Recync(max_restarts)
-
-
-def _dom(
-    timing: Callable[[], Timing], site: str | None = None, operators: str | Path | None = None, **_: Any
-) -> Controller:
-    if operators is None:
-        raise UsageError(
-            "dom mixes two operators that were trained for it; give operators=<a safetensors file>, or take the mode "
-            "str, a stand-in along the calibration's components"
-        )
-    return StrControl(LoraPair(operators))
-
-
-def _str(timing: Callable[[], Timing], site: str | None = None, **_: Any) -> Controller:
-    return StrControl(TopComponents())
-
-
-def _none(timing: Callable[[], Timing], site: str | None = None, **_: Any) -> list[Controller]:
-    return []
-
-
-MODES: dict[str, Mode] = {
-    "none": _none,
-    "sham": _deadband("slerp", sham=True, name="sham"),
-    "passive": _deadband("passive"),
-    **{kind: _deadband(kind) for kind in ACTUATORS},
-    "sampling": _sampling,
-    "guard": _guard,
-    "hybrid": _hybrid,
-    "recync": _recync,
-    "dom": _dom,
-    "str": _str,
-}
+_HERE = "dynprobe.controllers.recovery"
+MODES: Registry[Mode] = Registry(
+    "dynprobe.controllers", "recovery mode",
+    {
+        "none": f"{_HERE}._deadband_modes:NONE",
+        "sham": f"{_HERE}._deadband_modes:SHAM",
+        "passive": f"{_HERE}._deadband_modes:PASSIVE",
+        "slerp": f"{_HERE}._deadband_modes:SLERP",
+        "shrink": f"{_HERE}._deadband_modes:SHRINK",
+        "clamp": f"{_HERE}._deadband_modes:CLAMP",
+        "subspace": f"{_HERE}._deadband_modes:SUBSPACE",
+        "sampling": f"{_HERE}._sampling:MODE",
+        "guard": f"{_HERE}._guard:MODE",
+        "hybrid": f"{_HERE}._deadband_modes:HYBRID",
+        "recync": f"{_HERE}._recync:MODE",
+        "dom": f"{_HERE}._str:DOM",
+        "str": f"{_HERE}._str:MODE",
+    },
+    _plugin,
+)  # fmt: skip
 
 
 #: Modes that were handed over as objects in this process.
@@ -133,7 +99,7 @@ def adopt(given: Controller | type[Controller]) -> str:
         )
     kept = given
     name = f"{type(kept).__name__}-{likeness(kept)}"
-    _ADOPTED[name] = lambda timing, site=None, **_: copy.deepcopy(kept)
+    _ADOPTED[name] = Mode(lambda timing, site=None, **_: copy.deepcopy(kept))
     return name
 
 
@@ -148,11 +114,11 @@ def mode_name(text: str) -> str:
     if base in _ADOPTED:
         return head + base
     for name in spellings:
-        if name in MODES:  # the packages that are installed need not be searched for a mode of ours
+        if name in MODES.builtin:  # the packages that are installed need not be searched for a mode of ours
             return head + name
-    known = (*MODES, *(point.name for point in entry_points(group=_GROUP)))
+    known = MODES.names()
     for name in spellings:
-        if name in known:
+        if MODES.plugin(name) is not None:
             return head + name
     near = did_you_mean(base, known)
     raise UsageError(f"unknown recovery mode {text!r}; known: {', '.join(known)}, random:<mode>.{near}")
@@ -173,8 +139,17 @@ def make_mode(name: str, timing: Callable[[], Timing], *, site: str | None = Non
     name = mode_name(name)
     if name.startswith("random:"):
         raise UsageError(f"{name} replays what {name.removeprefix('random:')} did; dp.recover makes it from that arm")
-    make = _ADOPTED.get(name) or MODES.get(name)
-    if make is None:
-        make = next(p for p in entry_points(group=_GROUP) if p.name == name).load()
-    made = make(timing=timing, site=site, **options)
+    made = (_ADOPTED.get(name) or MODES[name])(timing=timing, site=site, **options)
     return made if isinstance(made, list) else [made]
+
+
+def selected_by(mode: str) -> tuple[str, ...]:
+    """Return the columns that a mode works on by what it does itself, so that their recovery is no evidence.
+
+    Example:
+        >>> selected_by("sampling"), selected_by("slerp")
+        (('nll_bare',), ())
+    """
+    if mode not in _ADOPTED and mode not in MODES:  # a control of a study
+        return ()
+    return (_ADOPTED.get(mode) or MODES[mode]).selects

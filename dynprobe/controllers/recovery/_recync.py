@@ -15,18 +15,19 @@ where the same tokens would come again.
 from __future__ import annotations
 
 import copy
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynprobe.controllers._controller import Controller, Memory, Restart, Seen
+from dynprobe.controllers.recovery._mode import Mode
 from dynprobe.errors import UsageError
 from dynprobe.metrics import RecyncDetector, token_cosine
 from dynprobe.probes import Site, Subject
 
-__all__ = ["Recync"]
+__all__ = ["MODE", "Recync"]
 
 _SEED_SHIFT: Final = 10_000
 _BACK: Final = 3
@@ -91,3 +92,11 @@ class Recync(Controller):
         memory["active"] = np.array([False])
         crisis = len(memory["detector"][0].values) - 1
         return Restart(crisis - _BACK, seed_shift=_SEED_SHIFT * attempt, why=f"{self.id}: crisis at {crisis}")
+
+
+def _make(timing: Any, site: str | None = None, max_restarts: int | None = None, **_: Any) -> Controller:
+    return Recync() if max_restarts is None else Recync(max_restarts)
+
+
+#: What takes back states that lie apart lowers their turning.
+MODE = Mode(_make, selects=("limen_ct",))

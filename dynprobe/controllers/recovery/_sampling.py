@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dynprobe.controllers._controller import Controller, Memory, Seen
+from dynprobe.controllers.recovery._mode import Mode
 from dynprobe.controllers.recovery._recovery import Timing
 from dynprobe.probes import Calibration, Site, Subject
 
-__all__ = ["Narrowing", "narrowed"]
+__all__ = ["MODE", "Narrowing", "narrowed"]
 
 
 def narrowed(logits: Tensor, gain: Tensor) -> Tensor:
@@ -100,3 +101,7 @@ class Narrowing(Controller):
         after = logits.clone()
         after[rows, -1] = narrowed(logits[rows, -1], gain)
         return after
+
+
+#: A narrow nucleus gives likely tokens.
+MODE = Mode(lambda timing, site=None, **_: Narrowing(timing()), selects=("nll_bare",))

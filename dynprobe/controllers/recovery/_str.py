@@ -28,19 +28,21 @@ later token's keys and values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynprobe.controllers._controller import Controller, Memory, Seen
-from dynprobe.controllers.recovery._operators import Operators
+from dynprobe.controllers.recovery._mode import Mode
+from dynprobe.controllers.recovery._operators import LoraPair, Operators, TopComponents
 from dynprobe.errors import CalibrationError, UsageError
 from dynprobe.metrics import str_kernel
 from dynprobe.probes import Calibration, Site, Subject
 
-__all__ = ["STR_WINDOW", "Gate", "StrControl"]
+__all__ = ["DOM", "MODE", "STR_WINDOW", "Gate", "StrControl"]
 
 #: States that STR is computed over.
 STR_WINDOW: Final = 4
@@ -189,3 +191,17 @@ class StrControl(Controller):
         if not len(there):
             return float("nan")
         return float(str_kernel(there, self.sigma, window=STR_WINDOW, tau=_TAU_W)[-1])
+
+
+def _dom(timing: Any, site: str | None = None, operators: str | Path | None = None, **_: Any) -> Controller:
+    if operators is None:
+        raise UsageError(
+            "dom mixes two operators that were trained for it; give operators=<a safetensors file>, or take the mode "
+            "str, a stand-in along the calibration's components"
+        )
+    return StrControl(LoraPair(operators))
+
+
+#: What draws the last states of consecutive tokens together lowers their turning.
+MODE = Mode(lambda timing, site=None, **_: StrControl(TopComponents()), selects=("limen_ct",))
+DOM = Mode(_dom, selects=MODE.selects)

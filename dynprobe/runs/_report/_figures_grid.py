@@ -45,7 +45,7 @@ def response_figure(run: Run, key: str, most_rows: int) -> Figure:
             traces = _traces(key, own, where, searched, level, rows)
             exponents: dict[str, Any] = {"exponentformat": "e"} if what.log else {}
             layout = {
-                "xaxis": axis(alpha_label(write), type="log"),
+                "xaxis": axis(alpha_label(write, run=run), type="log"),
                 "yaxis": axis(what.label, type="log" if what.log else "linear", **exponents),
             }
             charts.append(Chart(traces, layout, f"{what.words}, {write}" if len(blocks) > 1 else write))
@@ -117,7 +117,7 @@ def layer_map_figure(run: Run, key: str) -> Figure:
         raise RunFolderError("a map along the layers needs two of them")
     colours: dict[str, Any] = {"colorscale": "RdBu", "reversescale": True, "zmid": 0} if what.signed else {}
     means["layer"] = means["layer"].astype(int)
-    titles = {write: alpha_label(write) for write in in_order(run, means["write"])}
+    titles = {write: alpha_label(write, run=run) for write in in_order(run, means["write"])}
     chart = Chart(
         [grid("alpha", "layer", "mean", log=what.log, title=f"mean {what.label}", **colours)],
         {"xaxis": axis_of("write", titles, type="category"), "yaxis": axis("layer written (block)", type="category")},
@@ -177,7 +177,9 @@ def thresholds_figure(run: Run, key: str) -> Figure:
         for number, write in enumerate(writes):
             where = {"criterion": criterion, "write": write}
             colour, dash = style_of(number)
-            traces.append(line("at", "alpha50", alpha_label(write, "α50"), colour, dash=dash, where=where, marker=8))
+            traces.append(
+                line("at", "alpha50", alpha_label(write, "α50", run), colour, dash=dash, where=where, marker=8)
+            )
             traces.append(
                 {**points("at", "alpha50", "", colour, where=where), "mode": "lines",
                  "line": {"width": 1.5, "color": colour}, "showlegend": False, "hoverinfo": "skip",

@@ -1,6 +1,5 @@
 """Modes by name, and modes of other packages."""
 
-from importlib.metadata import EntryPoint
 from typing import Any
 
 import numpy as np
@@ -62,11 +61,21 @@ def test_modes_make_controllers() -> None:
         make_mode("random:slerp", Always)
 
 
-def test_a_package_adds_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [EntryPoint("My_Mode", "dynprobe.controllers.recovery._modes:_none", "dynprobe.recovery")]
-    monkeypatch.setattr(module, "entry_points", lambda group: found if group == "dynprobe.recovery" else [])
-    made: Any = make_mode("My_Mode", Always)
-    assert made == []
+def test_a_package_adds_a_mode(package: Any) -> None:
+    package(
+        "mine", {"dynprobe.controllers": {"My_Mode": "modes_of_mine:make", "Mine": "modes_of_mine:Mine"}},
+        modes_of_mine="""
+            from dynprobe.controllers import Controller
+
+            class Mine(Controller):
+                pass
+
+            def make(timing, site=None, **_):
+                return []
+        """,
+    )  # fmt: skip
+    assert make_mode("My_Mode", Always) == []
+    assert [type(c).__name__ for c in make_mode("Mine", Always)] == ["Mine"]
     assert mode_name("random:My_Mode") == "random:My_Mode"
     with pytest.raises(UsageError, match=r"known: .*My_Mode.*Did you mean 'My_Mode'\?"):
         mode_name("My_Mod")
