@@ -54,6 +54,7 @@ def _command(arguments: list[str] | None) -> int:
         _ingest_app,
         _iterate_app,
         _panel_app,
+        _plugins_app,
         _recover_app,
         _report_app,
     )

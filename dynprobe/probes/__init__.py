@@ -15,6 +15,7 @@ from dynprobe.probes._reading import sites_to_read
 from dynprobe.probes._resume import logits_of, readout, resume
 from dynprobe.probes._roles import Site, Steerer, Writer
 from dynprobe.probes._rows import RowsWriter
+from dynprobe.probes._scales import NoiseScale, ScaleStats
 from dynprobe.probes._selftest import (
     SELF_TESTS,
     Check,
@@ -40,12 +41,14 @@ __all__ = [
     "Fork",
     "Instrument",
     "Loop",
+    "NoiseScale",
     "Perturb",
     "PerturbWriter",
     "Recording",
     "Roads",
     "RowsWriter",
     "Sampling",
+    "ScaleStats",
     "Site",
     "Start",
     "States",
