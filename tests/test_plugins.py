@@ -82,8 +82,8 @@ def test_what_is_broken_says_who_and_what_to_type(package):
         with pytest.raises(PluginError, match=r"of acme 1\.0 \(.*of_acme:.*OSError: no such thing.*pip uninstall acme"):
             ask()
     with pytest.warns(UserWarning, match=r"left out: the metric 'acme\.reach' of acme 1\.0") as seen:
-        assert "kappa.phase/1" in metrics.ids()
-        metrics.ids()
+        known = metrics.ids() + metrics.ids()
+    assert "kappa.phase/1" in known
     assert len([w for w in seen if "acme" in str(w.message)]) == 1
     assert "\n" not in str(seen[0].message)
 
@@ -116,8 +116,9 @@ def test_a_column_of_ours_is_not_taken(package):
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [("dynprobe.scales", "relnorm"), ("dynprobe.metrics", "kappa.phase"), ("dynprobe.engines", "local")]
-)  # fmt: skip
+    ("group", "name"),
+    [("dynprobe.scales", "relnorm"), ("dynprobe.metrics", "kappa.phase"), ("dynprobe.engines", "local")],
+)
 def test_a_name_of_ours_is_never_shadowed(package, group, name):
     registry = own(GROUPS[group])
     before = registry.names()
@@ -135,7 +136,7 @@ def test_a_name_of_two_packages_is_neithers(package):
     package("bolt", {"dynprobe.scales": {"peak": "of_bolt:PEAK"}}, "2.0", of_bolt=TEXT)
     with pytest.raises(PluginError, match=r"is in acme 1\.0 and in bolt 2\.0"):
         Perturb(alpha=0.1, scale="peak")
-    with pytest.raises(SpecError, match="unknown scale 'peek'; known: relnorm, [a-z, ]*isokl"):
+    with pytest.raises(SpecError, match=r"unknown scale 'peek'; known: relnorm, [a-z, ]*isokl"):
         Perturb.parse("alpha=0.1,scale=peek")
 
 
@@ -145,7 +146,7 @@ def test_near_misses_know_them(package):
         Perturb.parse("alpha=0.1,scale=paek")
     with pytest.raises(UsageError, match="Did you mean 'halve'"):
         dp.controllers.recovery.mode_name("halv")
-    with pytest.raises(MetricError, match="Unknown metric 'acme.reach/2'"):
+    with pytest.raises(MetricError, match=r"Unknown metric 'acme\.reach/2'"):
         metrics.spec("acme.reach/2")
 
 
@@ -159,7 +160,8 @@ def test_a_run_uses_and_records_them(package, tmp_path):
     assert run.manifest.scales == {
         "peak": {"meaning": "α is in largest coordinates of each state", "unit": "largest coordinates"}
     }
-    assert np.isfinite(run.samples["acme_reach"].to_numpy(float)).all()
+    measured = run.samples[run.samples["condition_id"] != "sham"]
+    assert np.isfinite(measured["acme_reach"].to_numpy(float)).all()
     facts = run.columns().query("table == 'samples' and column == 'acme_reach'").iloc[0]
     assert (facts["id"], facts["digest"]) == ("acme.reach/1", metrics.spec("acme.reach/1").digest)
     perturbed = run.samples[run.samples["condition_id"] == "perturbed.forced"]
@@ -189,7 +191,7 @@ def test_another_version_goes_on_only_with_force(package, tmp_path, monkeypatch)
     (tmp_path / "site-packages" / "acme-1.0.dist-info").rename(tmp_path / "gone")
     package("acme", POINTS, "1.1", of_acme=TEXT)
     with pytest.raises(
-        RunFolderError, match=r"begun by dynprobe \S+ with acme 1\.0, and this is dynprobe \S+ with acme 1\.1"
+        RunFolderError, match=r"by dynprobe \S+ with acme 1\.0, and this is dynprobe \S+ with acme 1\.1"
     ):
         dp.run("tiny-llama", PROMPTS, **QUICK, out=str(tmp_path))
     run = dp.run("tiny-llama", PROMPTS, **QUICK, out=str(tmp_path), force=True)
@@ -225,7 +227,7 @@ def test_the_command_lists_them(package, capsys):
     package("bolt", {"dynprobe.scales": {"flat": "of_bolt:ABSENT"}}, of_bolt=TEXT)
     assert main(["plugins", "--json"]) == 1
     found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert found["peak"]["loads"] is True
+    assert found["peak"]["error"] is None
     assert "AttributeError" in found["flat"]["error"]
     assert main(["metrics", "acme.reach/1"]) == 0
     assert "Distance from the first depth" in capsys.readouterr().out

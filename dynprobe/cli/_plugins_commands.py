@@ -12,9 +12,7 @@ def plugins_command(as_json: bool) -> bool:
     """``dynprobe plugins``; returns whether one of them cannot be had."""
     found = statuses()
     if as_json:
-        print_json(
-            [{**s.plugin.fact(), "value": s.plugin.value, "loads": not s.error, "error": s.error} for s in found]
-        )
+        print_json([{**s.plugin.fact(), "value": s.plugin.value, "error": s.error or None} for s in found])
     else:
         _print(found)
     return any(status.error for status in found)
