@@ -154,7 +154,7 @@ def _doctor(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Of a model: what was found in it, and the five self-tests (exit code 3 where one fails).
+    """Of a model: what was found in it, and the five self-tests (exit code 3 where one other than resume fails).
 
     Of a run folder: what is damaged, and what --repair would do about it (exit code 1 while anything is).
     """

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["main"]
 
 _INTERRUPTED = "interrupted; the same command continues"
+_NO_ROOM = (
+    "memory ran out. Take less at once (--limit, --batch-size, shorter prompts), or type --dtype bfloat16, "
+    "--device-map auto or --device cpu where the command has them; finished batches are kept"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,9 +40,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     try:
-        return _command(arguments)
+        with _terminable():
+            return _command(arguments)
     except KeyboardInterrupt:  # also while libraries are imported, before there is a command to stop
         return _say(_INTERRUPTED, 130)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM, by which a scheduler or a shutdown ends a job, for Ctrl-C: what is finished is recorded as such.
+
+    A handler of a program that calls :func:`main` stays; a second signal is an interrupt of its own and ends at once.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _command(arguments: list[str] | None) -> int:
@@ -78,12 +104,22 @@ def _command(arguments: list[str] | None) -> int:
             return _say(f"{error.strerror}: {error.filename or 'while writing'}; choose another folder with --out", 1)
         raise
     except Exception as error:
+        if _memory_ran_out(error):
+            return _say(f"{_NO_ROOM} ({str(error).splitlines()[0][:200] if str(error) else 'MemoryError'})", 1)
         # typer carries its own copy of click and does not export the base class of usage errors.
         if not any(base.__name__ == "ClickException" for base in type(error).__mro__):
             raise
         return _usage(error)
     # typer makes an exit code of a Ctrl-C that no command caught, and says nothing.
     return _say(_INTERRUPTED, 130) if code == 130 else int(code or 0)
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from dynprobe.probes._chunks import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _usage(error: Any) -> int:

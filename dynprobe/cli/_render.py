@@ -161,11 +161,8 @@ def _verdict(name: str, test: Mapping[str, Any]) -> str:
     if name != "resume" or test["passed"]:
         return f"{'ok' if test['passed'] else 'FAILED'} ({_short(test['value'])})"
     value = test["value"]
-    if value is None or not math.isfinite(value):
-        return "by the slow road, through all blocks (without the lower ones the forward fails)"
-    return (
-        f"by the slow road, through all blocks (without the lower ones the logits would be off by {_short(value)} SD)"
-    )
+    short = "fail" if value is None or not math.isfinite(value) else f"be {_short(value)} SD of the logits off"
+    return f"ok, by the slow road (all blocks run; the fast road would {short} and is not taken)"
 
 
 def _unfinished(found: Run) -> str:
@@ -236,11 +233,15 @@ def diagnosis(found: Diagnosis) -> None:
     for heading in ("test", "verdict", "value", "limit", "unit", "numbers"):
         checks.add_column(heading)
     for name, check in found.checks.items():
-        style = "green" if check.passed else "bold red"
+        slow = name == "resume" and not check.passed
+        style = "green" if check.passed else "yellow" if slow else "bold red"
         numbers = ", ".join(f"{k} {_short(v)}" for k, v in check.detail.items())
-        verdict = Text("ok" if check.passed else "FAILED", style=style)
+        verdict = Text("ok" if check.passed else "slow road" if slow else "FAILED", style=style)
         checks.add_row(name, verdict, f"{check.value:.3g}", f"{check.limit:.3g}", check.unit, numbers)
     console.print(checks)
+    resume = found.checks.get("resume")
+    if resume is not None and not resume.passed:
+        console.print(f"resume {_verdict('resume', resume.as_dict())}", soft_wrap=True)
     for note in found.provenance.get("notes") or ():
         console.print(f"note: {note}", soft_wrap=True)
 

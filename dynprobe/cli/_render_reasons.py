@@ -19,6 +19,7 @@ _WORDS = {
     "prompts<2": "a test of the models needs two prompts in some category",
     "prompts<3": "clusters need three prompts that every model has",
     "zero-denominator": "all values are equal",
+    "range": "the value left the range of the format it is computed in",
     "coverage": "fewer than half of the texts have a value",
     "empty": "no text has a value",
 }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dynprobe import metrics
+from dynprobe.errors import ModelError
 from dynprobe.metrics import Measurement
 from dynprobe.probes._subject import Subject
 
@@ -37,9 +38,14 @@ def measure_track(
         span: ``[batch, pos]`` tokens of token-axis and set metrics; None means all.
         span_name: What to call it.
         theta: Level of the debts.
+
+    Raises:
+        ModelError: If a position of a decoder holds several vectors, of which nobody has said how they are one state.
     """
     loop, device = subject.loop if subject is not None else None, states[0].device
     mask, span = mask.to(device), span.to(device) if span is not None else None
+    if loop is None and states[0].dim() > 3:
+        raise _several(subject, states[0])
     if loop is None:
         return metrics.measure(states, mask, metrics=which, span=span, debt_theta=theta)
     unit = ",unit=slot" if loop.slots else ""
@@ -47,3 +53,13 @@ def measure_track(
     if loop.slots:
         return metrics.measure_slots(states, mask, metrics=which, span=span, sink=1, extractor=extractor)
     return metrics.measure(states, mask, metrics=which, span=span, debt_theta=theta, embed=1, extractor=extractor)
+
+
+def _several(subject: Subject | None, state: Tensor) -> ModelError:
+    name, streams = "the model" if subject is None else subject.name, " × ".join(map(str, state.shape[2:-1]))
+    return ModelError(
+        f"{name} keeps {streams} streams of width {state.shape[-1]} at each position (found states of shape "
+        f"{list(state.shape)}), and what is measured here is one vector per position; no number is made of a mixture. "
+        "In Python dp.capture(model, rows).states has the streams, and dp.metrics.measure takes one of them "
+        "(states[..., i, :]); as the slots of a trajectory they are read by: dynprobe import FILE"
+    )

@@ -150,7 +150,8 @@ def _from_parquet(file: Path) -> list[Prompt]:
         parquet = pq.ParquetFile(file)
         wanted = {*_TEXT_KEYS, *_ID_KEYS, "category", "token_ids", *_EXTRA_KEYS}
         table = parquet.read(columns=[name for name in parquet.schema_arrow.names if name in wanted])
-    except (pa.ArrowInvalid, OSError) as exc:
+        rows = table.to_pylist()  # texts that are no UTF-8 and days that no calendar has come to light here
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as exc:
         first = str(exc).split("\n")[0]
         raise PromptError(f"{file} cannot be read as Parquet ({first}). Prompts are read from {_FORMATS}.") from exc
     if not set(table.column_names) & set(_TEXT_KEYS):
@@ -161,7 +162,7 @@ def _from_parquet(file: Path) -> list[Prompt]:
         )
     if table.num_rows == 0:
         raise PromptError(f"{file} has no prompts in it: the table has no rows.")
-    return with_ids([_row(row, f"{file}, row {i}", file.name) for i, row in enumerate(table.to_pylist(), 1)])
+    return with_ids([_row(row, f"{file}, row {i}", file.name) for i, row in enumerate(rows, 1)])
 
 
 def _row(row: Mapping[str, Any], where: str, source: str) -> tuple[str | None, Prompt]:

@@ -103,6 +103,7 @@ class DelayDiagnostics:
             UsageError: The ending is another, or the folder is not there.
         """
         from dynprobe.runs._atomic import write_bytes
+        from dynprobe.runs._csv import as_csv
         from dynprobe.runs._json import dumps
 
         target = Path(target)
@@ -110,7 +111,7 @@ class DelayDiagnostics:
             raise UsageError(f"--out {target}: the ending says the format, one of .json, .csv")
         if not target.parent.is_dir():
             raise UsageError(f"--out {target}: there is no folder {target.parent}")
-        text = dumps(self.to_dict(), indent=1) + "\n" if target.suffix == ".json" else self.table.to_csv(index=False)
+        text = dumps(self.to_dict(), indent=1) + "\n" if target.suffix == ".json" else as_csv(self.table)
         write_bytes(target, text.encode("utf-8"))
         return target
 

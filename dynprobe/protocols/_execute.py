@@ -26,6 +26,7 @@ from dynprobe.protocols._calibrate import calibrated
 from dynprobe.protocols._call import Call, engine_of, job_of, sharers_of
 from dynprobe.protocols._conditions import written_depths, yardstick
 from dynprobe.protocols._halving import Halving
+from dynprobe.protocols._memory import before_the_units
 from dynprobe.protocols._prepare import Prepared
 from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
 from dynprobe.protocols._token_text import TokenTexts, prompts_table
@@ -114,17 +115,20 @@ def execute(
     if done is not None:
         say(Progress("done", notes=(f"already done: {done.path}",)))
         return done
-    say(Progress("calibrate"))
-    calibration = calibration_of(ready)
-    say(Progress("self-tests"))
-    tried = next((p for p in ready.perturbs if not p.noise_scale.needs_clean), None)
-    known = None if tried is None else yardstick(ready.subject, tried, calibration)
-    checks = all_checks(ready.subject, ready.rows, tried, known)
-    broken = refuse_if_broken(checks)
-    if "readout" in broken and ready.config.lens:
-        raise UsageError("--lens needs the readout self-test to pass, and it failed on this model; leave --lens out")
-    exact = ready.config.padding == "none" or "alone" in broken
-    experiment = begin(calibration, exact)  # what it refuses leaves no folder behind
+    with before_the_units(ready.subject):
+        say(Progress("calibrate"))
+        calibration = calibration_of(ready)
+        say(Progress("self-tests"))
+        tried = next((p for p in ready.perturbs if not p.noise_scale.needs_clean), None)
+        known = None if tried is None else yardstick(ready.subject, tried, calibration)
+        checks = all_checks(ready.subject, ready.rows, tried, known)
+        broken = refuse_if_broken(checks)
+        if "readout" in broken and ready.config.lens:
+            raise UsageError(
+                "--lens needs the readout self-test to pass, and it failed on this model; leave --lens out"
+            )
+        exact = ready.config.padding == "none" or "alone" in broken
+        experiment = begin(calibration, exact)  # what it refuses leaves no folder behind
     with ExitStack() as stack:
         stack.enter_context(_interruption(ready))
         crew = _crew(ready, call, calibration, exact, say, stack)

@@ -14,7 +14,8 @@ halving.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,20 @@ import torch
 
 from dynprobe.errors import ModelError
 from dynprobe.probes import Subject
+from dynprobe.probes._chunks import out_of_memory
 from dynprobe.protocols._behind import WAITING
 
-__all__ = ["MemoryPlan", "free_memory", "held", "memory_plan", "row_bytes", "rows_fitting", "too_large", "weight_bytes"]
+__all__ = [
+    "MemoryPlan",
+    "before_the_units",
+    "free_memory",
+    "held",
+    "memory_plan",
+    "row_bytes",
+    "rows_fitting",
+    "too_large",
+    "weight_bytes",
+]
 
 #: Share of the free memory that a group of rows may take by the estimate.
 _SHARE = 0.8
@@ -234,23 +246,56 @@ def too_large(subject: Subject, rows: Sequence[int], *, whole: bool = False) -> 
         rows: Tokens of the rows that were tried.
         whole: They have to go together; else one of them alone did not fit.
     """
-    free, tokens = free_memory(subject.device), max(rows, default=0)
+    tokens = max(rows, default=0)
     together = len(rows) if whole else 1
     what = f"one row of {tokens} tokens does"
     if whole:
         what = f"{together} rows of up to {tokens} tokens, which have to go together, do"
     need = together * row_bytes(subject, tokens)
-    there = "" if free is None else f"; {_size(free)} are free there now"
-    dtype = str(subject.dtype).removeprefix("torch.")
     fewer = "fewer (--limit) or " if whole else ""
-    elsewhere = "" if subject.device.type == "cpu" else " or --device cpu"
-    narrower = "" if dtype in ("bfloat16", "float16") else "--dtype bfloat16 (half the memory; angles are flagged), "
     return ModelError(
-        f"{what} not fit into the memory of {subject.device} beside {subject.name} in {dtype} (weights "
-        f"{_size(weight_bytes(subject))}, the text about {_size(need)}{there}). Take {fewer}shorter prompts or a "
-        f"smaller --max-new-tokens, or type {narrower}--device-map auto (spread over several devices, "
-        f"the rest on the CPU){elsewhere}"
+        f"{what} {_no_room(subject, f', the text about {_size(need)}')}. Take {fewer}shorter prompts or a "
+        f"smaller --max-new-tokens, or {_more_room(subject)}"
     )
+
+
+@contextmanager
+def before_the_units(subject: Subject) -> Iterator[None]:
+    """Turn memory that runs out before the first unit, where there is nothing to halve, into an error that says so.
+
+    Args:
+        subject: The subject.
+
+    Raises:
+        ModelError: If it ran out.
+    """
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        failed = error
+    raise ModelError(
+        f"the trials, calibration and self-tests before the first batch, a few short texts, do {_no_room(subject)}. "
+        f"T{_more_room(subject)[1:]}"
+    ) from failed
+
+
+def _no_room(subject: Subject, beside: str = "") -> str:
+    free, dtype = free_memory(subject.device), str(subject.dtype).removeprefix("torch.")
+    there = "" if free is None else f"; {_size(free)} are free there now"
+    return (
+        f"not fit into the memory of {subject.device} beside {subject.name} in {dtype} (weights "
+        f"{_size(weight_bytes(subject))}{beside}{there})"
+    )
+
+
+def _more_room(subject: Subject) -> str:
+    narrow = subject.dtype in (torch.bfloat16, torch.float16)
+    narrower = "" if narrow else "--dtype bfloat16 (half the memory; angles are flagged), "
+    elsewhere = "" if subject.device.type == "cpu" else " or --device cpu"
+    return f"type {narrower}--device-map auto (spread over several devices, the rest on the CPU){elsewhere}"
 
 
 def _size(n: float) -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from dynprobe.errors import UsageError
 from dynprobe.runs._atomic import write_bytes
+from dynprobe.runs._csv import as_csv
 from dynprobe.runs._json import dumps
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Comparison:
         frames = [getattr(self, name).assign(table=name) for name in TABLES_OF if len(getattr(self, name))]
         frames.append(pd.DataFrame({"table": "warnings", "reason": self.warnings}))
         whole = pd.concat([f.astype(object) for f in frames], ignore_index=True)
-        return str(whole[["table", *(c for c in whole if c != "table")]].to_csv(index=False))
+        return as_csv(whole[["table", *(c for c in whole if c != "table")]])
 
     def _markdown(self) -> str:
         lines = [f"# {', '.join(self.runs['run'])}", ""]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from dynprobe.errors import UsageError
 from dynprobe.runs._atomic import write_bytes
+from dynprobe.runs._csv import as_csv
 from dynprobe.runs._diff_floor import Floor
 from dynprobe.runs._json import dumps
 
@@ -108,7 +109,7 @@ class Difference:
         if target.suffix == ".json":
             data = (dumps(self.to_dict(), indent=1) + "\n").encode("utf-8")
         elif target.suffix == ".csv":
-            data = self.cells.to_csv(index=False).encode("utf-8")
+            data = as_csv(self.cells).encode("utf-8")
         else:
             data = self.cells.to_parquet(index=False)
         write_bytes(target, data)

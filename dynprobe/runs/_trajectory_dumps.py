@@ -115,16 +115,23 @@ def read_folder(path: Path, reading: Reading) -> Raw:
         )
     order = path / "state.json"
     if arrow and order.is_file():
-        named = [entry["filename"] for entry in json.loads(order.read_text(encoding="utf-8"))["_data_files"]]
-        arrow = [path / Path(name).name for name in named]
+        arrow = _in_order(path, order)
     return read_activations(path, arrow or parquet, reading)
+
+
+def _in_order(path: Path, order: Path) -> list[Path]:
+    """The files of a dataset as its ``state.json`` lists them; none outside its folder."""
+    try:
+        return [path / Path(e["filename"]).name for e in json.loads(order.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{order} does not list the dataset's files ({error}); copy the dataset again") from error
 
 
 def is_activations(path: Path) -> bool:
     """Whether a Parquet file has columns of hooks."""
     try:
         return any(hook_depth(name) is not None for name in pq.read_schema(path).names)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # also a name that is no UTF-8
         return False
 
 
@@ -132,7 +139,13 @@ def read_activations(path: Path, files: Sequence[Path], reading: Reading) -> Raw
     """Read a dataset of cached activations: a row per context, a column per hook."""
     raw = Raw(str(path))
     tables = [_read_table(file) for file in files]
-    table = pa.concat_tables(tables)
+    try:
+        table = pa.concat_tables(tables)
+        names = table.column_names
+    except (pa.ArrowException, ValueError) as error:
+        refuse(raw, f"its files have other columns than each other ({error})", "import them apart")
+    if len(set(names)) < len(names):
+        refuse(raw, f"a column stands twice among {', '.join(names)}", "store every column once")
     hooks = [name for name in table.column_names if hook_depth(name) is not None]
     if not hooks:
         refuse(
@@ -206,6 +219,10 @@ def _read_table(file: Path) -> pa.Table:
         raise UsageError(f"{file} cannot be read ({error}); copy the dataset again") from error
 
 
+def _of_lists(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _storage(column: pa.ChunkedArray) -> pa.Array:
     """The lists of an ``Array2D``, whether or not its library is loaded."""
     array = column.combine_chunks()
@@ -215,6 +232,8 @@ def _storage(column: pa.ChunkedArray) -> pa.Array:
 
 def _matrix(raw: Raw, name: str, column: pa.ChunkedArray) -> np.ndarray:
     array = _storage(column)
+    if not _of_lists(array.type):
+        refuse(raw, f"{name} has the type {array.type}", "store a list of numbers per context")
     flat = array.flatten()
     if array.null_count or len(flat) % len(array):
         refuse(raw, f"{name} has rows of different lengths", "cache contexts of one size")
@@ -224,13 +243,12 @@ def _matrix(raw: Raw, name: str, column: pa.ChunkedArray) -> np.ndarray:
 def _cube(raw: Raw, name: str, column: pa.ChunkedArray) -> torch.Tensor:
     """``[context, pos, d_in]``."""
     outer = _storage(column)
-    inner = outer.flatten()
-    if not (
-        pa.types.is_list(inner.type) or pa.types.is_large_list(inner.type) or pa.types.is_fixed_size_list(inner.type)
-    ):
-        refuse(raw, f"{name} has the type {outer.type}", "store Array2D [context, d_in]")
-    flat = inner.flatten()
-    if outer.null_count or inner.null_count or flat.null_count or len(inner) % len(outer) or len(flat) % len(inner):
+    inner = outer.flatten() if _of_lists(outer.type) else None
+    flat = inner.flatten() if inner is not None and _of_lists(inner.type) else None
+    if inner is None or flat is None or not pa.types.is_floating(flat.type):
+        refuse(raw, f"{name} has the type {outer.type}", "store floats as Array2D [context, d_in]")
+    missing = outer.null_count or inner.null_count or flat.null_count or not len(inner)
+    if missing or len(inner) % len(outer) or len(flat) % len(inner):
         refuse(raw, f"{name} has contexts of different lengths, or missing numbers", "cache contexts of one size")
     array = np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(len(outer), len(inner) // len(outer), -1)
     return torch.from_numpy(np.require(array, requirements=("C", "W")))

@@ -193,7 +193,7 @@ def stack_finals(raw: Raw) -> tuple[torch.Tensor, NDArray[np.int64]]:
 
 def _fit(raw: Raw, name: str, array: NDArray[Any], shape: tuple[int, ...], axes: tuple[str, ...]) -> NDArray[Any]:
     """Give an array the axes it belongs to; those of size 1 may be missing."""
-    if array.shape != shape and tuple(s for s in array.shape if s > 1) != tuple(s for s in shape if s > 1):
+    if array.shape != shape and tuple(s for s in array.shape if s != 1) != tuple(s for s in shape if s != 1):
         refuse(
             raw, f"{name} has the shape {list(array.shape)}, and the states need {list(shape)} ({', '.join(axes)})",
             f"store {name} with these axes in this order",

@@ -38,11 +38,11 @@ def read_parquet(path: Path) -> Raw:
     raw = Raw(str(path))
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, OSError, ValueError) as error:  # also a name that is no UTF-8
         raise UsageError(f"{path} is no .parquet file ({error}); write it with DataFrame.to_parquet") from error
     if not table.num_rows:
         refuse(raw, "the table has no rows", "store one row per state vector")
-    names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         refuse(raw, f"the column {twice!r} stands twice", "store every column once")
@@ -108,7 +108,8 @@ def _labels(raw: Raw, table: pa.Table) -> pd.DataFrame:
         near = next((hint for n in table.column_names if (hint := did_you_mean(n, ("iter", "depth")))), "")
         refuse(raw, f"there is no column iter.{near}", "number the updates done: 0 before the first")
     try:
-        frame: pd.DataFrame = table.select(held).to_pandas()
+        # What pandas noted beside the columns says nothing that is needed, and may be damaged by itself.
+        frame: pd.DataFrame = table.select(held).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, ValueError) as error:  # a text that is no UTF-8, a time out of range
         refuse(raw, f"its labels cannot be read ({error})", "write the file again")
     for name in ("pos", "iter", "state", "depth"):
@@ -207,10 +208,10 @@ class _Axes:
         step, sample, slot = ({key: i for i, key in enumerate(of)} for of in (self.steps, self.samples, self.slots))
         i = np.array([step[key] for key in zip(rows["stage"], rows["iter"].tolist(), strict=True)])
         try:
-            b = rows["sample"].map(sample).to_numpy(dtype=np.int64)
+            b = np.array([sample[key] for key in rows["sample"]])
             t = np.array([self.place[key] for key in zip(rows["sample"], rows["pos"], strict=True)])
-            n = rows["state"].map(slot).to_numpy(dtype=np.int64)
-        except (KeyError, ValueError):
+            n = np.array([slot[key] for key in rows["state"].tolist()])
+        except KeyError:
             refuse(raw, "the runs of different depths have different samples, positions or states", "store the same")
         filled = np.zeros((len(self.steps), len(self.samples), self.valid.shape[1], len(self.slots)), bool)
         filled[i, b, t, n] = True

@@ -265,7 +265,7 @@ def _copied(state: Any) -> Tensor:
 
 def _per_position(energy: Any, state: Tensor, k: int) -> Tensor:
     found, shape = torch.as_tensor(energy).detach().cpu().double(), state.shape[:2]
-    if tuple(s for s in found.shape if s > 1) != tuple(s for s in shape if s > 1):
+    if tuple(s for s in found.shape if s != 1) != tuple(s for s in shape if s != 1):
         raise UsageError(
             f"{_WHERE}: the energy at iteration {k} has the shape {list(found.shape)}, and the states need "
             f"{list(shape)} (batch, pos)"

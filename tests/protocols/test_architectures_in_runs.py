@@ -3,6 +3,7 @@
 import pytest
 
 import dynprobe as dp
+from dynprobe.errors import ModelError
 from dynprobe.probes import discover
 from dynprobe.prompts import Prompt
 from dynprobe.testing import tiny_causal_lm
@@ -30,3 +31,13 @@ def test_a_run_says_that_written_texts_have_other_states_than_read_ones(tmp_path
     (said,) = events[events["kind"] == "decode-differs"]["by"]
     assert said == pytest.approx(run.manifest.self_tests["alone"]["detail"]["decode"])
     assert said > 0.01
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "hy_v4"])
+def test_a_model_of_several_streams_is_refused_with_what_was_found_and_what_to_type(kind, tmp_path):
+    with pytest.raises(ModelError, match=rf"{kind} keeps 4 streams of width 32 .*dp\.capture.*dynprobe import FILE"):
+        run_of(kind, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    streams = dp.capture(discover(tiny_causal_lm(kind), name=kind), [list(ROWS[0])]).states
+    one = dp.metrics.measure([s[..., 0, :] for s in streams], streams[0].new_ones(streams[0].shape[:2]).bool())
+    assert one.sample[0]["kappa_phase"].reason is None  # what the message says can be typed

@@ -101,7 +101,7 @@ def test_the_layer_of_a_write_is_spelt_out(runs: dict[str, Any], capsys: pytest.
     from dynprobe.cli import _render
 
     _render.run(runs["cem"])
-    assert "resume by the slow road" in capsys.readouterr().out
+    assert "resume ok, by the slow road" in capsys.readouterr().out
 
 
 def test_slots_have_no_order_and_say_so(runs: dict[str, Any]) -> None:

@@ -248,6 +248,70 @@ def parquet(data: bytes, scratch: Path) -> None:
     _read(path)
 
 
+def activations(data: bytes, scratch: Path) -> None:
+    """A folder of somebody's dumps: a dataset of cached activations, or one file per text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from safetensors.torch import save_file
+
+    bits = Bits(data)
+    folder = scratch / "dumps"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    length, dim, layers = (1 + bits.number(3) for _ in range(3))
+    if bits.number(2):
+        for i in range(1 + bits.number(3)):
+            sizes = [length + bits.number(2), layers, dim]
+            named: dict[str, Any] = {"hidden_states": array(bits, sizes), "token_ids": np.arange(sizes[0])}
+            if bits.odd():
+                named[bits.one(["hidden_states", "token_ids", "x"])] = array(bits, [bits.number(4)])
+            if bits.odd():
+                del named[bits.one(["hidden_states", "token_ids"])]
+            kept = {
+                k: torch.from_numpy(np.ascontiguousarray(v.astype(v.dtype.newbyteorder("="))))
+                for k, v in named.items()
+                if v.dtype.str[1:] in _SAVED
+            }
+            save_file(kept, folder / f"hs_{i if not bits.odd() else bits.number(3)}.safetensors")
+        _read(folder)
+        return
+    names = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "token_ids", "x"]
+    stored = []
+    for k in range(1 + bits.number(2)):
+        rows = bits.number(3) if bits.odd() else 1 + bits.number(2)
+        columns: dict[str, Any] = {}
+        for name in names[: 2 + bits.number(4)]:
+            cube: Any = [[[bits.float() for _ in range(dim)] for _ in range(length)] for _ in range(rows)]
+            if name == "token_ids":
+                cube = [[bits.number(90) for _ in range(length)] for _ in range(rows)]
+            if bits.odd() and rows:
+                cube[bits.number(rows)] = bits.one([None, [], cube[0][:-1]])
+            if bits.odd():
+                kind = bits.one([1, 0.5, "a", None, [1], [[]], ["a"], [["a"]], [[1]], {"a": 1}])
+                cube = [kind] * rows
+            columns[name] = cube
+        try:
+            table = pa.table(columns)
+        except pa.ArrowException:
+            return  # no such file can be written
+        if bits.odd():
+            pq.write_table(table, folder / f"part-{k}.parquet")
+            continue
+        stored.append({"filename": f"data-{k}.arrow"})
+        with pa.OSFile(str(folder / f"data-{k}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    if bits.number(2):
+        listed = {"_data_files": stored if not bits.odd() else bits.value()}
+        text = json.dumps(listed if not bits.odd() else bits.value()).encode()
+        (folder / "state.json").write_bytes(text if not bits.odd() else data[:50])
+    _read(folder)
+
+
+#: What safetensors stores, as NumPy calls it.
+_SAVED = ("f4", "f8", "f2", "i8", "i4", "u1", "b1")
+
+
 def direction(suffix: str) -> Callable[[bytes, Path], None]:
     """A file of a direction."""
 
@@ -626,6 +690,7 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "safetensors": safetensors,
     "parquet_raw": raw_trajectory(".parquet"),
     "parquet": parquet,
+    "activations": activations,
     "direction_npy_raw": direction(".npy"),
     "direction_safetensors_raw": direction(".safetensors"),
     "manifest_raw": manifest_raw,
@@ -659,7 +724,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         ("prompts_txt_raw", "prompts_jsonl_raw", "prompts_parquet_raw", "prompts_parquet", "items_raw"), _PROMPTS
     ),
     **dict.fromkeys(("npz_raw", "npz", "safetensors_raw", "safetensors"), _ARRAYS),
-    **dict.fromkeys(("npy_raw", "pt_raw"), _DUMPS),
+    **dict.fromkeys(("npy_raw", "pt_raw", "activations"), _DUMPS),
     **dict.fromkeys(("parquet_raw", "parquet"), (*_DUMPS, "dynprobe.runs._trajectory_table")),
     **dict.fromkeys(("direction_npy_raw", "direction_safetensors_raw"), ("dynprobe.protocols._strength",)),
     **dict.fromkeys(("manifest_raw", "manifest", "part"), _RUNS),

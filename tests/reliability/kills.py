@@ -92,8 +92,13 @@ def child(study: str, out: Path, cut: tuple[int, bool] | None = None) -> None:
     STUDIES[study](out)
 
 
-def arm(at: int, after: bool, counted: Any = None) -> None:
-    """Count the calls of ``fsync``, ``replace`` and ``rename``; at number ``at`` the process kills itself."""
+def suicide() -> None:
+    """End this process at once."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(at: int, after: bool, counted: Any = None, do: Callable[[], Any] = suicide) -> None:
+    """Count the calls of ``fsync``, ``replace`` and ``rename``; at number ``at`` do something, by default die."""
     calls = 0
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,11 +107,12 @@ def arm(at: int, after: bool, counted: Any = None) -> None:
             calls += 1
             if counted is not None:
                 counted.value = calls
-            if calls == at and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
+            now = calls
+            if now == at and not after:
+                do()
             result = function(*args, **kwargs)
-            if calls == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if now == at:
+                do()
             return result
 
         return wrapped
@@ -148,8 +154,8 @@ def attempt(study: str, out: Path, cut: tuple[int, bool] | None = None, seconds:
 class Kills:
     """One study with its uninterrupted twin."""
 
-    def __init__(self, study: str, scratch: Path) -> None:
-        self.study, self.scratch = study, scratch
+    def __init__(self, study: str, scratch: Path, tell: Callable[[Tally], object] = lambda _: None) -> None:
+        self.study, self.scratch, self.tell = study, scratch, tell
         STUDIES[study](scratch / "warm")  # imports and caches: forked children then do nothing but the study
         began = time.perf_counter()
         assert attempt(study, scratch / "whole") == 0
@@ -216,6 +222,7 @@ class Kills:
         leftovers = [str(p.relative_to(out)) for p in out.rglob(".tmp-*")]
         if leftovers:
             tally.bad.append(f"{when}: {leftovers[:3]} were left")
+        self.tell(tally)
 
 
 def main() -> int:
@@ -227,18 +234,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    tallies = []
+    tallies: list[Tally] = []
+
+    def tell(tally: Tally) -> None:
+        """Write down how far it is: a long version that is stopped has its figures."""
+        if not any(known is tally for known in tallies):
+            tallies.append(tally)
+        if args.json:
+            args.json.write_text(json.dumps([asdict(t) for t in tallies], indent=1), encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as scratch:
         for study in args.studies:
-            kills = Kills(study, Path(scratch) / study)
+            kills = Kills(study, Path(scratch) / study, tell)
             print(f"{study}: {kills.seconds:.2f} s alone", flush=True)
-            tallies.append(kills.random_moments(args.kills, args.seed))
             if args.step:
-                tallies.append(kills.boundaries(args.step))
-            for tally in tallies[-2 if args.step else -1 :]:
-                print(tally, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(t) for t in tallies], indent=1), encoding="utf-8")
+                print(kills.boundaries(args.step), flush=True)
+            print(kills.random_moments(args.kills, args.seed), flush=True)
     return int(any(t.bad for t in tallies))
 
 

@@ -453,7 +453,26 @@ def test_a_flipped_bit_of_a_state_does_not_leave(run, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-TEXTS = ("=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(A1)", "\t=1", "'quoted", "''", "'", "plain", "", "a=b", "\n=1")
+TEXTS = (
+    "=1+1",
+    "+cmd|' /C calc'!A0",
+    "-2",
+    "@SUM(A1)",
+    "\t=1",
+    "\uff1d1+1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff20A1",
+    "'quoted",
+    "''",
+    "'",
+    "plain",
+    "",
+    "a=b",
+    "\n=1",
+    "\r=1",
+    "a\rb",
+)
 
 
 def test_a_text_is_no_formula_in_csv_and_comes_back_as_it_was(tmp_path, make):
@@ -468,7 +487,7 @@ def test_a_text_is_no_formula_in_csv_and_comes_back_as_it_was(tmp_path, make):
     run.export("csv", tmp_path / "out")
     for row in csv.reader((tmp_path / "out" / "prompts.csv").open(newline="")):
         for cell in row:
-            assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")), cell
+            assert not cell.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")), cell
     assert "-1.5" in (tmp_path / "out" / "samples.csv").read_text()  # a number is none
     back = import_export(tmp_path / "out", tmp_path / "again")
     assert back.table("prompts")["text"].tolist() == list(TEXTS)

@@ -10,13 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dynprobe.runs._csv import FORMULA
 from dynprobe.runs._export_format import Chunks, Format, as_schema
 
 __all__ = ["FORMAT", "read_unguarded_csv"]
-
-#: A spreadsheet takes a cell that begins like this for a formula and runs it; the apostrophe, which says that it is
-#: text, is itself among them so that what is put in front can be taken away again.
-_FORMULA = r"^[=+\-@\t\r\n']"
 
 
 def _write_csv(folder: Path, name: str, schema: pa.Schema, chunks: Chunks) -> list[str]:
@@ -36,7 +33,7 @@ def read_unguarded_csv(folder: Path, files: Sequence[str], schema: pa.Schema) ->
 
 def _guard(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Put an apostrophe before texts that a spreadsheet would run."""
-    risky = pc.match_substring_regex(column, _FORMULA)
+    risky = pc.match_substring_regex(column, FORMULA)
     return pc.if_else(risky, pc.binary_join_element_wise("'", column, ""), column)
 
 

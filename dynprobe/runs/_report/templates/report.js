@@ -31,7 +31,7 @@
     if (value === null || value === undefined) return "";
     if (typeof value === "number") return value === Infinity ? "inf" : value === -Infinity ? "-inf" : String(value);
     // A spreadsheet runs a text that begins like a formula; an apostrophe in front makes it a text. JSON keeps it as it is.
-    const safe = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value;
+    const safe = /^[=+\-@\uff1d\uff0b\uff0d\uff20\t\r\n]/.test(value) ? `'${value}` : value;
     return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
   };
   const asCsv = (frame, rows) => {
