@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
-SOURCES = dynprobe tests benchmarks .ci
+SOURCES = dynprobe tests benchmarks .ci docs/_build docs/concepts docs/tutorials
 
-.PHONY: demo test test-slow test-long test-matrix audit check format bench bench-ratios figure clean
+.PHONY: demo test test-slow test-long test-matrix audit check docs format bench bench-ratios figure clean
 
 demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
@@ -46,6 +46,15 @@ check: $(VENV)/.installed  ## format, lint, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+docs: $(VENV)/.docs  ## the site into site/, strictly: every tutorial runs, every warning is an error
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/python -m mkdocs build --strict
+	$(VENV)/bin/python docs/_build/offline.py site
+	$(VENV)/bin/python -m pytest -q tests/docs
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format $(SOURCES)
 	$(VENV)/bin/ruff check --fix $(SOURCES)
@@ -67,4 +76,4 @@ bench-ratios: $(VENV)/.installed  ## ratios against benchmarks/budgets.json: a w
 	$(VENV)/bin/python benchmarks/ratios.py $(VENV)/bench.json
 
 clean:
-	rm -rf $(VENV) .venv-demo .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-demo .venv-oldest .venv-newest build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
