@@ -49,7 +49,7 @@ check: $(VENV)/.installed  ## format, lint, types, import rules
 docs: $(VENV)/.docs  ## the site into site/, strictly: every tutorial runs, every warning is an error
 	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/python -m mkdocs build --strict
 	$(VENV)/bin/python docs/_build/offline.py site
-	$(VENV)/bin/python -m pytest -q tests/docs
+	$(VENV)/bin/python -m pytest -q tests/docs/test_site_sources.py
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
