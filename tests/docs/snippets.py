@@ -45,13 +45,13 @@ class Snippet:
     setup: str = ""
 
 
-def snippets(page: str) -> list[Snippet]:
-    """The blocks of a page and the commands of its tables, in their order."""
+def snippets(page: str, *, tables: bool = False) -> list[Snippet]:
+    """The blocks of a page, and with ``tables`` the commands in its tables, in their order."""
     found: list[Snippet] = []
     said: dict[str, str] = {}
     replaced: list[tuple[str, str]] = []
     inside = [match.span() for match in _BLOCK.finditer(page)]
-    rows = [m for m in _ROW.finditer(page) if not any(a <= m.start() < b for a, b in inside)]
+    rows = [m for m in _ROW.finditer(page) if tables and not any(a <= m.start() < b for a, b in inside)]
     parts = sorted([*_DIRECTIVE.finditer(page), *_BLOCK.finditer(page), *rows], key=lambda match: match.start())
     for part in parts:
         line = page.count("\n", 0, part.start()) + 1

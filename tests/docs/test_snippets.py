@@ -13,7 +13,7 @@ PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.
 
 
 def page(name: str) -> list[Snippet]:
-    return snippets((ROOT / name).read_text(encoding="utf-8"))
+    return snippets((ROOT / name).read_text(encoding="utf-8"), tables=name == "README.md")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_page_is_taken_apart() -> None:
         "<!-- test: setup\nRUN = 1\n-->\n<!-- test: append --limit 2 -->\n```python\nx = RUN\n```\n"
         "| what | how |\n| it runs | `dynprobe ls`, `dynprobe doctor` |\n"
     )
-    first, second, third = snippets(text)
+    first, second, third = snippets(text, tables=True)
     assert (first.kind, first.text, first.line) == ("bash", "dynprobe run --model small\n", 2)
     assert (second.setup, second.append, second.text) == ("RUN = 1", "--limit 2", "x = RUN\n")
     assert third.text == "dynprobe ls\ndynprobe doctor"
