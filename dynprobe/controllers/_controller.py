@@ -18,7 +18,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from dynprobe.probes import Calibration, Instrument, Site, Subject, Where, as_su
 from dynprobe.probes._clock import Step
 from dynprobe.probes._outputs import logits_of
 from dynprobe.probes._restarts import Restart
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["Controller", "Memory", "Restart", "Seen", "attached"]
 
@@ -121,14 +124,18 @@ class Controller:
         """
         return False
 
-    def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
+    def act(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, seen: Seen, memory: Memory
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Return the state to use at a site, ``[batch, columns, dim]``; the very same object for no change."""
         return state
 
     def decide(self, seen: Seen, memory: Memory) -> None:
         """Note at the end of a forward what is to be done in the next one."""
 
-    def choose(self, logits: Tensor, seen: Seen, memory: Memory) -> Tensor:
+    def choose(
+        self, logits: Float[Tensor, "batch pos vocab"], seen: Seen, memory: Memory
+    ) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits ``[batch, columns, vocab]`` to choose from; the very same object for no change."""
         return logits
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,9 @@ from dynprobe.probes import Calibration, Site, Subject
 from dynprobe.probes._clock import Step
 from dynprobe.probes._outputs import logits_of, replace_logits
 from dynprobe.probes._same_model import check_same_model
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["Steering"]
 
@@ -104,7 +107,9 @@ class Steering:
         self._idle = self.controller.idle(self._seen, self.memory)
         self._writes.append([])
 
-    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+    def write(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Let the controller act, and note what it did."""
         if self._idle:
             return state
@@ -124,7 +129,7 @@ class Steering:
         self._writes[-1].append(_Write(site, self._rows, step.positions, _energy(state, after)))
         return after
 
-    def observe(self, state: Tensor, site: Site, step: Step) -> None:
+    def observe(self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step) -> None:
         """Show the controller a state."""
         assert self._seen is not None
         state = state.detach() if state.requires_grad else state

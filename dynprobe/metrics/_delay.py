@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from dynprobe.metrics._geometry import NEAR_ZERO
 from dynprobe.metrics._inputs import as_array
 from dynprobe.metrics._range import in_range
 from dynprobe.metrics._result import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = [
     "AXES", "LEAST_POINTS", "WINDOWS_PER_DIM", "AxisKind", "DelayPca", "axis_similarity", "check_embedding",
@@ -73,7 +76,7 @@ def constant(x: Array) -> bool:
     return not len(x) or float(np.ptp(x)) <= NEAR_ZERO * _EPS * float(np.abs(x).max())
 
 
-def delay_embed(x: Any, dim: int, lag: int = 1) -> Array:
+def delay_embed(x: Any, dim: int, lag: int = 1) -> Float[np.ndarray, "point dim"]:
     """Return the delay windows of a series.
 
     Row i is (x_i, x_{i+lag}, …, x_{i+(dim−1)·lag}); there are n − (dim−1)·lag of them, none where that is negative.

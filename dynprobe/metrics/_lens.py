@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from dynprobe.metrics._output import paired_output
 from dynprobe.metrics._output_metrics import close_positions
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Result
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["Translators", "prediction_depth", "read_translators"]
 
@@ -122,7 +125,7 @@ def read_translators(path: str | Path) -> Translators:
     return out
 
 
-def prediction_depth(differs: Array) -> Array:
+def prediction_depth(differs: Float[np.ndarray, "depth ..."]) -> Float[np.ndarray, "*rows"]:
     """First depth from which the lens's top token stays the model's own.
 
     Args:

@@ -28,7 +28,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from dynprobe.metrics._geometry import NEAR_ZERO
 from dynprobe.metrics._inputs import eps_of
 from dynprobe.metrics._response import difference
 from dynprobe.metrics._result import Array, Bools
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["BINS", "COLUMNS", "Lockin", "Window", "lockin", "window"]
 
@@ -124,9 +127,9 @@ class Lockin:
 
 
 def lockin(
-    states_clean: Sequence[torch.Tensor],
-    states_arm: Sequence[torch.Tensor],
-    drive: torch.Tensor,
+    states_clean: Sequence[Float[torch.Tensor, "batch pos dim"]],
+    states_arm: Sequence[Float[torch.Tensor, "batch pos dim"]],
+    drive: Float[torch.Tensor, "batch pos dim"],
     driven: Any,
     *,
     period: float,

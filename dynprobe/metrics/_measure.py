@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from dynprobe.metrics._registry import column_name, entry, measurable, parse_id
 from dynprobe.metrics._result import Array, Bools, Result, Scores
 from dynprobe.metrics._sample import Context
 from dynprobe.metrics._walk import walk
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
 
 __all__ = ["Measurement", "measure"]
 
@@ -54,12 +57,12 @@ class Measurement:
         ids: Column → metric id with parameters.
     """
 
-    depth: dict[str, NDArray[Any]]
-    token: dict[str, NDArray[Any]]
-    profile: dict[str, NDArray[Any]]
+    depth: dict[str, Shaped[np.ndarray, "depth batch pos"]]
+    token: dict[str, Shaped[np.ndarray, "batch pos"]]
+    profile: dict[str, Shaped[np.ndarray, "depth batch"]]
     sample: list[dict[str, Result]]
-    n_nonfinite: NDArray[np.int64]
-    keep: Bools
+    n_nonfinite: Int[np.ndarray, " batch"]
+    keep: Bool[np.ndarray, "batch pos"]
     first: int
     extractor_id: str
     dtype: str
@@ -186,7 +189,7 @@ def _read_states(states: Any) -> list[torch.Tensor]:
 
 
 def measure(
-    states: Sequence[torch.Tensor],
+    states: Sequence[Float[torch.Tensor, "batch pos dim"]],
     mask: Any,
     *,
     metrics: Iterable[str] = CORE,

@@ -16,12 +16,16 @@ A row with a logit that is not finite has no read-out: NaN, not a guess.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dynprobe.errors import MetricError
 from dynprobe.metrics._result import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = ["lens_output", "output_metrics", "paired_arms", "paired_output"]
 
@@ -96,7 +100,9 @@ def _double(x: torch.Tensor) -> Array:
     return x.double().cpu().numpy()
 
 
-def output_metrics(logits: torch.Tensor, targets: torch.Tensor | None = None) -> dict[str, Array]:
+def output_metrics(
+    logits: Float[torch.Tensor, "*rows vocab"], targets: Int[torch.Tensor, "*rows"] | None = None
+) -> dict[str, Float[np.ndarray, "*rows"]]:
     """Entropy, margin and NLL of every position.
 
     Args:
@@ -238,7 +244,9 @@ def _against(clean: torch.Tensor, arms: Sequence[torch.Tensor]) -> tuple[Array, 
     return kl, np.where(np.isnan(kl), np.nan, flip)
 
 
-def paired_output(logits_clean: torch.Tensor, logits_arm: torch.Tensor) -> dict[str, Array]:
+def paired_output(
+    logits_clean: Float[torch.Tensor, "*rows vocab"], logits_arm: Float[torch.Tensor, "*rows vocab"]
+) -> dict[str, Float[np.ndarray, "*rows"]]:
     """KL(clean ‖ arm) and top-1 flips at every position.
 
     Args:
@@ -269,7 +277,10 @@ def paired_output(logits_clean: torch.Tensor, logits_arm: torch.Tensor) -> dict[
     return {"kl_clean_pert": kl.reshape(shape), "flip": flip.reshape(shape)}
 
 
-def paired_arms(logits_clean: torch.Tensor, logits_arms: Sequence[torch.Tensor] | torch.Tensor) -> dict[str, Array]:
+def paired_arms(
+    logits_clean: Float[torch.Tensor, "pos vocab"],
+    logits_arms: Sequence[Float[torch.Tensor, "pos vocab"]] | Float[torch.Tensor, "arm pos vocab"],
+) -> dict[str, Float[np.ndarray, "arm pos"]]:
     """KL(clean ‖ arm) and top-1 flips of several arms of one clean row, whose softmax they share.
 
     What an arm gets does not depend on the other arms, to the last bit.
@@ -305,7 +316,9 @@ def paired_arms(logits_clean: torch.Tensor, logits_arms: Sequence[torch.Tensor] 
     return {"kl_clean_pert": kl, "flip": flip}
 
 
-def lens_output(lens_logits: torch.Tensor, model_logits: torch.Tensor) -> dict[str, Array]:
+def lens_output(
+    lens_logits: Float[torch.Tensor, "*rows vocab"], model_logits: Float[torch.Tensor, "*rows vocab"]
+) -> dict[str, Float[np.ndarray, "*rows"]]:
     """Lens entropy, KL(model ‖ lens) and disagreement about the top token at one depth.
 
     Args:

@@ -23,6 +23,8 @@ from dynprobe.metrics._result import Array, Bools, Result, Scores
 from dynprobe.metrics._walk import walk
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from dynprobe.metrics._measure import Measurement
 
 __all__ = ["diverge", "paired", "phase_paired"]
@@ -61,8 +63,12 @@ def phase_paired(
 
 
 def diverge(
-    states_clean: Sequence[torch.Tensor], states_arm: Sequence[torch.Tensor], mask: Any, *, dtype: Any = None
-) -> Array:
+    states_clean: Sequence[Float[torch.Tensor, "batch pos *slot dim"]],
+    states_arm: Sequence[Float[torch.Tensor, "batch pos *slot dim"]],
+    mask: Any,
+    *,
+    dtype: Any = None,
+) -> Float[np.ndarray, "depth batch pos"]:
     """Angle between the states of two runs at every depth, as a fraction of a half-turn.
 
     Args:

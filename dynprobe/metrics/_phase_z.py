@@ -7,7 +7,7 @@ mean: it is the signal a controller watches.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,12 +19,17 @@ from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result, Scores, first_reason
 from dynprobe.metrics._walk import walk
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 __all__ = ["phase_z"]
 
 _PAIRED = frozenset({"paired"})
 
 
-def phase_z(profile: Array, mu: Any, sigma: Any, metric_id: str = "kappa.phase.z/1") -> Scores:
+def phase_z(
+    profile: Float[np.ndarray, "step batch"], mu: Any, sigma: Any, metric_id: str = "kappa.phase.z/1"
+) -> Scores:
     """Mean positive deviation of κ profiles [S, B] from a calibration profile, in its standard deviations."""
     m, s = _calibration(mu, sigma, len(profile), metric_id)
     batch = profile.shape[1]

@@ -13,7 +13,7 @@ points make no rate (``"points<3"``), and where no response stands above roundin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from dynprobe.metrics._registry import MetricSpec, register, register_column
 from dynprobe.metrics._response import response
 from dynprobe.metrics._result import Array, Bools, Result
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 __all__ = ["relaxation"]
 
 _FEWEST = 3
@@ -31,7 +34,12 @@ _FITS = ("ls", "theil")
 
 
 def relaxation(
-    grid: Array, *, depth: int, pos: int, eps: float = float(np.finfo(np.float32).eps), fit: str = "ls"
+    grid: Float[np.ndarray, "depth pos"],
+    *,
+    depth: int,
+    pos: int,
+    eps: float = float(np.finfo(np.float32).eps),
+    fit: str = "ls",
 ) -> dict[str, Result]:
     """Fit the relaxation rates of one impulse-response map.
 

@@ -9,7 +9,7 @@ before anything else, so what cannot respond (earlier depths, earlier positions 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from dynprobe.metrics._inputs import as_pair
 from dynprobe.metrics._reduce import Terms, mean_of_profile
 from dynprobe.metrics._registry import MetricSpec, register
 from dynprobe.metrics._result import Array, Bools, Result
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["difference", "response"]
 
@@ -32,7 +35,11 @@ def difference(clean: torch.Tensor, arm: torch.Tensor, metric_id: str) -> torch.
     return arm.detach().to(clean.device, wide) - clean.detach().to(wide)
 
 
-def response(states_clean: Sequence[torch.Tensor], states_arm: Sequence[torch.Tensor], mask: Any) -> Array:
+def response(
+    states_clean: Sequence[Float[torch.Tensor, "batch pos *slot dim"]],
+    states_arm: Sequence[Float[torch.Tensor, "batch pos *slot dim"]],
+    mask: Any,
+) -> Float[np.ndarray, "depth batch pos"]:
     """Relative displacement between the states of two runs at every depth.
 
     Args:

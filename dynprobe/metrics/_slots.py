@@ -22,7 +22,7 @@ their numbering.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from dynprobe.metrics._reduce import share
 from dynprobe.metrics._registry import entry
 from dynprobe.metrics._result import Array, Bools, Scores
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 __all__ = ["measure_slots"]
 
 #: Reason of what slots, which have no order, do not have.
@@ -46,7 +49,7 @@ _COUNTED = "converge.iterations/1"
 
 
 def measure_slots(
-    states: torch.Tensor | Sequence[torch.Tensor],
+    states: Float[torch.Tensor, "depth batch pos slot dim"] | Sequence[Float[torch.Tensor, "batch pos slot dim"]],
     mask: Any,
     *,
     metrics: Iterable[str] = CORE,

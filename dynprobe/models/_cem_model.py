@@ -13,7 +13,7 @@ are not offered. Importing this module makes the Auto classes of transformers kn
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
@@ -23,6 +23,9 @@ from dynprobe.errors import UsageError
 from dynprobe.models._cem_config import CemConfig
 from dynprobe.models._cem_core import CemModel, CemPreTrainedModel
 from dynprobe.models._cem_trace import CemDynamics, CemTrace
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = ["CemConfig", "CemDynamics", "CemForCausalLM", "CemModel", "CemOutput"]
 
@@ -66,11 +69,11 @@ class CemForCausalLM(CemPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Int[Tensor, "#batch pos"] | None = None,
         past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch pos dim"] | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,

@@ -15,6 +15,7 @@ replace a state), and forward hooks on ``model.model.refine``, whose call k of a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,6 +26,9 @@ from dynprobe.models._csm_cache import CsmCache
 from dynprobe.models._csm_config import CsmConfig
 from dynprobe.models._csm_core import CsmModel, CsmPreTrainedModel
 from dynprobe.models._csm_loop import DeltaHalt, OnIteration
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 __all__ = ["CsmCache", "CsmCausalLMOutput", "CsmConfig", "CsmForCausalLM", "DeltaHalt"]
 
@@ -84,7 +88,7 @@ class CsmForCausalLM(CsmPreTrainedModel, GenerationMixin):  # type: ignore[misc,
         # There are no keys and values to store: a call makes its own CsmCache.
         return False
 
-    def readout(self, state: Tensor) -> Tensor:
+    def readout(self, state: Float[Tensor, "batch pos slot dim"]) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits of a state, of whichever iteration: the loop feeds the readout directly.
 
         Args:
@@ -98,16 +102,16 @@ class CsmForCausalLM(CsmPreTrainedModel, GenerationMixin):  # type: ignore[misc,
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch pos dim"] | None = None,
         past_key_values: CsmCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_iterations: int | None = None,
         halt: DeltaHalt | None = None,
-        initial_state: Tensor | None = None,
+        initial_state: Float[Tensor, "batch pos slot dim"] | None = None,
         grad_iterations: int | None = None,
         on_iteration: OnIteration | None = None,
         output_hidden_states: bool | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from dynprobe.errors import PromptError, UsageError
 from dynprobe.probes._noise import row_key_from_tokens
 from dynprobe.probes._subject import Subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 __all__ = ["Batch", "make_batch", "pad_token", "tokenize"]
 
@@ -33,8 +36,8 @@ class Batch:
         n_prompt: Prompt length of each row; columns beyond are teacher-forced continuation.
     """
 
-    input_ids: Tensor
-    mask: Tensor
+    input_ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
     row_keys: tuple[str, ...]
     n_prompt: tuple[int, ...]
 

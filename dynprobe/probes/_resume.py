@@ -7,6 +7,8 @@ caches are the model's business. Whether a model allows it (some blocks look bac
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from dynprobe.probes._stub import stubbed
 from dynprobe.probes._subject import Subject
 from dynprobe.probes._tape import Tape
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 __all__ = ["logits_of", "readout", "resume", "select_last"]
 
 
@@ -31,7 +36,9 @@ def select_last(logits: Tensor, mask: Tensor) -> Tensor:
     return logits[torch.arange(len(logits), device=logits.device), columns.to(logits.device)]
 
 
-def resume(tape: Tape, at: int, states: Tensor | None = None, *, logits: str | None = "all") -> Tape:
+def resume(
+    tape: Tape, at: int, states: Float[Tensor, "batch pos *slot dim"] | None = None, *, logits: str | None = "all"
+) -> Tape:
     """Run the model from depth ``at`` on, starting from given states; blocks below do not run.
 
     ``dp.resume(tape, at=d, states=tape.states[d])`` is the identity: it gives the tape's own logits and later states.
@@ -107,7 +114,7 @@ def _fitting(subject: Subject, states: Tensor, width: int | None) -> Tensor:
     return states.to(device=subject.device, dtype=subject.state_dtype, copy=subject.mutates)
 
 
-def readout(subject: Subject, h: Tensor) -> Tensor:
+def readout(subject: Subject, h: Float[Tensor, "batch pos *slot dim"]) -> Float[Tensor, "batch pos vocab"]:
     """Send last-depth states through the model's own final norm and head.
 
     Args:

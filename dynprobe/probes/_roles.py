@@ -7,13 +7,16 @@ decides once per forward, and may change what the forward hands out. A *listener
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from dynprobe.probes._clock import Step
 from dynprobe.probes._passport import Passport
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["HasPassport", "Rewinds", "Site", "Steerer", "StepListener", "Writer"]
 
@@ -31,7 +34,9 @@ class Writer(Protocol):
     def sites(self) -> Sequence[Site]:
         """The sites it writes at."""
 
-    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+    def write(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Return the state to use instead."""
 
 
@@ -69,7 +74,7 @@ class Steerer(Writer, Protocol):
     def begin(self, step: Step) -> None:
         """A forward begins; ``step.index == 0`` begins a new sequence."""
 
-    def observe(self, state: Tensor, site: Site, step: Step) -> None:
+    def observe(self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step) -> None:
         """Look at a state; it must not be kept beyond the forward without a copy."""
 
     def end(self, step: Step, output: Any) -> Any:

@@ -8,6 +8,7 @@ this module gives each writer its rows. A writer sees only them, so a row's writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from dynprobe.probes._clock import Step
 from dynprobe.probes._passport import Passport
 from dynprobe.probes._roles import Site
 from dynprobe.probes._writers import PerturbWriter
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["RowsWriter"]
 
@@ -46,7 +50,9 @@ class RowsWriter:
         self._step: Step | None = None
         self._steps: list[tuple[np.ndarray, Step]] = []
 
-    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+    def write(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Return the state with each part written on its rows; the very same object where nothing is."""
         if step is not self._step:  # a writer tells sequences apart by the identity of their steps
             self._step, self._steps = step, [_own(step, rows) for _, rows in self.parts]

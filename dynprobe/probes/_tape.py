@@ -19,6 +19,7 @@ from dynprobe.probes._where import Where
 
 if TYPE_CHECKING:
     import xarray
+    from jaxtyping import Bool, Float, Int
 
     from dynprobe.probes._subject import Subject
 
@@ -94,23 +95,25 @@ class Tape:
     """
 
     states: States
-    mask: Tensor
-    positions: Tensor
-    token_ids: Tensor | None
-    n_prompt: Tensor
-    logits: Tensor | None = None
-    updates: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    mask: Bool[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
+    token_ids: Int[Tensor, "batch pos"] | None
+    n_prompt: Int[Tensor, " batch"]
+    logits: Float[Tensor, "batch *pos vocab"] | None = None
+    updates: Mapping[tuple[str, int], Float[Tensor, "batch pos *slot dim"]] = field(default_factory=dict)
     row_keys: tuple[str, ...] = ()
     subject: Subject | None = None
     passport: Mapping[str, np.ndarray] = field(default_factory=dict)
-    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    energies: Mapping[str, Float[Tensor, "depth batch pos"]] = field(default_factory=dict)
 
     @property
     def depths(self) -> tuple[int, ...]:
         """The depths that were captured."""
         return self.states.depths
 
-    def at(self, layer: int | None = None, pos: int | None = None, *, iteration: int | None = None) -> Tensor:
+    def at(
+        self, layer: int | None = None, pos: int | None = None, *, iteration: int | None = None
+    ) -> Float[Tensor, "batch *place dim"]:
         """Return the state that block ``layer`` hands on (depth ``layer + 1``), or that an iteration ends in.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from dynprobe.probes._perturb import Perturb, parse_many
 from dynprobe.probes._roles import Site, Writer
 from dynprobe.probes._site_stats import SiteStats
 from dynprobe.probes._subject import Subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["CallableWriter", "Donor", "PerturbWriter", "Perturbs", "Update", "make_writers"]
 
@@ -116,7 +119,9 @@ class PerturbWriter:
         hit = self.perturb.where.mask(pos, np.asarray(n_prompt), positions="1:")
         return np.where(hit.any(1), hit.argmax(1), length)
 
-    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+    def write(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Return the perturbed state; the very same object where no position of this step is written."""
         made = self.update(state, site, step)
         self.note(made, site, step)
@@ -262,7 +267,9 @@ class CallableWriter:
         self._function = function
         self.sites: tuple[Site, ...] = tuple(("resid_post", layer) for layer in range(subject.n_layers))
 
-    def write(self, state: Tensor, site: Site, step: Step) -> Tensor:
+    def write(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, step: Step
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Call the function and check that it returned a state."""
         after = self._function(state, f"{site[0]}.{site[1]}")
         if not isinstance(after, Tensor) or after.shape != state.shape:

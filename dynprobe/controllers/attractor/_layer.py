@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from dynprobe.controllers.attractor._settings import PRESETS, Settings
 from dynprobe.controllers.attractor._stored import Stored, read_layer, write_layer
 from dynprobe.errors import CalibrationError, UsageError, did_you_mean
 from dynprobe.probes import Instrument, Site, Subject, as_subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 __all__ = ["AttractorHandle", "AttractorLayer", "AttractorSite"]
 
@@ -292,7 +295,9 @@ class AttractorLayer(nn.Module):
         layer._made_for = dict(stored.made_for)
         return layer
 
-    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, y: Float[Tensor, "batch pos dim"], mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos dim"]:
         """Pass states ``[batch, pos, dim]`` of new sequences, for use without a model; nothing is kept."""
         real = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if mask is None else mask.bool()
         state = empty_state(len(y), y.shape[-1], self.settings, y.device)

@@ -8,7 +8,7 @@ or the block at 60 % of the depth where the signal belongs to no depth.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from dynprobe.controllers._controller import Controller, Memory, Seen
 from dynprobe.controllers.recovery._actuators import Actuator
 from dynprobe.errors import UsageError
 from dynprobe.probes import Calibration, Site, Subject, Where
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["DEFAULT_DEPTH", "Recovery", "Timing"]
 
@@ -114,7 +117,9 @@ class Recovery(Controller):
         """Whether no row is active, or the prompt is fed."""
         return not (self.actuator is not None and seen.decoding and memory["active"].any())
 
-    def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
+    def act(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, seen: Seen, memory: Memory
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Change the active rows whose depth this is."""
         if self.actuator is None or self.idle(seen, memory):
             return state

@@ -7,6 +7,8 @@ from the noise function.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 from dynprobe.controllers._controller import Controller, Memory, Seen
 from dynprobe.probes import Site, Subject
 from dynprobe.probes._noise import gaussian
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["Replay"]
 
@@ -52,7 +57,9 @@ class Replay(Controller):
         """Nothing is remembered: the plan is known."""
         return {"active": np.zeros(n_rows, bool)}
 
-    def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
+    def act(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, seen: Seen, memory: Memory
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Write where the mode wrote."""
         name = f"{site[0]}.{site[1]}"
         plan, step = self._plan[name], seen.step

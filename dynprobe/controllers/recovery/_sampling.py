@@ -12,6 +12,8 @@ decoding the largest logit stays the largest and nothing changes, which ``needs_
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from dynprobe.controllers._controller import Controller, Memory, Seen
 from dynprobe.controllers.recovery._mode import Mode
 from dynprobe.controllers.recovery._recovery import Timing
 from dynprobe.probes import Calibration, Site, Subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["MODE", "Narrowing", "narrowed"]
 
@@ -92,7 +97,9 @@ class Narrowing(Controller):
         memory["in_force"] = np.where(memory["active"] & seen.decoding, memory["gain"], 0.0)
         self.timing.decide(seen, memory)
 
-    def choose(self, logits: Tensor, seen: Seen, memory: Memory) -> Tensor:
+    def choose(
+        self, logits: Float[Tensor, "batch pos vocab"], seen: Seen, memory: Memory
+    ) -> Float[Tensor, "batch pos vocab"]:
         """Narrow the last column of the rows that are active."""
         rows = torch.from_numpy(np.flatnonzero(memory["in_force"] > 0)).to(logits.device)
         if not len(rows):

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from dynprobe.controllers.recovery._operators import LoraPair, Operators, TopCom
 from dynprobe.errors import CalibrationError, UsageError
 from dynprobe.metrics import str_kernel
 from dynprobe.probes import Calibration, Site, Subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["DOM", "MODE", "STR_WINDOW", "Gate", "StrControl"]
 
@@ -154,7 +157,9 @@ class StrControl(Controller):
             "n_states": np.zeros(n_rows, dtype=np.int64),
         }  # fmt: skip
 
-    def act(self, state: Tensor, site: Site, seen: Seen, memory: Memory) -> Tensor:
+    def act(
+        self, state: Float[Tensor, "batch pos *slot dim"], site: Site, seen: Seen, memory: Memory
+    ) -> Float[Tensor, "batch pos *slot dim"]:
         """Measure STR with this token's state, and write where it is out of its band."""
         self._take_in(state, seen.step.positions >= 1, memory)
         if not seen.decoding:
