@@ -4,7 +4,7 @@ VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES = dynprobe tests benchmarks .ci docs/_build docs/concepts docs/tutorials
 
-.PHONY: demo test test-slow test-long test-matrix audit check docs format bench bench-ratios figure clean
+.PHONY: demo test test-slow test-long test-matrix audit check docs hooks format package release bench bench-ratios clean
 
 demo: .venv-demo/.installed  ## a real model, clean and perturbed, from nothing (fetches torch, transformers and 93 MB of weights)
 	.venv-demo/bin/dynprobe run --model smollm2-135m --perturb alpha=0.1
@@ -54,6 +54,15 @@ docs: $(VENV)/.docs  ## the site into site/, strictly: every tutorial runs, ever
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
+
+hooks: $(VENV)/.installed  ## have git run the steps of check before each commit
+	$(VENV)/bin/pre-commit install
+
+package: $(VENV)/.installed  ## wheel and sdist: built, looked into, installed in clean environments, run there
+	$(VENV)/bin/python .ci/package.py
+
+release: $(VENV)/.installed  ## everything but the upload; DRY=--dry-run changes no file
+	$(VENV)/bin/python .ci/release.py $(DRY)
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format $(SOURCES)
