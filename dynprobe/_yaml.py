@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dynprobe.errors import UsageError
+from dynprobe.errors import UsageError, near_path
 
 __all__ = ["read_yaml"]
 
@@ -47,7 +47,7 @@ def read_yaml(
             _size(root, f"{what} {path}", same, {})
         content = yaml.load(text, Loader=loader)
     except OSError as error:
-        raise UsageError(f"{what} {path} cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{what} {path} cannot be read: {error.strerror or error}.{near_path(path)}") from error
     except RecursionError as error:
         raise UsageError(f"{what} {path} is nested too deeply") from error
     except UsageError:

@@ -7,6 +7,7 @@ the message alone and leaves with ``exit_code``; a traceback means a defect in d
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SpecError",
     "UsageError",
     "did_you_mean",
+    "near_path",
 ]
 
 
@@ -112,3 +114,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """Return ``" Did you mean 'folder/x'?"`` for the nearest name beside a path that is not there, or an empty string.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (pathlib.Path(folder) / "prompts.txt").touch()
+        ...     near_path(pathlib.Path(folder) / "promts.txt").removesuffix("prompts.txt'?") != ""
+        True
+    """
+    folder, name = os.path.split(os.fspath(path))
+    try:
+        beside = os.listdir(folder or ".")  # noqa: PTH208 - a file's owner may forbid it, and then nothing is near
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(name, beside, n=1, cutoff=0.6)
+    return f" Did you mean {os.path.join(folder, near[0])!r}?" if near else ""  # noqa: PTH118

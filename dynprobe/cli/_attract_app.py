@@ -7,35 +7,40 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app, given_flags
+from dynprobe.cli import _words as words
+from dynprobe.cli._app import given_flags
+from dynprobe.cli._help import TEXT, Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _ATTRACT = """
 Examples:
-
-  dynprobe attract --model smollm2-135m --doses 0.03,0.3,1,3 --max-new-tokens 500
-
-  dynprobe attract --model smollm2-135m --arms layer,constant,random --slots 4,16,64 --half-life 8,46,512 --doses 0.3
-
+  dynprobe attract --limit 2 --arms layer --doses 0.3 --max-new-tokens 60 --lengths 30 --dose-texts 1
+  dynprobe attract --arms layer,random --slots 4,16 --doses 0.3 --limit 1 --max-new-tokens 40 --dose-texts 1
   dynprobe attract --model smollm2-135m --task reading --reset item,never --doses 0.3,1
-
   dynprobe attract --model smollm2-135m --task recall --distances 50,200,1000 --layers 25%+50%+75%
 """
 
 
-@app.command("attract", epilog=_ATTRACT)
+@app.command("attract", cls=Command, epilog=_ATTRACT)
 def _attract(
     context: typer.Context,
     model: option.Model = None,
     task: Annotated[
-        str, typer.Option(help="generate: long texts; reading: questions about stories; recall: names over a distance.")
+        str,
+        typer.Option(
+            help="generate: long texts; reading: questions about stories; recall: names over a distance.",
+            autocompletion=words.one_of("protocols/_attract_config.py", "task"),
+        ),
     ] = "generate",
     arms: Annotated[
         list[str] | None,
         typer.Option(
             help="none, layer, constant, random, frozen, leaky, hopfield, fast_weights, cache, with commas or "
-            "repeated; default all. none is always run. Also phase2, phase2_leak (historical; reading, recall)."
+            "repeated. Default all; none is always run. Also phase2, phase2_leak (historical; reading, recall).",
+            autocompletion=words.listed("protocols/_attract_config.py", "DEFAULT_ARMS", "phase2", "phase2_leak", "all"),
         ),
     ] = None,
     attractor: Annotated[
@@ -45,30 +50,46 @@ def _attract(
             "the four grids below go over it."
         ),
     ] = "default",
-    slots: Annotated[str | None, typer.Option(help="Numbers of slots, e.g. 4,16,64.")] = None,
-    half_life: Annotated[str | None, typer.Option(help="Half-lives in tokens, e.g. 8,46,138,512.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Places: commas make a grid, + puts the layer on several blocks at once.")
+    slots: Annotated[str | None, typer.Option(help="Numbers of slots, e.g. 4,16,64. Default the layer's own.")] = None,
+    half_life: Annotated[
+        str | None, typer.Option(help="Half-lives in tokens, e.g. 8,46,138,512. Default the layer's own.")
     ] = None,
-    burn_in: Annotated[str | None, typer.Option(help="Tokens before anything is injected, e.g. 0,32.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Places: commas make a grid, + puts the layer on several blocks at once. Default 50%."),
+    ] = None,
+    burn_in: Annotated[
+        str | None, typer.Option(help="Tokens before anything is injected, e.g. 0,32. Default the layer's own.")
+    ] = None,
     doses: Annotated[str, typer.Option(help="Mean KL(bare ‖ layer) in nats per token that ε is solved for.")] = (
         "0.03,0.3,1"
     ),
-    strengths: Annotated[str | None, typer.Option(help="Raw ε in place of doses, e.g. 0.5,1,2.")] = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="Raw ε in place of doses, e.g. 0.5,1,2. Default: solved for from --doses.")
+    ] = None,
     match: Annotated[
         str, typer.Option(help="strength: all arms get the layer's ε; kl: each one the ε of the same KL.")
     ] = "strength",
     dose_texts: Annotated[int, typer.Option(help="Texts that ε is solved on.")] = 8,
     dose_tokens: Annotated[int, typer.Option(help="Tokens after the prompt that such a text has at most.")] = 128,
     largest: Annotated[float, typer.Option(help="Largest ε that is tried.")] = 64.0,
-    lengths: Annotated[str, typer.Option(help="Lengths at which a text is read.")] = "50,100,200,500,1000",
+    lengths: Annotated[str, typer.Option(help="Lengths at which a text is read, in tokens.")] = "50,100,200,500,1000",
     max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens that are written (task reading: at most 20); lengths above it are left out.")
+        int,
+        typer.Option(
+            help="Tokens that are written (task reading: at most 20); lengths above it are left out.",
+            rich_help_panel=TEXT,
+        ),
     ] = 200,
     reset: Annotated[
-        str, typer.Option(help="item empties the memory before each item, never does not (reading, recall).")
+        str,
+        typer.Option(
+            help="item empties the memory before each item, never does not (reading, recall); both with a comma."
+        ),
     ] = "item",
-    stories: Annotated[str, typer.Option(help="Lengths of the stories of task reading: short, long.")] = "short,long",
+    stories: Annotated[
+        str, typer.Option(help="Lengths of the stories of task reading: short (108–132 tokens), long (432–528).")
+    ] = "short,long",
     distances: Annotated[
         str, typer.Option(help="Tokens between fact and question of task recall.")
     ] = "50,100,200,500,1000",
@@ -82,15 +103,12 @@ def _attract(
     prompts: option.Prompts = None,
     category: option.Category = None,
     limit: option.Limit = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
-    num_samples: Annotated[int, typer.Option(help="Texts per prompt and arm.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of sampling, and of arms constant and random.")] = 0,
+    temperature: option.Temperature = 0.0,
+    top_p: option.TopP = 1.0,
+    num_samples: option.NumSamples = 1,
+    seed: option.Seed = 0,
     chat_template: option.ChatTemplate = "none",
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(help="A metric to store as well, e.g. erank.rv/1 (see dynprobe metrics); may be repeated."),
-    ] = None,
+    metrics: option.Metrics = None,
     padding: option.Padding = "auto",
     batch_size: option.BatchSize = "auto",
     dtype: option.Dtype = "float32",

@@ -9,7 +9,7 @@ from typing import Any
 
 from dynprobe.cli import _render, _render_metrics
 from dynprobe.cli._progress import Listener
-from dynprobe.errors import RunFolderError, SelfTestError, UsageError
+from dynprobe.errors import RunFolderError, SelfTestError, UsageError, did_you_mean
 
 __all__ = [
     "calibrate_command",
@@ -65,7 +65,8 @@ def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False
     for pair in (pairs or "").split(",") if pairs else ():
         key, separator, value = pair.partition("=")
         if not separator or key.strip() not in _MODEL_ARGS:
-            raise UsageError(f"--model-args {pair!r}; known keys: {', '.join(_MODEL_ARGS)}")
+            near = did_you_mean(key.strip(), _MODEL_ARGS)
+            raise UsageError(f"--model-args {pair!r}; known keys: {', '.join(_MODEL_ARGS)}.{near}")
         setting = _MODEL_ARGS[key.strip()]
         typed.setdefault(setting, value.lower() == "true" if setting == "trust_remote_code" else value)
     file = typed.pop("config", None)

@@ -8,26 +8,29 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app
+from dynprobe.cli import _words as words
+from dynprobe.cli._help import STATISTICS, Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _EXAMPLES = """
 Examples:
-
   dynprobe compare runs/*tiny-cem* runs/*tiny-csm* runs/*tiny-llama*
-
-  dynprobe compare RUN RUN --metric kappa_phase --metric nll --figure profiles.png --out compare.json
-
-  dynprobe compare SWEEP SWEEP --kl 0.1 --kl 1
-
-  dynprobe compare ITERATE_RUN RUN --condition clean,T18
+  dynprobe compare runs/*tiny-llama* runs/*tiny-cem* --metric kappa_phase --figure profiles.png --out compare.json
+  dynprobe compare runs/*sweep-a* runs/*sweep-b* --kl 0.1 --kl 1
 """
 
 
-@app.command("compare", epilog=_EXAMPLES)
+@app.command("compare", cls=Command, epilog=_EXAMPLES)
 def _compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders: run, sweep, threshold, iterate, recover, import …")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders: run, sweep, threshold, iterate, recover, import …", autocompletion=words.runs
+        ),
+    ],
     condition: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,16 +49,20 @@ def _compare(
     margin: Annotated[
         list[str] | None,
         typer.Option(
-            help="METRIC=VALUE: a difference below it does not matter (two one-sided tests); may be repeated."
+            help="METRIC=VALUE in the metric's unit: a difference below it does not matter (two one-sided tests); may "
+            "be repeated. Default none."
         ),
     ] = None,
-    track: Annotated[str | None, typer.Option(help="Track of runs that have several.")] = None,
-    confidence: Annotated[float, typer.Option(help="Coverage of intervals.")] = 0.95,
-    n_boot: Annotated[int, typer.Option(help="Bootstrap replicates over prompts.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write every table to FILE.json, FILE.csv or FILE.md.")] = None,
+    track: option.Track = None,
+    confidence: option.Confidence = 0.95,
+    n_boot: option.NBoot = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.", rich_help_panel=STATISTICS)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every table to FILE.json, FILE.csv or FILE.md. Default none.")
+    ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw profiles on normalised depth beside the path: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(help="Draw profiles on normalised depth beside the path: .png, .svg or .pdf. Default none."),
     ] = None,
     json: option.Json = False,
     quiet: option.Quiet = False,

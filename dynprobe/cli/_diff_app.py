@@ -8,28 +8,33 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app
+from dynprobe.cli import _words as words
+from dynprobe.cli._help import Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _EXAMPLES = """
 Examples:
-
   dynprobe diff runs/*float32* runs/*bfloat16*
-
-  dynprobe diff RUN RUN --condition clean --floor 1e-3 --figure diff.png
-
-  dynprobe diff OLD NEW --check
+  dynprobe diff runs/*float32* runs/*bfloat16* --condition clean --floor 1e-3 --figure diff.png
+  dynprobe diff OLD_RUN NEW_RUN --check
 """
 
 
-@app.command("diff", epilog=_EXAMPLES)
+@app.command("diff", cls=Command, epilog=_EXAMPLES)
 def _diff(
-    a: Annotated[Path, typer.Argument(help="A run folder.")],
-    b: Annotated[Path, typer.Argument(help="Another, on the same prompts: other dtype, weights, version or engine.")],
+    a: option.RunFolder,
+    b: Annotated[
+        Path,
+        typer.Argument(
+            help="Another, on the same prompts: other dtype, weights, version or engine.", autocompletion=words.runs
+        ),
+    ],
     floor: Annotated[
         float | None,
-        typer.Option(help="Relative difference that counts as noise; default from dtype, depth and the self-tests."),
+        typer.Option(help="Relative difference that counts as noise. Default from dtype, depth and the self-tests."),
     ] = None,
     condition: Annotated[
         list[str] | None, typer.Option(help="Condition by id; may be repeated. Default all that both have.")
@@ -37,12 +42,14 @@ def _diff(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Prompt by id; may be repeated. Default all that both have.")
     ] = None,
-    track: Annotated[str | None, typer.Option(help="Track of runs that have several.")] = None,
+    track: option.Track = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the verdicts to FILE.json, or every cell to FILE.csv or FILE.parquet.")
+        Path | None,
+        typer.Option(help="Write the verdicts to FILE.json, or every cell to FILE.csv or FILE.parquet. Default none."),
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw log10 of the difference over depth and token: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(help="Draw log10 of the difference over depth and token: .png, .svg or .pdf. Default none."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Exit code 1 where they part beyond the noise floor, or cannot be compared.")

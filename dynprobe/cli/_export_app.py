@@ -8,28 +8,33 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app
+from dynprobe.cli import _words as words
+from dynprobe.cli._help import Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _EXAMPLES = """
 Examples:
-
-  dynprobe export RUN my-dataset
-
-  dynprobe export RUN my-dataset --redact-text --licence cc-by-4.0 --push me/my-run
-
-  dynprobe export RUN arrays --to safetensors --table states --condition clean
-
-  dynprobe import my-dataset
+  dynprobe export runs/*tiny-llama* my-dataset
+  dynprobe export runs/*tiny-llama* tables --to csv --table samples --redact-text
+  dynprobe export runs/*with-states* arrays --to safetensors --table states --condition clean
+  dynprobe export RUN my-dataset --licence cc-by-4.0 --push me/my-run
 """
 
 
-@app.command("export", epilog=_EXAMPLES)
+@app.command("export", cls=Command, epilog=_EXAMPLES)
 def _export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: option.RunFolder,
     folder: Annotated[Path, typer.Argument(help="Folder that is made; must not be there.")],
-    to: Annotated[str, typer.Option(help="hf, arrow, csv, npz, safetensors or zarr.")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Format: hf, arrow, csv, npz, safetensors or zarr.",
+            autocompletion=words.one_of("runs/_export_formats.py", "FORMATS"),
+        ),
+    ] = "hf",
     table: Annotated[list[str] | None, typer.Option(help="A table; may be repeated. Default all.")] = None,
     condition: Annotated[
         list[str] | None, typer.Option(help="A condition by id or arm; may be repeated. Default all.")
@@ -39,9 +44,14 @@ def _export(
         typer.Option("--redact-text", help="Take out texts, token ids, states, and tables with a row per position."),
     ] = False,
     licence: Annotated[
-        str | None, typer.Option("--licence", "--license", help="Licence you give the data, such as cc-by-4.0.")
+        str | None,
+        typer.Option(
+            "--licence", "--license", help="Licence you give the data, such as cc-by-4.0. Default none is named."
+        ),
     ] = None,
-    push: Annotated[str | None, typer.Option(help="NAME/REPOSITORY on the hub to send the folder to.")] = None,
+    push: Annotated[
+        str | None, typer.Option(help="NAME/REPOSITORY on the hub to send the folder to. Default: nothing is sent.")
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make that repository public; default private.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     json: option.Json = False,

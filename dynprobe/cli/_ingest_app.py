@@ -8,53 +8,63 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app
+from dynprobe.cli import _words as words
+from dynprobe.cli._help import Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _IMPORT = """
 Examples:
+  dynprobe import --template
+  dynprobe import states.npz --name my-model --states
+  dynprobe import my-dataset
+  dynprobe import hidden_states.pt --allow-bin --depths 2,16,29,32 --name gpt2
+"""
 
-  dynprobe import --template > dump_states.py
-
-  dynprobe import states.npz
-
-  dynprobe import states.safetensors --name my-model --states
-
-  dynprobe import hidden_states.pt --allow-bin --name gpt2
-
-  dynprobe import hidden_states/ --depths 2,16,29,32
-
-  dynprobe import exported-run/
+_VALIDATE = """
+Examples:
+  dynprobe validate states.npz
+  dynprobe validate states.npz --json
 """
 
 _Dims = Annotated[
-    str | None, typer.Option(help="Axes of a stack of layers in their order, out of layer, batch, pos, dim.")
+    str | None,
+    typer.Option(help="Axes of a stack of layers in their order, out of layer, batch, pos, dim. Default: found."),
 ]
-_Depths = Annotated[str | None, typer.Option(help="Depths of its layers: 2,16,29 or 0:13; d is the input of block d.")]
+_Depths = Annotated[
+    str | None,
+    typer.Option(help="Depths of its layers: 2,16,29 or 0:13; d is the input of block d. Default 0, 1, 2, …"),
+]
 _FinalNorm = Annotated[
     str | None,
-    typer.Option(help="applied: the last state is after the final norm, and is left out; none: it is not."),
+    typer.Option(
+        help="applied: the last state is after the final norm, and is left out; none: it is not. "
+        "Default: as the file says."
+    ),
 ]
 _File = "Trajectory file, dump of layers (.npz, .safetensors, .parquet, .npy, .pt), folder of them, or exported run."
 
 
-@app.command("import", epilog=_IMPORT)
+@app.command("import", cls=Command, epilog=_IMPORT)
 def _import(
-    file: Annotated[Path | None, typer.Argument(help=_File)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help=_File + " Not needed for --template.", autocompletion=words.files)
+    ] = None,
     template: Annotated[
         bool, typer.Option("--template", help="Print plain NumPy that writes such a file, to paste beside a loop.")
     ] = False,
     out: option.Out = "runs",
-    name: Annotated[str | None, typer.Option(help="Name of the model; default the file's own.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default the file's own.")] = None,
     track: Annotated[
-        str | None, typer.Option(help="Stage the samples table speaks of; default the one that ends the file.")
+        str | None, typer.Option(help="Stage the samples table speaks of. Default the one that ends the file.")
     ] = None,
     sink: Annotated[
         int | None,
-        typer.Option(help="First positions that stay out of means; default 1, as in a run of a model."),
+        typer.Option(help="Number of first positions that stay out of means. Default 1, as in a run of a model."),
     ] = None,
-    states: Annotated[bool, typer.Option("--states", help="Store the states in the run too.")] = False,
+    states: option.States = False,
     dims: _Dims = None,
     depths: _Depths = None,
     final_norm: _FinalNorm = None,
@@ -72,9 +82,12 @@ def _import(
     )  # fmt: skip
 
 
-@app.command("validate")
+@app.command("validate", cls=Command, epilog=_VALIDATE)
 def _validate(
-    file: Annotated[Path, typer.Argument(help="Trajectory file, dump of layers, or folder of them.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Trajectory file, dump of layers, or folder of them.", autocompletion=words.files),
+    ],
     dims: _Dims = None,
     depths: _Depths = None,
     final_norm: _FinalNorm = None,

@@ -66,24 +66,6 @@ def _terminable() -> Iterator[None]:
 def _command(arguments: list[str] | None) -> int:
     import typer
 
-    from dynprobe.cli import (  # noqa: F401 - their commands join the app
-        _attract_app,
-        _bench_app,
-        _claims_app,
-        _compare_app,
-        _delay_app,
-        _diff_app,
-        _dissociate_app,
-        _eval_app,
-        _export_app,
-        _grid_app,
-        _ingest_app,
-        _iterate_app,
-        _panel_app,
-        _plugins_app,
-        _recover_app,
-        _report_app,
-    )
     from dynprobe.cli._app import app
     from dynprobe.errors import DynprobeError
 
@@ -128,7 +110,17 @@ def _usage(error: Any) -> int:
         return 0
     context = getattr(error, "ctx", None)
     hint = "" if context is None else f"  (see: {context.command_path} --help)"
-    return _say(f"{error.format_message()}{_elsewhere(error, context)}{hint}", 2)
+    return _say(f"{_message(error, context)}{_elsewhere(error, context)}{hint}", 2)
+
+
+def _message(error: Any, context: Any) -> str:
+    """What went wrong, with the nearest option where there is none of that name."""
+    name = getattr(error, "option_name", None)
+    if type(error).__name__ != "NoSuchOption" or context is None:
+        return str(error.format_message())
+    from dynprobe.errors import did_you_mean
+
+    return f"No such option: {name}.{did_you_mean(str(name), [o for p in context.command.params for o in p.opts])}"
 
 
 def _elsewhere(error: Any, context: Any) -> str:
@@ -138,7 +130,7 @@ def _elsewhere(error: Any, context: Any) -> str:
         return ""
     commands = getattr(context.find_root().command, "commands", {})
     having = [word for word, command in commands.items() if any(name in option.opts for option in command.params)]
-    return f". Commands that have it: {', '.join(having)}" if having else ""
+    return f" Commands that have it: {', '.join(having)}" if having else ""
 
 
 def _warn(

@@ -7,22 +7,23 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app, given_flags
+from dynprobe.cli import _words as words
+from dynprobe.cli._app import given_flags
+from dynprobe.cli._help import LOOP, TEXT, WRITE, Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _RECOVER = """
 Examples:
-
-  dynprobe recover --model smollm2-135m --mode slerp --limit 12
-
+  dynprobe recover --mode slerp --limit 3 --max-new-tokens 24
+  dynprobe recover --model tiny-llama --mode slerp --watch --prompt "Once upon a time" --max-new-tokens 24
   dynprobe recover --model smollm2-135m --mode all --perturb alpha=0.8,layers=25%,phase=decode --temperature 0.8
-
-  dynprobe recover --model smollm2-135m --mode slerp --watch --prompt "Once upon a time"
 """
 
 
-@app.command("recover", epilog=_RECOVER)
+@app.command("recover", cls=Command, epilog=_RECOVER)
 def _recover(
     context: typer.Context,
     model: option.Model = None,
@@ -30,61 +31,61 @@ def _recover(
         list[str] | None,
         typer.Option(
             help="none, sham, passive, slerp, shrink, clamp, subspace, sampling, guard, hybrid, recync, dom, str, with "
-            "commas or repeated; all takes every one that can act. Default hybrid."
+            "commas or repeated; all takes every one that can act. Default hybrid.",
+            rich_help_panel=LOOP,
+            autocompletion=words.listed("controllers/recovery/_modes.py", "MODES", "all"),
         ),
     ] = None,
     perturb: Annotated[
         list[str] | None,
         typer.Option(
             help="What to recover from, e.g. alpha=0.6,layers=50%,phase=decode (the default); repeated ones act "
-            "together; none leaves the text clean."
+            "together; none leaves the text clean.",
+            rich_help_panel=WRITE,
+            autocompletion=words.perturbation,
         ),
     ] = None,
     direction: option.Direction = None,
     contrast: option.Contrast = None,
-    detector: Annotated[
+    detector: option.Detector = "kappa_phase_zmax",
+    m: option.On = 3,
+    m_off: option.MOff = 5,
+    q_lo: option.QLo = 0.75,
+    q_hi: option.QHi = 0.99,
+    gain: option.Gain = 0.5,
+    budget: Annotated[
+        float, typer.Option(help="Share of the new tokens that may be active.", rich_help_panel=LOOP)
+    ] = 0.25,
+    site: option.Site = None,
+    decode: Annotated[
         str,
         typer.Option(
-            help="Signal that is watched: kappa_phase_zmax, kappa_phase, kappa_phase_z, norm_step_zmax, entropy, "
-            "limen_ct."
+            help="forced reads a given text, free writes an own one; both.",
+            rich_help_panel=TEXT,
+            autocompletion=words.one_of("protocols/_recover_config.py", "decode"),
         ),
-    ] = "kappa_phase_zmax",
-    m: Annotated[int, typer.Option("--m", help="Tokens above the upper level before the detector fires.")] = 3,
-    m_off: Annotated[int, typer.Option("--m-off", help="Tokens below the lower level before it lets go.")] = 5,
-    q_lo: Annotated[float, typer.Option(help="Lower level: quantile on clean text.")] = 0.75,
-    q_hi: Annotated[float, typer.Option(help="Upper level: quantile on clean text.")] = 0.99,
-    gain: Annotated[float, typer.Option(help="Largest gain of an actuator.")] = 0.5,
-    budget: Annotated[float, typer.Option(help="Share of the new tokens that may be active.")] = 0.25,
-    site: Annotated[
-        str | None, typer.Option(help="Where actuators act, e.g. layers=60%; default where the signal points.")
-    ] = None,
-    decode: Annotated[str, typer.Option(help="forced reads a given text, free writes an own one; both.")] = "both",
-    timings: Annotated[
-        list[str] | None,
-        typer.Option(help="When modes act: detector, always, oracle (where the noise is). Default all three."),
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Folder of a calibration of this model; default: made when first needed.")
-    ] = None,
+    ] = "both",
+    timings: option.Timings = None,
+    calibration: option.Calibration = None,
     operators: Annotated[
-        str | None, typer.Option(help="File of the operators of mode dom (.safetensors); str is a stand-in without.")
+        str | None,
+        typer.Option(
+            help="File of the operators of mode dom (.safetensors). Default none: str stands in.", rich_help_panel=LOOP
+        ),
     ] = None,
     prompt: option.Prompt = None,
     prompts: option.Prompts = None,
     category: option.Category = None,
     limit: option.Limit = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens that are read or written after the prompt.")] = 48,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature of own texts; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling, random controls, and noise that names none.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens that are read or written after the prompt.", rich_help_panel=TEXT)
+    ] = 48,
+    temperature: option.Temperature = 0.0,
+    top_p: option.TopP = 1.0,
+    seed: option.Seed = 0,
     chat_template: option.ChatTemplate = "none",
-    stop_at_eos: Annotated[
-        bool, typer.Option(help="End own texts at the end-of-sequence token; lengths then differ between arms.")
-    ] = False,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(help="A metric to store as well, e.g. erank.rv/1 (see dynprobe metrics); may be repeated."),
-    ] = None,
+    stop_at_eos: option.StopAtEos = False,
+    metrics: option.Metrics = None,
     watch: Annotated[
         bool,
         typer.Option("--watch", help="Show one prompt live: signal, readiness, actuator, text. Writes no run."),

@@ -8,27 +8,31 @@ from typing import Annotated
 import typer
 
 from dynprobe.cli import _options as option
-from dynprobe.cli._app import app
+from dynprobe.cli import _words as words
+from dynprobe.cli._help import Command, new_app
 
-__all__: list[str] = []
+__all__ = ["app"]
+
+app = new_app()
 
 _EXAMPLES = """
 Examples:
-
-  dynprobe report runs/2026-11-22T19-05-24_smollm2-135m_3020cbbc
-
+  dynprobe report runs/*with-states*
   dynprobe report runs/*tiny-cem* runs/*tiny-csm* runs/*tiny-llama* --out trio.html
 """
 
 
-@app.command("report", epilog=_EXAMPLES)
+@app.command("report", cls=Command, epilog=_EXAMPLES)
 def _report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; two or more are compared as well.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders; two or more are compared as well.", autocompletion=words.runs),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="File to write. Default report.html in the run, of several runs in the folder they share."),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of the largest table or map on the page.")] = 24000,
+    rows: Annotated[int, typer.Option(help="Number of rows of the largest table or map on the page.")] = 24000,
     json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:

@@ -234,7 +234,8 @@ def _device(torch: Any, device: Any) -> Any:
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError) as exc:
-        raise UsageError(f"--device {device} is not a device. Type auto, cpu, cuda, cuda:1 or mps.") from exc
+        near = did_you_mean(str(device), ("auto", "cpu", "cuda", "mps"))
+        raise UsageError(f"--device {device} is not a device.{near} Type auto, cpu, cuda, cuda:1 or mps.") from exc
     count = torch.cuda.device_count()
     if place.type == "cuda" and (place.index or 0) >= count:
         raise UsageError(f"--device {device} was asked for, but torch sees {count} CUDA devices. Type --device cpu.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from dynprobe._yaml import read_yaml
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
 
-__all__ = ["RunConfig", "load_config"]
+__all__ = ["RunConfig", "load_config", "near_choice"]
 
 #: Settings that take no part in a run's identity: those that change no number, and those that only say where something
 #: comes from that is part of it (the prompts themselves, the direction itself).
@@ -152,7 +154,16 @@ class RunConfig(SpreadConfig):
             login = isinstance(given, str) and "@" in given and (name == "remote" or "://" in given)
             shown = "a text with an @" if login else repr(given)
             cause = None if login else error
-            raise UsageError(f"{name}={shown}: {first['msg'].removeprefix('Value error, ')}") from cause
+            raise UsageError(
+                f"{name}={shown}: {first['msg'].removeprefix('Value error, ')}{near_choice(first)}"
+            ) from cause
+
+
+def near_choice(error: Mapping[str, Any]) -> str:
+    """Return the nearest of the words that one of pydantic's errors allows, as a question; empty where none is near."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    return "." + did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
 
 
 def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from dynprobe import metrics
-from dynprobe.errors import UsageError
+from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.probes import Calibration, Perturb, Subject
 from dynprobe.probes._perturb_values import number_text
 from dynprobe.protocols._batch import Produced
@@ -54,7 +54,9 @@ class SweepConfig(GridConfig):
         items = tuple(i.strip() for i in items if i.strip() not in ("", "none"))
         unknown = [i for i in items if i not in CONTROLS]
         if unknown:
-            raise ValueError(f"unknown control {unknown[0]!r}; known: {', '.join(CONTROLS)}")
+            raise ValueError(
+                f"unknown control {unknown[0]!r}; known: {', '.join(CONTROLS)}.{did_you_mean(unknown[0], CONTROLS)}"
+            )
         return items
 
     def identity(self) -> dict[str, Any]:

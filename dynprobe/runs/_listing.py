@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dynprobe.errors import RunFolderError
+from dynprobe.errors import RunFolderError, near_path
 from dynprobe.runs._manifest import MANIFEST_NAME
 from dynprobe.runs._open_run import open_run
 from dynprobe.runs._protocol import MAIN_TABLE, in_short, protocol_of
@@ -36,7 +36,9 @@ def list_runs(root: str | Path = "runs") -> pd.DataFrame:
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise RunFolderError(f"There is no folder {folder}. Name the one given as --out, or make a run first.")
+        raise RunFolderError(
+            f"There is no folder {folder}.{near_path(folder)} Name the one given as --out, or make a run first."
+        )
     found = (
         [folder] if (folder / MANIFEST_NAME).is_file() else sorted(p.parent for p in folder.glob(f"*/{MANIFEST_NAME}"))
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dynprobe.errors import RunFolderError, did_you_mean
+from dynprobe.errors import RunFolderError, near_path
 from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._manifest import MANIFEST_NAME, PREVIOUS_NAME, read_manifest
 from dynprobe.runs._run import Run
@@ -37,8 +37,7 @@ def looks_like_run(folder: Path) -> bool:
 
 def _not_a_run(folder: Path) -> str:
     if not folder.exists():
-        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        return f"There is no run folder {folder}.{did_you_mean(folder.name, near)} Type dynprobe ls to see your runs."
+        return f"There is no run folder {folder}.{near_path(folder)} Type dynprobe ls to see your runs."
     if (folder / "panel.json").is_file():
         own = folder / "runs"
         return f"{folder} is a panel of many runs; open it with dynprobe.runs.open_panel, its runs lie in {own}"

@@ -144,7 +144,7 @@ class Panel:
         if name not in self._frames:
             file = self.path / "tables" / f"{name}.parquet"
             if not file.is_file():
-                near = did_you_mean(name, PANEL_TABLES)
+                near = did_you_mean(name, self.tables)
                 raise RunFolderError(
                     f"{self.path} has no table {name!r}.{near} Tables: {', '.join(self.tables) or 'none yet'}"
                 )

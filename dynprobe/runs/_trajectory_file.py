@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dynprobe.errors import UsageError, did_you_mean
+from dynprobe.errors import UsageError, near_path
 from dynprobe.runs._trajectory_checks import check_finite, check_holes, check_iterations, compare_prefix, thin
 from dynprobe.runs._trajectory_layers import Reading
 from dynprobe.runs._trajectory_raw import (
@@ -193,8 +193,7 @@ def _reader(file: Path, reading: Reading) -> Callable[[Path], Raw]:
     if file.is_dir():
         return lambda path: dumps.read_folder(path, reading)
     if not file.is_file():
-        near = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise UsageError(f"there is no file {file}.{did_you_mean(file.name, near)}")
+        raise UsageError(f"there is no file {file}.{near_path(file)}")
     suffix = file.suffix.lower()
     if suffix in _PICKLED:
         raise UsageError(

@@ -15,8 +15,8 @@ CASES = [
     (("rn",), 2, "No such command 'rn'. Did you mean 'run'?"),
     (("run", "--modl", "x"), 2, "--modl"),
     (("run", "--model"), 2, "requires an argument"),
-    (("recover", "--engine", "ray"), 2, "Commands that have it: plan, run, "),
-    (("sweep", "--backend", "nnsight"), 2, "Commands that have it: plan, run  (see: dynprobe sweep --help)"),
+    (("recover", "--engine", "ray"), 2, "Commands that have it: run, plan, sweep, "),
+    (("sweep", "--backend", "nnsight"), 2, "Commands that have it: run, plan  (see: dynprobe sweep --help)"),
     (("run", "--model", "{model}", "--address", "auto"), 2, "Type --engine ray, or leave --address out"),
     (("run", "--model", "{model}", "--device-map", "autoo"), 1, "Type --device-map auto, balanced or sequential"),
     (

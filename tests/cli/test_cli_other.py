@@ -108,7 +108,7 @@ def test_calibrate(cli, model, here):
 
 
 def test_bare_program_prints_help_and_version(cli):
-    assert "Commands:" in cli().out
+    assert "One model:\n  run " in cli().out
     assert cli("--version").out == f"dynprobe {dp.__version__}\n"
 
 
