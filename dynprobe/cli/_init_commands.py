@@ -80,7 +80,7 @@ def template(protocol: str) -> str:
         heading = getattr(option, "rich_help_panel", None) or ""
         words = str(field.description if option is None else option.help)
         said = _ASKED.get((protocol, name), _default(field, signature.get(name)))
-        sections[heading].append(f"{_comment(words + _allowed(field, words))}\n{name}: {_yaml(said)}\n")
+        sections[heading].append(f"{_comment(words + _allowed(field, words))}\n{_yaml(name)}: {_yaml(said)}\n")
     own = "design" if protocol == "panel" else "settings"
     head = (
         f"Settings of `dynprobe {protocol}`, each at its default (dynprobe {__version__}): the file as it is says what "

@@ -1,8 +1,8 @@
 """Words that a shell completes.
 
 A key press cannot wait the seconds that torch needs to be imported. So names that the code defines are read from its
-source (a tuple, the keys of a dictionary, a ``Literal``, a registry), and those on disk from the folders' names: nothing of either
-is written down here a second time.
+source (a tuple, the keys of a dictionary, a ``Literal``, a registry), and those on disk from the folders' names:
+nothing of either is written down here a second time.
 """
 
 from __future__ import annotations

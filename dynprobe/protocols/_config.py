@@ -180,7 +180,8 @@ def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[s
     loaded, _ = read_yaml(path, "config file", same=lambda key: key.replace("-", "_"))
     if not isinstance(loaded, dict):
         raise UsageError(f"config file {path} holds {type(loaded).__name__}; it must be a mapping of settings")
-    settings = {str(k).replace("-", "_"): v for k, v in loaded.items()}
+    # YAML reads the bare word null, which threshold has as a setting, as no text.
+    settings = {"null" if k is None else str(k).replace("-", "_"): v for k, v in loaded.items()}
     known = (kind or RunConfig).model_fields
     for key in settings:
         if key not in known:
