@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from dynprobe.protocols._criteria import Criterion, criterion_named
-from dynprobe.protocols._grid import GridConfig
+from dynprobe.protocols._grid import GridConfig, parse_strengths
 
 __all__ = ["BOTH_SCALES", "ThresholdConfig"]
 
@@ -40,6 +40,12 @@ class ThresholdConfig(GridConfig):
     )
     n_boot: int = Field(2000, ge=200, description="Bootstrap resamples.")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Coverage of the interval.")
+
+    @field_validator("alphas", mode="before")
+    @classmethod
+    def _strengths(cls, value: Any) -> tuple[float, ...]:
+        """None of them means the search, which is the default."""
+        return () if value is None or (isinstance(value, str | list | tuple) and not value) else parse_strengths(value)
 
     @field_validator("criterion", mode="before")
     @classmethod
