@@ -50,7 +50,7 @@ def test_every_extra_is_among_those_that_are_taken_away():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = {NAMES.get(m, m) for m in MODULES}
     for extra, needs in project["optional-dependencies"].items():
-        if extra in ("demo", "test", "dev"):
+        if extra in ("demo", "docs", "test", "dev"):
             continue
         names = {n.split(">")[0].split("=")[0].split("<")[0].strip() for n in needs}
         assert names - {"jinja2"} <= wanted, f"{extra} brings {names - wanted}"

@@ -344,9 +344,9 @@ def test_a_grid_that_stopped_says_so_and_is_no_result(cli, model, here):
 def test_the_help_names_the_ranges_of_the_criteria(cli):
     text = " ".join(cli("threshold", "--help").out.split())
     kl, kappa = CRITERIA["kl"].range, CRITERIA["kappa"].range
-    assert f"default {kl[0]:g} (kappa 1e-5)" in text
+    assert f"Default {kl[0]:g} (kappa 1e-5)" in text
     assert kappa[0] == 1e-5
-    assert f"default {kl[1]:g} (kappa {kappa[1]:g};" in text
+    assert f"Default {kl[1]:g} (kappa {kappa[1]:g};" in text
     assert {c.range for c in CRITERIA.values() if c.name != "kappa"} == {kl}
 
 
