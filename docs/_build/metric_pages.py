@@ -96,7 +96,7 @@ def metric_page(s: MetricSpec) -> Iterator[str]:
         yield from ("| " + " | ".join(text(part) for part in vector(line)) + " |" for line in s.vectors)
     if found := notes(s):
         yield f"\n## Notes\n\n{found}\n"
-    yield f"\nMore of its kind: [{chapter['title']}]({chapter['slug']}.md).\n"
+    yield f"\nMore of its kind: [{chapter['title']}]({chapter['slug']}/index.md).\n"
 
 
 def table(members: list[str]) -> Iterator[str]:
@@ -127,10 +127,12 @@ def main() -> None:
         if not members:
             continue
         rows = list(table(members))
-        overview += [f"\n## [{chapter['title']}]({chapter['slug']}.md)\n", chapter["text"] + "\n", *rows]
-        summary.append(f"- [{chapter['title']}]({chapter['slug']}.md)")
+        home = f"{chapter['slug']}/index.md"
+        overview += [f"\n## [{chapter['title']}]({home})\n", chapter["text"] + "\n", *rows]
+        summary.append(f"- [{chapter['title']}]({home})")
         summary += [f"    - [{i}]({Path(page_of(i)).name})" for i in members]
-        write(f"metrics/{chapter['slug']}.md", [f"# {chapter['title']}\n", chapter["text"] + "\n", *rows])
+        lower = [line.replace("](", "](../") for line in (chapter["text"] + "\n", *rows)]
+        write(f"metrics/{home}", [f"# {chapter['title']}\n", *lower])
         for metric_id in members:
             write(page_of(metric_id), metric_page(spec(metric_id)))
     write("metrics/index.md", overview)

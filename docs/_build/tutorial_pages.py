@@ -56,17 +56,24 @@ def executed(script: Path) -> Any:
     return notebook
 
 
+def shown(output: Any) -> Any:
+    """Return one output as Markdown that sets it apart from the code; pictures stay as they are."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        body = f'<div class="output">{_TABLE.sub("", data["text/html"])}</div>'
+    elif "image/svg+xml" in data or "image/png" in data:
+        return output
+    else:
+        printed = _ANSI.sub("", output.text if output.output_type == "stream" else data.get("text/plain", ""))
+        body = f"``` {{ .text .output }}\n{printed.rstrip()}\n```"
+    return nbformat.v4.new_output("display_data", {"text/markdown": body})
+
+
 def clean(notebook: Any) -> Any:
-    """Join the pieces of printed output, and drop progress and colours."""
+    """Bring the output of every cell into the form of a page; progress, which goes to stderr, is left out."""
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = _ANSI.sub("", output.text)
-            if "text/html" in output.get("data", {}):
-                output.data["text/html"] = _TABLE.sub("", output.data["text/html"])
-        cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
-        if cell.cell_type != "code":
-            del cell["outputs"]
+        if cell.cell_type == "code":
+            cell.outputs = [shown(o) for o in cell.outputs if o.get("name") != "stderr"]
     return notebook
 
 

@@ -53,7 +53,7 @@ pd.Series(strengths.sort(descending=True).values.numpy(), name="strength").round
 # ## What it does, beside controls of the same dose
 #
 # A strength ε says as little as an α without a unit. `attract` solves ε for a **dose**: the mean KL divergence from
-# the bare model on given text. Then the layer stands beside arms that write with the same ε: a constant direction,
+# the bare model on given text. Then the layer stands beside arms whose own ε gives the same KL: a constant direction,
 # and a random one.
 
 # %%
@@ -75,7 +75,7 @@ run.plot.slots(save="slots.png")
 #
 # - What the layer changes and the controls of the same KL change just as much is an effect of being pushed, not of
 #   memory.
-# - Six short texts of a model of 0.8 million parameters settle nothing about long generation. The intervals say so;
+# - Four short texts of a model of 0.8 million parameters settle nothing about long generation. The intervals say so;
 #   the study with its defaults is `dynprobe attract --model smollm2-135m`.
 # - The published form of this idea changed the cache as well; [the attractor layer](../attractor.md) lists the
 #   defects that were removed, and what remains.

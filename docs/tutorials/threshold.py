@@ -34,7 +34,7 @@ llama.plot.response(save="response.png")
 cem = dp.threshold("tiny-cem", layers="50%", limit=12, out="runs")
 compared = dp.compare([llama, cem])
 shown = compared.thresholds
-shown[[c for c in ("scale", "criterion", "a", "b", "ratio", "low", "high") if c in shown]].round(3)
+shown[[c for c in ("scale", "criterion", "a", "b", "ratio", "ratio_low", "ratio_high") if c in shown]].round(3)
 
 # %% [markdown]
 # Read the ratios by row. Under `relnorm` a push is measured by the norm of the state it is added to; under `coordstd`
@@ -50,12 +50,13 @@ shown[[c for c in ("scale", "criterion", "a", "b", "ratio", "low", "high") if c 
 # %%
 grid = dp.threshold("tiny-llama", layers="50%", scale="relnorm", alphas="0.05:5:12", limit=12, out="runs")
 fits = grid.table("fits")
-fits[[c for c in ("estimator", "alpha50", "low", "high", "status") if c in fits]].round(4)
+fits[[c for c in ("estimator", "alpha50", "low", "high", "status", "reason") if c in fits]].round(4)
 
 # %% [markdown]
 # Several estimates, several questions. The first is the median over prompts of each one's own threshold; the second
 # is where the *mean* response crosses, which prompts with a large response pull down; the logistic curve needs a
-# shape and the isotonic and Spearman–Kärber estimates do not. Quote one, with its id.
+# shape and the isotonic and Spearman–Kärber estimates do not. A row without a number says why it has none: a fit that
+# its data do not carry is not forced. Quote one, with its id.
 #
 # ## What it does not show
 #
