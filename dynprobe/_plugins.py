@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -122,6 +123,7 @@ class Registry(Generic[T]):
         self.group, self.kind, self._builtin, self._check = group, kind, builtin, check
         self._made: dict[str, T] = {}
         self._warned: set[str] = set()
+        self._lent: dict[str, T] = {}
 
     @property
     def builtin(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.builtin or any(p.name == name for p in plugins(self.group))
+        return name in self._lent or name in self.builtin or any(p.name == name for p in plugins(self.group))
 
     def plugin(self, name: str) -> Plugin | None:
         """Return the plug-in of a name, or None where the name is dynprobe's own or nobody's."""
@@ -152,6 +154,8 @@ class Registry(Generic[T]):
             UsageError: If nobody has this name.
             PluginError: If two packages have it, or the one that has it cannot be loaded.
         """
+        if name in self._lent:
+            return self._lent[name]
         if name not in self._made:
             self._made[name] = self._load(name)
         return self._made[name]
@@ -200,6 +204,16 @@ class Registry(Generic[T]):
         """Say that nobody has a name, with the nearest one that somebody has."""
         known = self.names()
         return f"unknown {self.kind} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}"
+
+    @contextmanager
+    def lent(self, name: str, thing: T) -> Iterator[None]:
+        """Give a thing a name for the length of the block, as a suite does that tries it before it is installed."""
+        before = dict(self._lent)
+        self._lent[name] = thing
+        try:
+            yield
+        finally:
+            self._lent = before
 
     def status(self, plugin: Plugin) -> Status:
         """Try whether a plug-in of this group loads and may bear its name."""

@@ -74,7 +74,7 @@ class _Sent:
     ident: str
     weights: str
     version: str
-    plugins: Sequence[Mapping[str, str]]
+    plugins: Sequence[Mapping[str, str]] = ()
 
 
 def engine_of(config: RunConfig, call: Call | None) -> tuple[Engine, bool] | None:

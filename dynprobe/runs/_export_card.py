@@ -14,6 +14,7 @@ import pyarrow as pa
 import yaml
 
 from dynprobe.runs._card import facts_lines
+from dynprobe.runs._export_formats import FORMATS
 from dynprobe.runs._export_tables import describe_columns
 from dynprobe.runs._manifest import Manifest
 from dynprobe.runs._schema import TABLES
@@ -116,14 +117,8 @@ def _reading(side: Mapping[str, Any]) -> list[str]:
     lines = ["", "## To read it", "", "```python"]
     if main is not None:
         file = f"FOLDER/{next(t['files'][0] for t in held if t['name'] == main)}"
-        lines += [{
-            "hf": f'import datasets\ntable = datasets.load_dataset("FOLDER", "{main}")["train"].to_pandas()',
-            "arrow": f'import pyarrow as pa\ntable = pa.ipc.open_file(pa.memory_map("{file}")).read_all()',
-            "csv": f'import pandas as pd\ntable = pd.read_csv("{file}")',
-            "npz": f'import numpy as np\narrays = np.load("{file}")   # column.codes, column.utf8, …: see docs',
-            "safetensors": f'from safetensors.numpy import load_file\narrays = load_file("{file}")',
-            "zarr": f'import zarr\narrays = zarr.open_group("FOLDER/run.zarr", mode="r")["{main}"]',
-        }[side["to"]], ""]  # fmt: skip
+        code = FORMATS[side["to"]].code
+        lines += [code.format(file=file, table=main), ""] if code else []
     again = 'import dynprobe as dp\nrun = dp.ingest("FOLDER", out="runs")   # a run folder again, the same tables'
     return [*lines, again, "```"]
 

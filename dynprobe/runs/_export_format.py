@@ -30,12 +30,15 @@ class Format(NamedTuple):
         read: ``(folder, files, schema) → tables``: what those files hold, in order, with the columns and types of the
             schema (:func:`as_schema` gives them to a table).
         states: Whether hidden states can be written.
+        code: Python that reads one table without dynprobe, for the export's page; ``{file}`` and ``{table}`` stand for
+            its first file and its name, FOLDER for the export.
     """
 
     title: str
     write: Callable[[Path, str, pa.Schema, Chunks], list[str]]
     read: Callable[[Path, Sequence[str], pa.Schema], Iterator[pa.Table]]
     states: bool = True
+    code: str = ""
 
 
 def is_states(schema: pa.Schema) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dynprobe.controllers import Controller, Steering
-from dynprobe.errors import CalibrationError, ModelError, SelfTestError
+from dynprobe.errors import CalibrationError, ModelError
 from dynprobe.probes import (
     Calibration,
     Instrument,
@@ -32,6 +33,7 @@ from dynprobe.probes import (
 from dynprobe.probes._decode import can_shrink
 from dynprobe.probes._evaluating import evaluating
 from dynprobe.probes._outputs import logits_of
+from dynprobe.testing._suite import Suite
 
 __all__ = ["CONTROLLER_CHECKS", "check_controller"]
 
@@ -62,6 +64,8 @@ def check_controller(
     make: Callable[[], Controller],
     subject: Subject | None = None,
     calibration: Calibration | None = None,
+    *,
+    only: str | None = None,
 ) -> tuple[str, ...]:
     """Try whether a controller keeps the contract.
 
@@ -76,6 +80,7 @@ def check_controller(
         make: Returns a new controller.
         subject: A language model with a cache; default the zoo's ``tiny-llama``.
         calibration: Of that model; made here if the controller asks for one.
+        only: One check, by name.
 
     Returns:
         The checks that were made; ``quiet`` is left out where the controller wrote, ``rewound`` where the model's cache
@@ -98,7 +103,7 @@ def check_controller(
     if not can_shrink(subject):
         raise ModelError(f"{subject.name} takes no cache, so nothing can act between its tokens; take another model")
     with torch.no_grad(), evaluating(subject.model):
-        return _Suite(make, subject, _calibration(make, subject, calibration)).run()
+        return _Suite(make, subject, _calibration(make, subject, calibration)).run(only)
 
 
 def _calibration(make: Callable[[], Controller], subject: Subject, given: Calibration | None) -> Calibration | None:
@@ -113,7 +118,9 @@ def _calibration(make: Callable[[], Controller], subject: Subject, given: Calibr
     return None
 
 
-class _Suite:
+class _Suite(Suite):
+    kind, checks = "controllers", CONTROLLER_CHECKS
+
     def __init__(self, make: Callable[[], Controller], subject: Subject, calibration: Calibration | None) -> None:
         self.make, self.subject, self.calibration = make, subject, calibration
         vocab = subject.vocab_size or 100
@@ -123,21 +130,17 @@ class _Suite:
         self.rounding = _ROUNDING[subject.dtype.itemsize]
         self.name = make().id or type(make()).__name__
 
-    def run(self) -> tuple[str, ...]:
-        done = [self.detached()]
-        together = self.fed(self.prompts, self.new)
-        done += [self.repeatable(together), self.idle(together)]
-        if not (together.actions["energy"] > 0).any():
-            done.append(self.quiet(together))
-        alone = [self.fed([prompt], [new]) for prompt, new in zip(self.prompts, self.new, strict=True)]
-        for row, trace in enumerate(alone):
-            self.compare("alone", trace, together, row, "a row by itself and the same row in a padded batch")
-        self.leaving(alone)
-        self.reordered(alone)
-        done += ["alone", "leaving", "reordered"]
-        return (*done, *self.rewound(together))
+    @cached_property
+    def together(self) -> _Trace:
+        """All rows in one padded batch."""
+        return self.fed(self.prompts, self.new)
 
-    def detached(self) -> str:
+    @cached_property
+    def by_themselves(self) -> list[_Trace]:
+        """Each row alone."""
+        return [self.fed([prompt], [new]) for prompt, new in zip(self.prompts, self.new, strict=True)]
+
+    def detached(self) -> None:
         subject = self.subject
         ids = torch.tensor([self.prompts[0]], device=subject.device)
         before = logits_of(subject.model(ids))
@@ -152,9 +155,9 @@ class _Suite:
                 pass
         if live_hooks(subject.model) != hooks or not identical(before, logits_of(subject.model(ids))):
             self.fail("detached", "the model does not give the same bits as before, once the controller is gone")
-        return "detached"
 
-    def repeatable(self, first: _Trace) -> str:
+    def repeatable(self) -> None:
+        first = self.together
         again = self.fed(self.prompts, self.new)
         self.compare("repeatable", first, again, None, "two new controllers on the same text", exact=True)
         one = self.steering()
@@ -163,40 +166,44 @@ class _Suite:
         self.compare(
             "repeatable", first, second, None, f"a controller's first and its second sequence ({_ON_SELF})", exact=True
         )
-        return "repeatable"
 
-    def idle(self, together: _Trace) -> str:
+    def idle(self) -> None:
         asked = self.fed(self.prompts, self.new, _Asked(self.make(), self.subject, self.calibration))
-        self.compare("idle", together, asked, None, "a run and one where it was asked though idle", exact=True)
-        return "idle"
+        self.compare("idle", self.together, asked, None, "a run and one where it was asked though idle", exact=True)
 
-    def quiet(self, together: _Trace) -> str:
+    def quiet(self) -> bool:
+        if (self.together.actions["energy"] > 0).any():
+            return False
         none = self.fed(self.prompts, self.new, Steering(Controller(), self.subject))
         for at, state in none.states.items():
-            if not identical(state, together.states[at]):
+            if not identical(state, self.together.states[at]):
                 self.fail("quiet", f"nothing was written, yet row {at[0]} position {at[1]} has other bits")
-        return "quiet"
+        return True
 
-    def leaving(self, alone: Sequence[_Trace]) -> None:
+    def alone(self) -> None:
+        for row, trace in enumerate(self.by_themselves):
+            self.compare("alone", trace, self.together, row, "a row by itself and the same row in a padded batch")
+
+    def leaving(self) -> None:
         lengths = (3, _N_NEW, 6)
         short = self.fed(self.prompts, [new[:n] for new, n in zip(self.new, lengths, strict=True)])
-        for row, trace in enumerate(alone):
+        for row, trace in enumerate(self.by_themselves):
             self.compare("leaving", trace, short, row, "a row by itself and one whose neighbours left the batch")
 
-    def reordered(self, alone: Sequence[_Trace]) -> None:
+    def reordered(self) -> None:
         swapped = self.fed(self.prompts, self.new, order=np.array([2, 0, 1]))
-        for row, trace in enumerate(alone):
+        for row, trace in enumerate(self.by_themselves):
             self.compare("reordered", trace, swapped, row, "a row by itself and one that changed places in the batch")
 
-    def rewound(self, together: _Trace) -> tuple[str, ...]:
+    def rewound(self) -> bool:
         try:
             back = self.fed(self.prompts, self.new, self.steering(remember=True), rewind=3)
         except _CannotCut:
-            return ()
+            return False
         self.compare(
-            "rewound", together, back, None, f"a run and one with tokens taken back and given again ({_ON_SELF})"
+            "rewound", self.together, back, None, f"a run and one with tokens taken back and given again ({_ON_SELF})"
         )
-        return ("rewound",)
+        return True
 
     def steering(self, *, remember: bool = False) -> Steering:
         return Steering(self.make(), self.subject, self.calibration, remember=remember)
@@ -290,9 +297,6 @@ class _Suite:
             return True
         spread = float(some.std(correction=0)) or float(some.abs().max())
         return float((some - b[known]).abs().max()) <= self.rounding * max(spread, 1e-12)
-
-    def fail(self, check: str, what: str) -> None:
-        raise SelfTestError(f"{self.name} breaks the contract of controllers ({check}): {what}")
 
 
 class _Asked(Steering):

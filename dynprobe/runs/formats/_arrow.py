@@ -35,4 +35,9 @@ def _read_arrow(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iterat
             yield as_schema(pa.ipc.open_file(source).read_all(), schema)
 
 
-FORMAT = Format("Arrow files", _write_arrow, _read_arrow)
+FORMAT = Format(
+    "Arrow files",
+    _write_arrow,
+    _read_arrow,
+    code='import pyarrow as pa\ntable = pa.ipc.open_file(pa.memory_map("{file}")).read_all()',
+)

@@ -90,4 +90,10 @@ def _unflat(table: pa.Table, schema: pa.Schema, guarded: bool) -> pa.Table:
     return pa.Table.from_arrays(columns, names=schema.names)
 
 
-FORMAT = Format("CSV; hidden states cannot be written", _write_csv, _read_csv, states=False)
+FORMAT = Format(
+    "CSV; hidden states cannot be written",
+    _write_csv,
+    _read_csv,
+    states=False,
+    code='import pandas as pd\ntable = pd.read_csv("{file}")',
+)

@@ -29,4 +29,9 @@ def _read_npz(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iterator
             yield from_arrays({name: opened[name] for name in opened.files if name != "dynprobe.columns"}, schema)
 
 
-FORMAT = Format("NumPy arrays", _write_npz, _read_npz)
+FORMAT = Format(
+    "NumPy arrays",
+    _write_npz,
+    _read_npz,
+    code='import numpy as np\narrays = np.load("{file}")   # column.codes, column.utf8, …: see docs',
+)

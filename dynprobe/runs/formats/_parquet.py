@@ -48,4 +48,9 @@ def _read_parquet(folder: Path, files: Sequence[str], schema: pa.Schema) -> Iter
             yield as_schema(opened.read(), schema)
 
 
-FORMAT = Format("Parquet, as datasets.load_dataset and the hub's viewer open it", _write_parquet, _read_parquet)
+FORMAT = Format(
+    "Parquet, as datasets.load_dataset and the hub's viewer open it",
+    _write_parquet,
+    _read_parquet,
+    code='import datasets\ntable = datasets.load_dataset("FOLDER", "{table}")["train"].to_pandas()',
+)

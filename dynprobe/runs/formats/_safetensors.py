@@ -49,4 +49,9 @@ def _read_safetensors(folder: Path, files: Sequence[str], schema: pa.Schema) -> 
         yield from_arrays(arrays, schema)
 
 
-FORMAT = Format("safetensors", _write_safetensors, _read_safetensors)
+FORMAT = Format(
+    "safetensors",
+    _write_safetensors,
+    _read_safetensors,
+    code='from safetensors.numpy import load_file\narrays = load_file("{file}")',
+)

@@ -60,4 +60,9 @@ def _zarr() -> Any:
     return zarr
 
 
-FORMAT = Format("one Zarr group per table", _write_zarr, _read_zarr)
+FORMAT = Format(
+    "one Zarr group per table",
+    _write_zarr,
+    _read_zarr,
+    code='import zarr\narrays = zarr.open_group("FOLDER/run.zarr", mode="r")["{table}"]',
+)
