@@ -12,8 +12,9 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics._geometry import norms_and_validity
 from dynprobe.metrics._inputs import Trajectory, as_trajectory
+from dynprobe.metrics._range import HIGH, LOW
 from dynprobe.metrics._registry import Metric, MetricSpec, format_id
-from dynprobe.metrics._result import Result, Scores, first_reason
+from dynprobe.metrics._result import Array, Bools, Result, Scores, first_reason
 
 if TYPE_CHECKING:
     from dynprobe.metrics._sample import Context
@@ -76,8 +77,9 @@ def trajectory_metric(spec: MetricSpec, formula: Formula) -> Metric:
         (reason,) = first_reason(1, (n_keep == 0, "empty"), (2 * n_ok < n_keep, "coverage"))
         value: Any = np.nan
         if reason is None:
+            ok = valid & keep
             with np.errstate(all="ignore"):
-                found = formula(x, valid & keep, **params)
+                found = formula(_levelled(x, ok) if "S" in spec.invariances else x, ok, **params)
             value, reason = found if isinstance(found, tuple) else (found, None)
         return Result(
             float(value), reason, coverage, int(keep.any(0).sum()), max(len(keep) - 1, 0), metric_id, dtype=t.dtype,
@@ -97,6 +99,12 @@ def trajectory_metric(spec: MetricSpec, formula: Formula) -> Metric:
         return _gathered(rows)
 
     return Metric(spec, compute, score=score)
+
+
+def _levelled(x: Array, ok: Bools) -> Array:
+    """States whose squares stay in range: a power of two changes nothing that has no scale."""
+    largest = np.abs(x[ok]).max(initial=0.0)
+    return x if LOW < largest < HIGH else np.ldexp(x, -int(np.frexp(largest)[1]))
 
 
 def _gathered(rows: Sequence[Result]) -> Scores:

@@ -170,6 +170,7 @@ class _Suite(Suite):
         spread = float(tape.logits[tape.mask].double().std())
         for depth in {1, max(1, subject.n_layers // 2), subject.n_layers}:
             again = resume(tape, at=depth, states=tape.states[depth], logits="all")
+            assert again.logits is not None
             off = float((again.logits[tape.mask].double() - tape.logits[tape.mask].double()).abs().max()) / spread
             if not off <= 1e-4:
                 self.fail("resume", f"a forward that begins at depth {depth} gives logits {off:.1g} SD off")
