@@ -199,6 +199,7 @@ def test_another_version_goes_on_only_with_force(package, tmp_path, monkeypatch)
     assert run.manifest.continuations[-1]["forced"] is True
 
 
+@pytest.mark.slow
 def test_workers_find_them(package, tmp_path):
     package("acme", POINTS, of_acme=TEXT)
     here = dp.run("tiny-llama", PROMPTS, **QUICK, out=str(tmp_path / "a"))

@@ -14,6 +14,7 @@ from dynprobe.testing import ENGINE_CHECKS, check_engine
 SETTINGS = {"workers": 2, "worker_threads": 1, "address": None, "worker_gpus": None, "slurm": ("cluster=local",)}
 
 
+@pytest.mark.slow
 def test_local_passes():
     assert check_engine(lambda folder: Local.made(SETTINGS, folder)) == ENGINE_CHECKS
 
