@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynprobe._ranges import whole_numbers
 from dynprobe.cli._commands import print_json
 from dynprobe.errors import UsageError
 
@@ -66,14 +67,10 @@ def _whole(flag: str, text: str) -> int | str:
 
 
 def _dims(text: str) -> list[int]:
-    out: list[int] = []
-    for part in text.split(","):
-        first, colon, last = part.partition(":")
-        try:
-            out += range(int(first), int(last) + 1) if colon else [int(first)]
-        except ValueError:
-            raise UsageError(f"--dims {text!r}; write 1:6 (both ends) or 2,3,8") from None
-    return out
+    try:
+        return list(whole_numbers(text, closed=True))
+    except ValueError:
+        raise UsageError(f"--dims {text!r}; write 1:6 (both ends) or 2,3,8") from None
 
 
 def _label(text: str) -> tuple[str, str]:

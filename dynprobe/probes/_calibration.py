@@ -140,6 +140,9 @@ def load_calibration(folder: Path) -> Calibration:
         # Copies: the file is mapped into memory, and cutting it short in place would end the process without a word.
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / _TENSORS).items()}
         signals = {k: np.asarray(v, dtype=np.float64) for k, v in header.pop("signals").items()}
+        for name, levels in signals.items():
+            if levels.shape != np.shape(QUANTILE_LEVELS) or not (np.diff(levels) >= -1e-9 * np.abs(levels[1:])).all():
+                raise ValueError(f"the quantiles of {name} are {len(QUANTILE_LEVELS)} numbers in ascending order")
         intact = stored == _digest(folder / _TENSORS) and "hash" in header
     except Exception as error:
         raise CalibrationError(

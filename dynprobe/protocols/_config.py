@@ -157,6 +157,24 @@ class RunConfig(SpreadConfig):
             raise UsageError(
                 f"{name}={shown}: {first['msg'].removeprefix('Value error, ')}{near_choice(first)}"
             ) from cause
+        except (TypeError, AttributeError, OverflowError) as error:
+            # Settings that take several spellings meet a kind of value that none of them has: null, say, in a file.
+            name = next((key for key, value in values.items() if cls._stumbles(key, value)), "")
+            if not name:
+                raise
+            given = values[name]
+            raise UsageError(f"{name}={given!r:.80}: a {type(given).__name__} of this kind cannot be read") from error
+
+    @classmethod
+    def _stumbles(cls, key: str, value: Any) -> bool:
+        """Whether a setting alone ends its reader."""
+        try:
+            cls(**{key: value})
+        except ValidationError:
+            return False
+        except (TypeError, AttributeError, OverflowError):
+            return True
+        return False
 
 
 def near_choice(error: Mapping[str, Any]) -> str:

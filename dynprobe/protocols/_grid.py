@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
 
+from dynprobe._ranges import whole_numbers
 from dynprobe.errors import SiteError, UsageError
 from dynprobe.probes import Perturb, PerturbWriter, Subject, Where
 from dynprobe.probes._perturb_values import number_text
@@ -120,10 +121,7 @@ class GridConfig(RunConfig):
     @classmethod
     def _seeds(cls, value: Any) -> tuple[int, ...]:
         if isinstance(value, str):
-            ends = value.split(":")
-            if len(ends) == 2:
-                return tuple(range(int(ends[0] or 0), int(ends[1])))
-            return tuple(int(item) for item in value.replace("+", ",").split(","))
+            return whole_numbers(value.replace("+", ","))
         return tuple(int(item) for item in np.atleast_1d(value))
 
     @field_validator("scale", "kind", mode="before")

@@ -40,7 +40,9 @@ class SpreadConfig(BaseModel):
     @field_validator("slurm", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> tuple[str, ...]:
-        texts = (value,) if isinstance(value, str) else tuple(value)
+        if not isinstance(value, str | list | tuple):
+            raise ValueError("a list of name=value")
+        texts = (value,) if isinstance(value, str) else value
         items = tuple(item.strip() for text in texts for item in str(text).split(",") if item.strip())
         wrong = [item for item in items if "=" not in item]
         if wrong:

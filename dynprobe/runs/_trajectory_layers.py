@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dynprobe._ranges import whole_numbers
 from dynprobe.errors import UsageError
 from dynprobe.runs._trajectory_raw import Raw, refuse
 
@@ -68,15 +69,12 @@ def read_depths(text: str | Sequence[int] | None) -> tuple[int, ...] | None:
     if text is None or not isinstance(text, str):
         return None if text is None else tuple(int(d) for d in text)
     try:
-        out: list[int] = []
-        for item in text.split(","):
-            first, colon, last = item.partition(":")
-            out += range(int(first or 0), int(last)) if colon else [int(first)]
+        found = whole_numbers(text)
     except ValueError:
         raise UsageError(f"--depths {text!r}; it is numbers such as 2,16,29 or 0:13") from None
-    if not out:
+    if not found:
         raise UsageError(f"--depths {text!r} names no depth")
-    return tuple(out)
+    return found
 
 
 def hook_depth(name: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,24 @@ def damage_other_json(folder: Path) -> None:
 def damage_no_signals(folder: Path) -> None:
     header = json.loads((folder / "calibration.json").read_text())
     (folder / "calibration.json").write_text(json.dumps({k: v for k, v in header.items() if k != "signals"}))
+
+
+def _with_signals(folder: Path, change: Any) -> None:
+    header = json.loads((folder / "calibration.json").read_text())
+    header["signals"] = {name: change(levels) for name, levels in header["signals"].items()}
+    (folder / "calibration.json").write_text(json.dumps(header))
+
+
+def damage_fewer_quantiles(folder: Path) -> None:
+    _with_signals(folder, lambda levels: levels[:-1])
+
+
+def damage_quantiles_out_of_order(folder: Path) -> None:
+    _with_signals(folder, lambda levels: [levels[-1] + 1, *levels[1:]])
+
+
+def damage_quantiles_that_are_no_numbers(folder: Path) -> None:
+    _with_signals(folder, lambda levels: [float("nan"), *levels[1:]])
 
 
 def damage_everything(folder: Path) -> None:

@@ -253,6 +253,7 @@ def test_the_embedding_alone_runs_no_block() -> None:
 
 def test_the_head_sees_only_last_tokens_where_it_can() -> None:
     found, shapes = subject("llama"), []
+    capture(found, ROWS, padding="left")  # whether it can is tried once
     handle = found.model.lm_head.register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape[1]))  # type: ignore[union-attr, operator]
     capture(found, ROWS, padding="left")
     capture(found, [r[:3] for r in ROWS], padding="right")

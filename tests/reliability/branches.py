@@ -12,28 +12,29 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 #: Percent of branches over all modules together.
 LEAST = 95.0
 
-#: What is read → modules that read it.
+#: What is read → modules that read it; of modules that do more, the functions that read.
 READERS = {
-    "mini-language": ("probes/_grammar", "probes/_where", "probes/_perturb", "probes/_perturb_values",
-                      "protocols/_grid"),
+    "the mini-language": ("probes/_grammar", "probes/_where", "probes/_perturb", "probes/_perturb_values",
+                          "protocols/_grid:parse_strengths", "protocols/_grid:_check_ends"),
     "settings, designs, YAML": ("_yaml", "protocols/_config", "protocols/_spread_config", "protocols/_panel_config"),
     "prompts and items": ("prompts/_read", "prompts/_prompt", "prompts/_items"),
     "trajectories": ("runs/_trajectory_file", "runs/_trajectory_raw", "runs/_trajectory_checks",
                      "runs/_trajectory_layers", "runs/_trajectory_arrays", "runs/_trajectory_dumps",
                      "runs/_trajectory_table"),
-    "directions, array files": ("runs/_array_file", "protocols/_strength"),
-    "manifests, parts, damage": ("runs/_json", "runs/_manifest", "runs/_open", "runs/_tables", "runs/_damage",
-                                 "runs/_damage_files", "runs/_damage_manifest"),
-    "exports": ("runs/_export_sidecar", "runs/_export_import", "runs/_export_formats"),
-    "models": ("models/_source", "models/_folder", "models/_gguf"),
+    "directions, array files": ("runs/_array_file", "protocols/_strength:read_direction"),
+    "manifests, parts, damage": ("runs/_json", "runs/_manifest", "runs/_tables", "runs/_damage", "runs/_damage_files",
+                                 "runs/_damage_manifest"),
+    "exports": ("runs/_export_sidecar", "runs/_export_import", "runs/_export_format", "runs/formats/_csv"),
+    "model folders, GGUF": ("models/_source", "models/_folder", "models/_gguf"),
     "attractor layers, calibrations": ("controllers/attractor/_stored", "controllers/attractor/_settings",
-                                       "probes/_calibration"),
-    "command line": ("cli/_main", "cli/_options", "cli/_commands"),
+                                       "probes/_calibration:load_calibration"),
+    "the command line": ("cli/_main", "cli/_commands:settings_of"),
 }  # fmt: skip
 TESTS = (
     "tests/reliability/test_fuzz.py", "tests/reliability/test_hostile.py", "tests/reliability/test_command_line.py",
@@ -49,20 +50,28 @@ TESTS = (
 )  # fmt: skip
 
 
-def measure(tests: list[str]) -> dict[str, dict[str, float]]:
-    """Run the tests under coverage.py; module → what it says of its branches."""
-    modules = [f"dynprobe/{name}.py" for names in READERS.values() for name in names]
+def measure(tests: list[str]) -> dict[str, dict[str, Any]]:
+    """Run the tests under coverage.py; reader → its branches, those that were taken, and those that were not."""
+    readers = [name for names in READERS.values() for name in names]
+    modules = list(dict.fromkeys(f"dynprobe/{name.partition(':')[0]}.py" for name in readers))
     with tempfile.TemporaryDirectory() as folder:
         data = f"--data-file={folder}/coverage"
-        command = [sys.executable, "-m", "coverage", "run", data, "--branch", f"--include={','.join(modules)}",
-                   "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not long", *tests]  # fmt: skip
+        command = [
+            sys.executable, "-m", "coverage", "run", data, "--branch", f"--include={','.join(modules)}",
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not long", *tests, *modules,
+        ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT)
         if done.returncode:
             raise SystemExit("a test failed; the figures would say nothing")
         report = Path(folder) / "report.json"
         subprocess.run([sys.executable, "-m", "coverage", "json", data, "-o", str(report)], cwd=ROOT, check=True)
-        found = json.loads(report.read_text())["files"]
-    return {name.removeprefix("dynprobe/").removesuffix(".py"): facts for name, facts in found.items()}
+        files = json.loads(report.read_text())["files"]
+    found = {}
+    for name in readers:
+        module, _, function = name.partition(":")
+        facts = files[f"dynprobe/{module}.py"]
+        found[name] = facts["functions"][function] if function else facts
+    return found
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,8 @@ def guided(target: str, cases: int, seed: int) -> None:
     """Inputs guided by the branches they reach, until so many were tried; ends the process."""
     import atheris
 
+    from dynprobe.errors import DynprobeError
+
     with atheris.instrument_imports(include=list(fuzz_targets.MODULES[target]), enable_loader_override=False):
         fuzz_targets.load(target)
     own = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -153,6 +155,9 @@ def guided(target: str, cases: int, seed: int) -> None:
     corpus.mkdir()
     for i, data in enumerate([*stored(CORPUS, target), *stored(FOUND, target), *fuzz_targets.seeds(target)]):
         (corpus / f"seed-{i:04d}").write_bytes(data)
+    warm = fuzz_targets.seeds(target)[0]
+    with suppress(DynprobeError):  # what is imported only now is no hang either
+        TARGETS[target](warm, scratch)
     count, began = 0, time.perf_counter()
 
     def one(data: bytes) -> None:
