@@ -221,7 +221,7 @@ def test_doubled_and_damaged_archives(npz, tmp_path):
     (tmp_path / "x.csv").write_text("1")
     refused(tmp_path / "x.csv", ".csv", ".parquet")
     refused(tmp_path, "is a folder")
-    refused(tmp_path / "stats.npz", "Did you mean 'states.npz'?")
+    refused(tmp_path / "stats.npz", "Did you mean", "states.npz'?")
 
 
 def test_two_stages_count_by_themselves(npz):
