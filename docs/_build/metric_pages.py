@@ -85,7 +85,8 @@ def metric_page(s: MetricSpec) -> Iterator[str]:
     """The lines of one page."""
     chapter = chapter_of(s.family)
     yield f"# {s.id}\n\n{text(s.sentence)}\n"
-    yield f"$$\n{s.latex}\n$$\n"
+    if s.latex:  # ours all have one; a metric of another package may do without
+        yield f"$$\n{s.latex}\n$$\n"
     yield '<div class="facts" markdown>\n\n| | |\n|---|---|'
     yield from (f"| {key} | {value} |" for key, value in facts(s))
     yield "\n</div>\n\n## Definition\n"
