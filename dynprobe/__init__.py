@@ -51,6 +51,8 @@ _PUBLIC: dict[str, str] = {
     "trace_callback": "dynprobe.runs",
 }
 _ALIASES = {"open": "open_run"}
+#: Old public name → its new one, and the version in which the old one goes; until then it works and warns.
+_RENAMED: dict[str, tuple[str, str]] = {}
 _ROOMS = (
     "claims", "cli", "controllers", "engines", "errors", "metrics", "models", "probes", "prompts", "protocols", "runs",
     "testing",
@@ -111,7 +113,9 @@ def __getattr__(name: str) -> Any:
     elif name in _ROOMS:
         value = importlib.import_module(f"dynprobe.{name}")
     else:
-        raise AttributeError(f"module 'dynprobe' has no attribute {name!r}")
+        from dynprobe._renamed import renamed
+
+        return renamed(__name__, _RENAMED)(name)
     globals()[name] = value
     return value
 

@@ -4,7 +4,7 @@ Comments in the page's source say what a reader knows and a machine does not:
 
     <!-- test: skip REASON -->            the next block is not run, and why
     <!-- test: append --limit 2 -->       flags added to every dynprobe command of the next block
-    <!-- test: replace LONG SHORT -->     from here on, SHORT is run where the page says LONG
+    <!-- test: replace LONG => SHORT -->  from here on, SHORT is run where the page says LONG
     <!-- test: setup                      Python run before the next block; the names it sets are the page's names,
     series = … -->                        and a word such as RUN of a command stands for the variable RUN
 """
@@ -56,7 +56,8 @@ def snippets(page: str, *, tables: bool = False) -> list[Snippet]:
     for part in parts:
         line = page.count("\n", 0, part.start()) + 1
         if part.re is _DIRECTIVE and part["word"] == "replace":
-            replaced.append(tuple(part["text"].split(maxsplit=1)))  # type: ignore[arg-type]
+            long, short = part["text"].strip().split(" => ")
+            replaced.append((long, short))
         elif part.re is _DIRECTIVE:
             said[part["word"]] = part["text"].strip()
         elif part.re is _ROW:
@@ -66,7 +67,7 @@ def snippets(page: str, *, tables: bool = False) -> list[Snippet]:
         else:
             text = part["text"]
             for long, short in replaced:
-                text = text.replace(long, short.strip())
+                text = text.replace(long, short)
             found.append(Snippet(part["kind"], text, line, **said))
             said = {}
     return found

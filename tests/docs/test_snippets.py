@@ -61,7 +61,7 @@ def test_nothing_is_skipped_without_a_reason() -> None:
 
 def test_a_page_is_taken_apart() -> None:
     text = (
-        "<!-- test: replace big-model small -->\n```bash\ndynprobe run --model big-model\n```\n"
+        "<!-- test: replace big-model => small -->\n```bash\ndynprobe run --model big-model\n```\n"
         "<!-- test: setup\nRUN = 1\n-->\n<!-- test: append --limit 2 -->\n```python\nx = RUN\n```\n"
         "| what | how |\n| it runs | `dynprobe ls`, `dynprobe doctor` |\n"
     )
