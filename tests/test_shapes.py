@@ -144,7 +144,7 @@ def test_what_is_read_pushed_and_measured_has_the_shapes_it_says(functions: set[
 
 
 def test_a_false_shape_is_noticed(functions: set[str]) -> None:
-    subject = tiny_llama()
-    with pytest.raises(TypeError, match=r"readout: h is .*\[2, 16\]"):
-        dp.probes.readout(subject, torch.zeros(2, 16))
-    assert "readout" in functions
+    tape = dp.probes.capture(tiny_llama(), torch.tensor([[5, 6, 7]]))
+    with pytest.raises(TypeError, match=r"resume: states is .*\[2, 16\]"):
+        dp.probes.resume(tape, 1, states=torch.zeros(2, 16))
+    assert "resume" in functions

@@ -245,8 +245,8 @@ def _against(clean: torch.Tensor, arms: Sequence[torch.Tensor]) -> tuple[Array, 
 
 
 def paired_output(
-    logits_clean: Float[torch.Tensor, "*rows vocab"], logits_arm: Float[torch.Tensor, "*rows vocab"]
-) -> dict[str, Float[np.ndarray, "*rows"]]:
+    logits_clean: Float[torch.Tensor, "batch pos vocab"], logits_arm: Float[torch.Tensor, "batch pos vocab"]
+) -> dict[str, Float[np.ndarray, "batch pos"]]:
     """KL(clean ‖ arm) and top-1 flips at every position.
 
     Args:
@@ -317,8 +317,8 @@ def paired_arms(
 
 
 def lens_output(
-    lens_logits: Float[torch.Tensor, "*rows vocab"], model_logits: Float[torch.Tensor, "*rows vocab"]
-) -> dict[str, Float[np.ndarray, "*rows"]]:
+    lens_logits: Float[torch.Tensor, "batch pos vocab"], model_logits: Float[torch.Tensor, "batch pos vocab"]
+) -> dict[str, Float[np.ndarray, "batch pos"]]:
     """Lens entropy, KL(model ‖ lens) and disagreement about the top token at one depth.
 
     Args:
@@ -327,6 +327,11 @@ def lens_output(
 
     Returns:
         ``lens_entropy`` and ``lens_kl``, nats, and ``lens_flip``, 1 where the top tokens differ, float64 [B, T].
+
+    Example:
+        >>> lens, model = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 100.0]]])
+        >>> {name: round(value.item(), 4) for name, value in lens_output(lens, model).items()}
+        {'lens_entropy': 0.6931, 'lens_kl': 0.6931, 'lens_flip': 1.0}
     """
     paired = paired_output(model_logits, lens_logits)
     return {

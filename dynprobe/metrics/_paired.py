@@ -82,6 +82,12 @@ def diverge(
 
     Raises:
         MetricError: The two runs have different numbers of depths or shapes.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+        >>> diverge([x, x], [x, y], torch.ones(1, 1, dtype=torch.bool)).ravel().round(6)
+        array([0. , 0.5])
     """
     n_depths = len(states_clean)
     if n_depths != len(states_arm):
@@ -125,6 +131,16 @@ def paired(clean: Measurement, arm: Measurement, inject: int | None = None) -> l
 
     Raises:
         MetricError: The measurements do not cover the same depths and tokens, or lack angles.
+
+    Example:
+        >>> import torch
+        >>> from dynprobe.metrics import measure
+        >>> torch.manual_seed(0)
+        <torch._C.Generator object at ...>
+        >>> states, mask = [torch.randn(1, 3, 8) for _ in range(4)], torch.ones(1, 3, dtype=torch.bool)
+        >>> clean = measure(states, mask, metrics=["kappa.phase/1"])
+        >>> float(paired(clean, clean)[0])
+        0.0
     """
     for m in (clean, arm):
         if "angle" not in m.depth:

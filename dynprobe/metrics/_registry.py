@@ -261,6 +261,10 @@ def spec(metric_id: str) -> MetricSpec:
 
     Raises:
         MetricError: The id is unknown or malformed.
+
+    Example:
+        >>> spec("kappa.phase/1").unit, spec("kappa.phase/1").value_range
+        ('half-turns', '[0, 1]; 0 in phase, 0.5 quadrature, 1 anti-phase')
     """
     return entry(parse_id(metric_id).id).spec
 

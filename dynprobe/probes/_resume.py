@@ -58,6 +58,14 @@ def resume(
     Raises:
         SiteError: If the depth does not exist, or is not on the tape and no states were given.
         UsageError: If the number of rows is no multiple of the tape's, or the width is not the model's.
+
+    Example:
+        >>> from dynprobe.probes import capture
+        >>> from dynprobe.testing import tiny_llama
+        >>> tape = capture(tiny_llama(), torch.tensor([[5, 6, 7, 8]]), logits="all")
+        >>> again = resume(tape, at=2, states=tape.states[2])
+        >>> again.depths[0], torch.allclose(again.logits, tape.logits, atol=1e-5)
+        (2, True)
     """
     subject = tape.subject
     if subject is None or tape.token_ids is None:
@@ -114,7 +122,7 @@ def _fitting(subject: Subject, states: Tensor, width: int | None) -> Tensor:
     return states.to(device=subject.device, dtype=subject.state_dtype, copy=subject.mutates)
 
 
-def readout(subject: Subject, h: Float[Tensor, "batch pos *slot dim"]) -> Float[Tensor, "batch pos vocab"]:
+def readout(subject: Subject, h: Float[Tensor, "*place dim"]) -> Float[Tensor, "*read vocab"]:
     """Send last-depth states through the model's own final norm and head.
 
     Args:
@@ -126,6 +134,14 @@ def readout(subject: Subject, h: Float[Tensor, "batch pos *slot dim"]) -> Float[
 
     Raises:
         UsageError: If the width is not the model's.
+
+    Example:
+        >>> from dynprobe.probes import capture
+        >>> from dynprobe.testing import tiny_llama
+        >>> subject = tiny_llama()
+        >>> tape = capture(subject, torch.tensor([[5, 6, 7, 8]]), logits="all")
+        >>> torch.allclose(readout(subject, tape.states[subject.n_layers]), tape.logits, atol=1e-5)
+        True
     """
     h = _fitting(subject, h, subject.dim)
     # Without a batch axis each state is a row of one token: no context length can be too short for it.

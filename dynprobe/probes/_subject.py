@@ -61,6 +61,12 @@ class Subject:
         loop: What is known of a looped model's loops; None where every block runs once.
         turns: Its updates in order, one per entry of ``blocks``, in which a module then stands as often as it runs.
         backend: What reads and writes its states: ``"hooks"``, or ``"nnsight"`` traces.
+
+    Example:
+        >>> from dynprobe.testing import tiny_llama
+        >>> subject = tiny_llama()
+        >>> subject.n_layers, subject.dim, subject.block_path, subject.updates["mlp_out"][0]
+        (3, 32, 'model.layers.*', 'mlp')
     """
 
     model: nn.Module

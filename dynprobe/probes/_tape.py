@@ -92,6 +92,14 @@ class Tape:
         passport: Size of the perturbation in every unit, one entry per row and unit; empty without one.
         energies: Of an energy model, ``energy`` of every state and ``energy_prev`` of the one before under the same
             energy, ``[depth, batch, pos]``; else empty.
+
+    Example:
+        >>> import torch
+        >>> from dynprobe.probes import capture
+        >>> from dynprobe.testing import tiny_llama
+        >>> tape = capture(tiny_llama(), torch.tensor([[5, 6, 7, 8]]))
+        >>> tape.depths, tuple(tape.states[3].shape), tuple(tape.at(layer=-1, pos=-1).shape)
+        ((0, 1, 2, 3), (1, 4, 32), (1, 32))
     """
 
     states: States

@@ -87,6 +87,12 @@ def calibrate(
     Raises:
         UsageError: If there are too few tokens to estimate a standard deviation.
         SiteError: If a layer does not exist.
+
+    Example:
+        >>> from dynprobe.prompts import from_texts
+        >>> made = calibrate("tiny-llama", from_texts(["In the beginning God created the heaven and the earth."] * 2))
+        >>> tuple(made.tensors["std"].shape)
+        (5, 128)
     """
     subject = load_subject(model, device=device, dtype=dtype)
     weights_of(subject, just_loaded=isinstance(model, str))

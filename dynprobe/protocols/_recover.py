@@ -73,6 +73,13 @@ def recover(
         CalibrationError: If there is no calibration of this model, or the detector's band is empty.
         ModelError: If the model cannot be fed token by token.
         UsageError: If a setting is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     done = recover("tiny-llama", mode="slerp", perturb="alpha=0.9", limit=2, max_new_tokens=6, out=out)
+        ...     sorted({arm["timing"] for arm in done.summary["arms"] if arm.get("mode") == "slerp"})
+        ['always', 'detector', 'oracle', 'replay']
     """
     if listener is not None:
         listener(Progress("load"))

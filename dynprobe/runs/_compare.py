@@ -76,6 +76,16 @@ def compare(
 
     Source:
         Reference §10.4, §10.5, §13.
+
+    Example:
+        >>> import tempfile
+        >>> from dynprobe.protocols import run
+        >>> texts = ["In the beginning God created", "And the earth was without form", "And God said"]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     two = [run(name, texts, max_new_tokens=0, out=out) for name in ("tiny-llama", "tiny-cem")]
+        ...     found = compare(two, metric="nll", n_boot=200)
+        ...     sorted(found.runs["model"])
+        ['tiny-cem', 'tiny-llama']
     """
     how = Settings(confidence, int(n_boot), int(seed), margin)
     check_bootstrap(how.n_boot, confidence)

@@ -20,6 +20,15 @@ def open_run(path: str | Path) -> Run:
 
     Raises:
         RunFolderError: It is no run folder, damaged, or of a newer schema; runs that lie nearby are suggested.
+
+    Example:
+        >>> import tempfile
+        >>> from dynprobe.protocols import run
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     made = run("tiny-llama", ["In the beginning"], max_new_tokens=0, out=out)
+        ...     again = open_run(made.path)
+        ...     again.status, len(again.samples)
+        ('complete', 1)
     """
     folder = Path(path)
     if folder.name == MANIFEST_NAME:
