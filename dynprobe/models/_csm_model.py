@@ -118,6 +118,7 @@ class CsmForCausalLM(CsmPreTrainedModel, GenerationMixin):  # type: ignore[misc,
         output_energies: bool = False,
         output_deltas: bool = False,
         return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
     ) -> CsmCausalLMOutput | tuple[Tensor, ...]:
         """Run the model.
 
@@ -140,6 +141,7 @@ class CsmForCausalLM(CsmPreTrainedModel, GenerationMixin):  # type: ignore[misc,
             output_energies: Return the energy of each of them; costs about one more iteration per iteration.
             output_deltas: Return Δ of each update.
             return_dict: False returns a plain tuple.
+            cache_position: Not needed; ``generate`` of transformers 5.0 hands it over.
 
         Returns:
             The output, or a tuple of its parts that are there.

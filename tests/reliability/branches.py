@@ -38,7 +38,8 @@ READERS = {
 }  # fmt: skip
 TESTS = (
     "tests/reliability/test_fuzz.py", "tests/reliability/test_hostile.py", "tests/reliability/test_command_line.py",
-    "tests/reliability/test_readers.py", "tests/probes/test_where.py", "tests/probes/test_perturb.py",
+    "tests/reliability/test_readers.py", "tests/reliability/test_faults.py",
+    "tests/probes/test_where.py", "tests/probes/test_perturb.py",
     "tests/probes/test_calibration.py", "tests/test_yaml.py", "tests/prompts", "tests/runs/test_trajectory_file.py",
     "tests/runs/test_array_file.py", "tests/runs/test_export.py", "tests/runs/test_damage.py",
     "tests/runs/test_runs_manifest.py", "tests/runs/test_runs_reader.py", "tests/runs/test_runs_writer.py",

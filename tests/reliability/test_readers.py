@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
+from pydantic import BaseModel
+from safetensors.numpy import save_file
 
 from dynprobe._ranges import whole_numbers
 from dynprobe.cli._commands import settings_of
-from dynprobe.errors import DynprobeError, SpecError, UsageError
+from dynprobe.errors import DynprobeError, RunFolderError, SpecError, UsageError
 from dynprobe.probes import Where
 from dynprobe.probes._grammar import Percent, read_pairs
 from dynprobe.protocols._attract_config import AttractConfig
@@ -23,8 +29,11 @@ from dynprobe.protocols._grid import parse_strengths
 from dynprobe.protocols._iterate import IterateConfig
 from dynprobe.protocols._panel_config import PanelConfig, check_settings, read_panel
 from dynprobe.protocols._recover_config import RecoverConfig
+from dynprobe.protocols._strength import read_direction
 from dynprobe.protocols._sweep import SweepConfig
 from dynprobe.protocols._threshold_config import ThresholdConfig
+from dynprobe.runs import read_trajectory
+from dynprobe.runs._json import plain
 from dynprobe.runs._trajectory_layers import read_depths
 
 CONFIGS = (RunConfig, SweepConfig, ThresholdConfig, RecoverConfig, DissociateConfig, AttractConfig, EvaluateConfig,
@@ -226,3 +235,76 @@ def test_settings_as_they_are_typed(tmp_path, capsys):
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             settings_of({"model": "m", **wrong})
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass
+class Point:
+    x: float
+
+
+class Model(BaseModel):
+    y: int = 3
+
+
+def test_values_of_every_kind_as_json():
+    given = {
+        1: Colour.RED, "set": {2, 1}, "point": Point(math.inf), "model": Model(), "array": np.int32([1]),
+        "tensor": torch.tensor(2.5), "low": -math.inf, "true": True,
+    }  # fmt: skip
+    assert plain(given) == {
+        "1": "red", "set": [1, 2], "point": {"x": "Infinity"}, "model": {"y": 3}, "array": [1], "tensor": 2.5,
+        "low": "-Infinity", "true": True,
+    }  # fmt: skip
+    with pytest.raises(RunFolderError, match=r"value\.a is a builtins\.object"):
+        plain({"a": object()})
+    with pytest.raises(RunFolderError, match="two keys that read '1'"):
+        plain({1: 0, "1": 0})
+
+
+def test_directions_that_are_refused(tmp_path):
+    two = {"a": np.ones(3), "b": np.ones(3)}
+    save_file(two, tmp_path / "two.safetensors")
+    save_file({**two, "direction": np.arange(3.0)}, tmp_path / "named.safetensors")
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    assert read_direction(tmp_path / "named.safetensors").tolist() == [0, 1, 2]
+    for name, said in (("two.safetensors", "holds 2 tensors"), ("text.npy", "dtype"), ("x.bin", "is read from .npy")):
+        with pytest.raises(UsageError, match=said):
+            read_direction(tmp_path / name)
+
+
+def _cube(*shape: int) -> list[Any]:
+    return torch.rand(*shape).tolist()
+
+
+DATASETS: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"blocks.0.hook_resid_post": _cube(2, 3, 4)}, {"blocks.0.hook_resid_post": [1, 2]}], "import them apart"),
+    ([{"blocks.0.hook_resid_post": [0.5, 0.5]}], "Array2D"), ([{"blocks.0.hook_resid_post": _cube(2, 3)}], "Array2D"),
+    ([{"blocks.0.hook_resid_post": [[["a"]]]}], "Array2D"), ([{"blocks.0.hook_resid_post": [[], []]}], "Array2D|sizes"),
+    ([{"blocks.0.hook_resid_post": [_cube(3, 4), _cube(2, 4)]}], "contexts of one size"),
+    ([{"blocks.0.hook_resid_post": _cube(1, 3, 4), "token_ids": [7]}], "a list of numbers per context"),
+    ([{"x": [1]}], "no column is a state between blocks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tables", "said"), DATASETS)
+def test_datasets_of_activations_that_are_refused(tables, said, tmp_path):
+    for k, columns in enumerate(tables):
+        table = pa.table(columns)
+        with pa.OSFile(str(tmp_path / f"data-{k}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+    with pytest.raises(UsageError, match=said):
+        read_trajectory(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ["{}", "[", '{"_data_files": [1]}', '{"_data_files": [{"filename": 3}]}'])
+def test_lists_of_a_dataset_that_are_no_lists(listed, tmp_path):
+    table = pa.table({"blocks.0.hook_resid_post": _cube(1, 3, 4)})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+        out.write_table(table)
+    (tmp_path / "state.json").write_text(listed)
+    with pytest.raises(UsageError, match=r"state.json does not list the dataset's files"):
+        read_trajectory(tmp_path)
