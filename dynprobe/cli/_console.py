@@ -2,13 +2,15 @@
 
 A table that is wider than its console must not lose digits or names: half a p-value is worse than none. On a terminal
 its cells go on in the next line; a pipe or a file has no width, so there every table is as wide as its content,
-whichever command prints it. No command sets a width itself.
+whichever command prints it. No command sets a width, a box or a place for titles itself. Colour is for terminals that
+want it (``NO_COLOR``, ``FORCE_COLOR`` and ``TERM=dumb`` are heeded); nothing else gets an escape code.
 """
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,8 +22,11 @@ _PIPE = 100_000
 
 class _Console(Console):
     def print(self, *objects: Any, **settings: Any) -> None:
-        """Print; what does not fit into a cell goes on below and is not cut."""
+        """Print; tables have one style, and what does not fit into a cell goes on below and is not cut."""
         for item in objects:
+            if isinstance(item, Table):
+                item.box = box.HEAVY_HEAD
+                item.title_justify = item.caption_justify = "left"
             for column in item.columns if isinstance(item, Table) else ():
                 column.overflow = "fold"
         super().print(*objects, **settings)

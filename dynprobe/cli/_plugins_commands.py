@@ -26,7 +26,7 @@ def _print(found: list[Status]) -> None:
     if not found:
         print(f"no other package adds anything (entry points of {', '.join(GROUPS)}); see docs/extending.md")  # noqa: T201
         return
-    table = Table(box=None, pad_edge=False)
+    table = Table(title="what other packages add")
     for heading in ("kind", "name", "package", "loads"):
         table.add_column(heading)
     for status in found:

@@ -304,5 +304,5 @@ def _frame(frame: pd.DataFrame, title: str) -> None:
     for name in frame.columns:
         table.add_column(str(name), overflow="fold")
     for row in frame.itertuples(index=False):
-        table.add_row(*["" if value is None or value != value else str(value) for value in row])
+        table.add_row(*["–" if value is None or value != value or value == "" else str(value) for value in row])
     new_console().print(table)

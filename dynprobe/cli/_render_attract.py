@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +35,6 @@ def dose_table(doses: Sequence[Mapping[str, Any]]) -> Table:
     tokens = max((int(d["n_tokens"]) for d in doses), default=0)
     table = Table(
         title=f"dose: mean KL(bare ‖ arm) in nats per token past burn-in, {texts} texts, {tokens} tokens that are read",
-        box=box.SIMPLE_HEAD, title_justify="left",
     )  # fmt: skip
     for heading in ("arm", "settings", "dose", "ε", "KL", "how"):
         table.add_column(heading, justify="left" if heading in ("arm", "settings", "how") else "right")
@@ -50,7 +48,8 @@ def dose_table(doses: Sequence[Mapping[str, Any]]) -> Table:
         if unreached:
             how = f"not reached: ε = {_short(row['largest'])} gives {_short(row['kl_largest'])}; not run"
         table.add_row(
-            row["arm"], row["cell"], "" if row["dose"] is None else f"{'ε=' if row['raw'] else ''}{row['dose']:g}",
+            row["arm"], row["cell"] or "–",
+            "–" if row["dose"] is None else f"{'ε=' if row['raw'] else ''}{row['dose']:g}",
             _short(row["strength"]), _short(row["kl"]), Text(how, style="bold red" if unreached else ""),
         )  # fmt: skip
     return table
@@ -80,9 +79,8 @@ def attraction(found: Run) -> None:
 def _at(summary: Mapping[str, Any], length: int) -> Table:
     rows = [row for row in summary["lengths"] if row["length"] == length]
     table = Table(
-        title=f"after {length} new tokens, {rows[0]['n']} prompts", box=box.SIMPLE_HEAD, title_justify="left",
+        title=f"after {length} new tokens, {rows[0]['n']} prompts",
         caption=f"bare: mean over prompts; others: arm − bare with its {mean_intervals(summary)}",
-        caption_justify="left",
     )  # fmt: skip
     table.add_column("arm @ dose", no_wrap=True)
     used = [m for m in _SHOWN if any(not math.isnan(_number(row.get(m, {}).get("mean"))) for row in rows)]
@@ -156,7 +154,7 @@ def _items(items: Sequence[Mapping[str, Any]]) -> list[Table]:
         said = "exact match of what is written"
         if metric == "chose_right":
             said = f"likeliest of {1 / rows[0]['chance']:.0f} names"
-        table = Table(title=f"{task}: {said}, {rows[0]['n']} items", box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(title=f"{task}: {said}, {rows[0]['n']} items")
         leaks = any("leak" in row for row in rows)
         for heading in ("arm @ dose", "right", "accuracy", "change", "lost/gained", "p", *(["leak"] if leaks else [])):
             table.add_column(heading, justify="left" if heading == "arm @ dose" else "right", no_wrap=True)
@@ -165,10 +163,10 @@ def _items(items: Sequence[Mapping[str, Any]]) -> list[Table]:
             table.add_row(
                 "bare" if row["condition"] == "none" else row["condition"], f"{row['right']}/{row['n']}",
                 f"{row['accuracy']:.3f} [{row['low']:.2f}, {row['high']:.2f}]",
-                "" if change is None else _change(change),
-                "" if change is None else f"{change['lost']}/{change['gained']}",
-                "" if change is None else f"{change['p']:.2g}",
-                *(["" if leak is None else _change(leak)] if leaks else []),
+                "–" if change is None else _change(change),
+                "–" if change is None else f"{change['lost']}/{change['gained']}",
+                "–" if change is None else f"{change['p']:.2g}",
+                *(["–" if leak is None else _change(leak)] if leaks else []),
             )  # fmt: skip
         out.append(table)
     return out

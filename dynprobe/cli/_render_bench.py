@@ -43,7 +43,7 @@ def result(found: Bench) -> None:
 
 
 def _table(m: Measurement) -> Table:
-    table = Table(title=f"{m.section}: {m.name}", title_justify="left")
+    table = Table(title=f"{m.section}: {m.name}")
     table.add_column("arm")
     table.add_column("over")
     for name in ("ms", "ratio", "quartiles", "largest difference"):
@@ -55,13 +55,13 @@ def _table(m: Measurement) -> Table:
         base = m.over[name] == name
         apart = facts["difference"]
         cells = [
-            name, "" if base else m.over[name], f"{1000 * facts['seconds_median']:.3g}",
-            "1" if base else f"{facts['ratio']:.3f}", "" if base else f"{facts['low']:.3f} – {facts['high']:.3f}",
-            "" if apart is None else f"{apart:.2g}",
+            name, "–" if base else m.over[name], f"{1000 * facts['seconds_median']:.3g}",
+            "1" if base else f"{facts['ratio']:.3f}", "–" if base else f"{facts['low']:.3f} – {facts['high']:.3f}",
+            "–" if apart is None else f"{apart:.2g}",
         ]  # fmt: skip
         if data:
             writes = not (base and m.section == "disk")
-            cells.append(f"{data / facts['seconds_median'] / 1e6:.0f}" if writes else "")
+            cells.append(f"{data / facts['seconds_median'] / 1e6:.0f}" if writes else "–")
         table.add_row(*cells)
     return table
 

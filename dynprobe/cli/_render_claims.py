@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +23,7 @@ _STYLE = {"survived": "green", "falsified": "bold red", "inconclusive": "yellow"
 def listing(claims: Sequence[Claim], last: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the claims, one line each."""
     out = new_console()
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table()
     for heading in ("claim", "sentence", "protocol", "models", *(["last test"] if last else [])):
         table.add_column(heading, no_wrap=heading == "claim")
     for c in claims:
@@ -88,18 +87,18 @@ def verdict(v: Verdict) -> None:
 def records(found: Sequence[Mapping[str, Any]]) -> None:
     """Print a log, one line per record."""
     out = new_console()
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table()
     for heading in ("record", "date", "claim", "models", "outcome", "effect", "n", "deviations"):
         table.add_column(heading)
     for r in found:
         outcome = r["outcome"] or r["kind"]
         interval = "" if r["low"] is None else f" [{_number(r['low'])}, {_number(r['high'])}]"
-        effect = "" if r["effect"] is None else f"{_number(r['effect'])}{interval}"
+        effect = "–" if r["effect"] is None else f"{_number(r['effect'])}{interval}"
         panel = r["panel"] or {}
         models = ", ".join(panel.get("models", [])) + (" (small panel)" if panel.get("small") else "")
         table.add_row(
             r["id"], (r["date"] or "")[:19], r["claim"] or "pilot: " + r["statement"], models,
-            Text(outcome, style=_STYLE.get(outcome, "")), effect, "" if r["n"] is None else str(r["n"]),
+            Text(outcome, style=_STYLE.get(outcome, "")), effect, "–" if r["n"] is None else str(r["n"]),
             "; ".join(r["deviations"] or []),
         )  # fmt: skip
     out.print(table)

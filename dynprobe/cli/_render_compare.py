@@ -258,7 +258,7 @@ def _fill(table: Table, rows: pd.DataFrame, numbers: dict[str, int], name: Any) 
         cells += [_number(row["effect_dz"], True, 3), _p(row["p"]), _p(row["p_holm"]), _p(row["p_bh"]), str(row["n"])]
         if tested:
             equal = row.get("equivalent")
-            cells.append("" if equal is None or pd.isna(equal) else "yes" if equal else "not shown")
+            cells.append("–" if equal is None or pd.isna(equal) else "yes" if equal else "not shown")
         table.add_row(name(row), f"{numbers[row['a']]} − {numbers[row['b']]}", *cells)
 
 

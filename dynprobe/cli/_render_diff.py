@@ -35,7 +35,7 @@ def difference(found: Difference, written: Sequence[Path]) -> None:
             console.print(f"… {len(parting) - _ROWS} more samples part: --out FILE.json", soft_wrap=True)
         _texts(console, parting)
     if len(found.facts):
-        table = Table(title="what differs in the manifests", title_justify="left")
+        table = Table(title="what differs in the manifests")
         for name in ("fact", "a", "b"):
             table.add_column(name, overflow="fold")
         for row in found.facts.head(_ROWS).to_dict("records"):
@@ -54,7 +54,7 @@ def difference(found: Difference, written: Sequence[Path]) -> None:
 
 
 def _conditions(found: Difference) -> Table:
-    table = Table(title="by condition: first in the order of depth", title_justify="left")
+    table = Table(title="by condition: first in the order of depth")
     table.add_column("condition")
     table.add_column("verdict")
     for name in (
@@ -97,7 +97,7 @@ def _samples(found: Difference, parting: pd.DataFrame) -> Table:
     from dynprobe.runs import difference_place
 
     table = Table(
-        title="samples that part", title_justify="left",
+        title="samples that part",
         caption="in the order of tokens: what a reader of the text meets first; of depth: the lowest that differs",
     )  # fmt: skip
     for name in ("condition", "prompt", "first token that differs", "first depth that differs"):

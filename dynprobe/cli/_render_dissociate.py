@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
@@ -38,8 +37,6 @@ def dose_table(summary: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"what a dose costs: {summary['task']['n']} items, chance {_short(summary['task']['chance'])}",
         caption=f"means; in brackets: {mean_intervals(summary, 'items')} (accuracy: Wilson); * the dose",
-        box=box.SIMPLE_HEAD,
-        title_justify="left", caption_justify="left",
     )  # fmt: skip
     table.add_column("α", justify="right")
     shown = ["nll_right", "kl_clean_pert", *dict.fromkeys((dynamic, "kappa_geom", "kappa_phase"))]
@@ -98,7 +95,7 @@ def _arms(summary: Mapping[str, Any]) -> Table:
     dynamic = summary["dynamic"]
     acted = {row["metric"] for row in summary["recovery"] if row["acted_on"]}
     table = Table(
-        title="arms at the dose", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left",
+        title="arms at the dose",
         caption="random: the same tokens, sites and energies in random directions; * the controller acts on this, so "
         "it recovers by construction and is no evidence",
     )  # fmt: skip

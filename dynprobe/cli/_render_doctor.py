@@ -27,7 +27,7 @@ def examination(found: Examination) -> None:
         console.print(f"{found.path}: whole; {files} files are what was written", soft_wrap=True, markup=False)
     else:
         n = len(found.damages)
-        table = Table(title=f"{found.path.name}: {n} damage{'s' * (n > 1)}", title_justify="left")
+        table = Table(title=f"{found.path.name}: {n} damage{'s' * (n > 1)}")
         for name in ("file", "damage", "--repair would"):
             table.add_column(name, overflow="fold")
         for damage in found.damages[:_ROWS]:

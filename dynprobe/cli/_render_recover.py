@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +31,7 @@ _OURS = {
 def detector_table(detector: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the detector's power on texts that no mode has touched, one column per way of reading."""
     signal = next((entry["signal"] for entry in detector.values()), "")
-    table = Table(title=f"detector {signal}, before any mode acts", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=f"detector {signal}, before any mode acts")
     table.add_column("95 % intervals in brackets", no_wrap=True)
     for road in detector:
         table.add_column(_ROADS[road], justify="right")
@@ -96,7 +95,6 @@ def _fractions(road: str, rows: Sequence[Mapping[str, Any]], summary: Mapping[st
     table = Table(
         title=f"recovery, {_ROADS[road]} · detector AUC {_short(entry['auc']['value'])}, duty "
         f"{_short(entry['duty_clean'])} → {_short(entry['duty_perturbed'])}",
-        box=box.SIMPLE_HEAD, title_justify="left",
     )  # fmt: skip
     table.add_column("mode, timing", no_wrap=True)
     table.add_column("duty", justify="right")
@@ -138,7 +136,7 @@ def _signed(value: float) -> str:
 
 
 def _harm(summary: Mapping[str, Any]) -> Table:
-    table = Table(title="harm to clean text (iatrogenic)", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title="harm to clean text (iatrogenic)")
     table.add_column("mode", no_wrap=True)
     for name in ("duty", "texts made worse, share", "ΔNLL", "own texts changed, share"):
         table.add_column(name, justify="right")

@@ -161,3 +161,33 @@ def test_a_small_number_keeps_two_digits(mean, said):
 def test_a_small_number_without_an_interval_keeps_two_digits():
     assert _render._number({"mean": 0.00123}, 2, False) == "0.0012"
     assert _render._number({"mean": 1.5}, 2, False) == "1.50"
+
+
+def test_tables_have_one_style_and_escape_codes_only_where_they_are_wanted(monkeypatch):
+    import io
+
+    from rich import box
+
+    from dynprobe.cli import _console
+
+    for variable, value, coloured in (("NO_COLOR", "1", False), ("TERM", "dumb", False), ("FORCE_COLOR", "1", True)):
+        with monkeypatch.context() as patch:
+            for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+                patch.delenv(name, raising=False)
+            patch.setenv("TERM", "xterm")
+            patch.setenv(variable, value)
+            made = _console.console()
+            made.file = io.StringIO()
+            table = Table(title="t", box=box.SIMPLE_HEAD, title_justify="center")
+            table.add_column("a", style="green")
+            table.add_row("1")
+            made.print(table)
+            out = made.file.getvalue()
+            assert ("\x1b[" in out) == coloured, variable
+            assert "┏━━━┓" in out
+            assert out.lstrip("\x1b[3m").startswith("t")
+
+
+def test_no_command_styles_its_tables():
+    for file in Path(dynprobe.cli.__file__).parent.glob("_render*.py"):
+        assert not re.search(r"\bbox=|_justify=", file.read_text(encoding="utf-8")), file.name
