@@ -127,6 +127,8 @@ def near_path(path: str | os.PathLike[str]) -> str:
         True
     """
     folder, name = os.path.split(os.fspath(path))
+    if os.path.lexists(path):  # what is wrong with it is not its name
+        return ""
     try:
         beside = os.listdir(folder or ".")  # noqa: PTH208 - a file's owner may forbid it, and then nothing is near
     except OSError:

@@ -58,3 +58,10 @@ def test_aliases_inside_a_key_are_counted_and_not_written_out(tmp_path):
     levels = ["&a0 [x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 40))]
     with pytest.raises(UsageError, match="line 1: more than 100,000 items"):
         read(tmp_path, f"? [{', '.join(levels)}]\n: 1\n")
+
+
+def test_a_path_that_is_there_is_no_near_miss_of_itself(tmp_path):
+    (tmp_path / "settings.yaml").mkdir()
+    with pytest.raises(UsageError, match="cannot be read: Is a directory") as found:
+        read_yaml(tmp_path / "settings.yaml", "settings")
+    assert "Did you mean" not in str(found.value)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dynprobe.cli._help import PANELS, Program
-from dynprobe.errors import RunFolderError, UsageError, did_you_mean
+from dynprobe.errors import RunFolderError, UsageError, did_you_mean, near_path
 
 __all__ = ["PROTOCOLS", "init_command", "template"]
 
@@ -47,6 +47,10 @@ def init_command(file: str | None, protocol: str, *, force: bool, quiet: bool) -
     path = Path(file or f"{protocol}.yaml")
     if path.exists() and not force:
         raise RunFolderError(f"{path} is there already; --force replaces it, - prints to standard output")
+    if not path.parent.is_dir():
+        raise RunFolderError(
+            f"{path} cannot be written: there is no folder {path.parent}.{near_path(path.parent)} Make it first."
+        )
     from dynprobe.runs._atomic import write_bytes
 
     write_bytes(path, text.encode())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CRITERION_UNITS", "head", "mean_intervals"]
 
-#: What α means in runs that do not say it themselves.
+#: What α means in runs that do not say it themselves; a test keeps it equal to what the scales say.
 _UNITS = {
     "relnorm": "α is the size of the write as a share of each state's norm (‖u‖/‖h‖ = α)",
     "coordstd": "α is in standard deviations of each coordinate over the calibration prompts",

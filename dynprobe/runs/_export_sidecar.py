@@ -15,7 +15,7 @@ from dynprobe.errors import RunFolderError
 from dynprobe.runs._export import LAYOUT, SIDECAR
 from dynprobe.runs._export_formats import FORMATS
 from dynprobe.runs._json import loads
-from dynprobe.runs._manifest import check_version
+from dynprobe.runs._manifest import PluginFact, check_version
 from dynprobe.runs._states import DTYPES
 from dynprobe.runs._tables import hash_file
 
@@ -77,7 +77,7 @@ class Sidecar(_Strict):
 
     format: str = Field(pattern=r"^dynprobe-export/[0-9]{1,6}$")
     to: str
-    plugin: dict[str, str] = {}
+    plugin: PluginFact | None = None
     folder: str = ""
     tables: list[TableFacts]
     files: dict[str, _File]
@@ -123,8 +123,9 @@ def read_sidecar(folder: Path) -> Sidecar:
         raise RunFolderError(f"{path} is damaged: {error!r}. {_ADVICE}") from error
     if side.to not in FORMATS and side.plugin:
         raise RunFolderError(
-            f"{path} is an export in the format {side.to!r} of {side.plugin.get('package')} "
-            f"{side.plugin.get('version')}, which is not installed. Type: pip install {side.plugin.get('package')}"
+            f"{path} says it is in the format {side.to!r} of the package {side.plugin['package']} "
+            f"{side.plugin['version']}, which is not installed. Install it if you trust it; without it the export "
+            "cannot be read."
         )
     if side.layout > LAYOUT or side.to not in FORMATS:
         raise RunFolderError(

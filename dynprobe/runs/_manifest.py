@@ -11,10 +11,19 @@ The manifest before the last is kept beside it, as what a damaged one can be res
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._advice import ask_doctor
@@ -27,6 +36,7 @@ __all__ = [
     "PREVIOUS_NAME",
     "Manifest",
     "Part",
+    "PluginFact",
     "check_version",
     "encode_manifest",
     "parse_manifest",
@@ -41,6 +51,21 @@ MANIFEST_NAME = "manifest.json"
 PREVIOUS_NAME = "manifest.previous.json"
 
 Status = Literal["running", "complete", "interrupted"]
+
+
+def _plugin_fact(value: dict[str, str]) -> dict[str, str]:
+    for key in ("group", "name", "package", "version"):
+        if key not in value:
+            raise ValueError(f"the {key} of a plug-in is missing")
+    # They stand in messages: the file may be anybody's, and what is printed may be typed.
+    for key in ("package", "version"):
+        if not re.fullmatch(r"[A-Za-z0-9._!+-]+|\?", value[key]):
+            raise ValueError(f"the {key} of a plug-in is no {key}: {value[key]!r}")
+    return value
+
+
+#: What :meth:`dynprobe._plugins.Plugin.fact` wrote, read again.
+PluginFact = Annotated[dict[str, str], AfterValidator(_plugin_fact)]
 
 
 class Part(BaseModel):
@@ -114,7 +139,7 @@ class Manifest(BaseModel):
     weights: dict[str, Any] | list[Any] | str | None = None
     prompts_hash: str | None = None
     versions: dict[str, Any] = Field(default_factory=dict)
-    plugins: list[dict[str, str]] | None = None
+    plugins: list[PluginFact] | None = None
     scales: dict[str, dict[str, str]] | None = None
     device: dict[str, Any] | str | None = None
     dtypes: dict[str, Any] | str | None = None

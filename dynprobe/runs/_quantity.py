@@ -29,11 +29,13 @@ LEVELS = {"kl_clean_pert": 1.0, "flip_rate": 0.5}
 #: Column in which a criterion's response is drawn.
 COLUMN_OF = {"kl": "kl_clean_pert", "flip": "flip_rate", "kappa": "kappa_phase_d", "task": "accuracy_loss"}
 
-#: Units of scales in runs that do not say them themselves, and of kinds that have no scale.
+#: Units of scales in runs that do not say them themselves, and of kinds that have no scale; a test keeps the former
+#: equal to what the scales say.
 _UNITS = {
     "relnorm": "‖u‖ / ‖h‖", "coordstd": "SDs of each coordinate", "mad": "robust SDs of the state",
     "cov": "SDs along the principal axes", "abs": "the model's own units", "interp": "share of the way to the donor",
-    "neftune": "in α/√(L·d)", "rotate": "angle in radians", "dropout": "probability", "scale": "factor − 1",
+    "neftune": "in α/√(L·d)", "isokl": "nats of mean KL",
+    "rotate": "angle in radians", "dropout": "probability", "scale": "factor − 1",
 }  # fmt: skip
 
 _LABELS = {

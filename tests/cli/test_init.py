@@ -63,6 +63,14 @@ def test_a_file_is_written_once_and_never_over_another(cli, here):
     assert sorted(p.name for p in here.iterdir()) == ["run.yaml"]
 
 
+def test_a_file_in_a_folder_that_is_not_there_is_refused(cli, here):
+    (here / "settings").mkdir()
+    refused = cli("init", "setings/x.yaml")
+    assert refused.code == 1
+    assert "there is no folder setings. Did you mean 'settings'?" in refused.err
+    assert not (here / "setings").exists()
+
+
 @pytest.mark.parametrize("protocol", [p if p == "run" else pytest.param(p, marks=pytest.mark.slow) for p in SMALL])
 def test_the_untouched_file_and_the_bare_command_are_one_run(protocol, cli, here):
     assert cli("init", "settings.yaml", "--for", protocol).code == 0

@@ -14,8 +14,15 @@ from rich.table import Table
 
 import dynprobe.cli
 from dynprobe.cli import _console, _render, _render_diff, _render_grid, _render_head
+from dynprobe.probes._scales import SCALES
 from dynprobe.protocols._summary import summarise, without_remarks
-from dynprobe.runs import open_run
+from dynprobe.runs import _quantity, open_run
+
+
+def test_scales_mean_the_same_where_a_run_does_not_say_it():
+    ours = {name: SCALES[name] for name in SCALES.builtin}
+    assert {name: scale.meaning for name, scale in ours.items()} == _render_head._UNITS
+    assert {name: scale.unit for name, scale in ours.items()} == {n: _quantity._UNITS.get(n) for n in ours}
 
 
 def test_a_table_in_a_pipe_is_as_wide_as_its_content(capsys):

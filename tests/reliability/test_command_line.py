@@ -62,7 +62,7 @@ TYPED: dict[str, Callable[[str, Path], Iterator[list[str]]]] = {
             ("_txt_raw", ".txt"), ("_jsonl_raw", ".jsonl"), ("_parquet_raw", ".parquet"), ("_parquet", ".parquet"),
         )
     },
-    "items_raw": files("dissociate --model tiny-llama --task {} --quiet", "items.jsonl"),
+    "items_raw": files("dissociate --model tiny-llama --items {} --quiet", "items.jsonl"),
     **{
         name: states("." + name.removesuffix("_raw"))
         for name in ("npz_raw", "npz", "npy_raw", "pt_raw", "safetensors_raw", "safetensors", "parquet_raw", "parquet")
@@ -129,6 +129,7 @@ def test_what_a_reader_refuses_is_one_message(target, tmp_path, monkeypatch, cap
             messages = [t for t in said.err.splitlines() if t.startswith("dynprobe: ") and "warning: " not in t]
             assert len(messages) == 1, f"{words}\n{data!r}\n{said.err}"
             assert len(messages[0]) > len("dynprobe: ") + 10
+            assert "No such option" not in said.err, f"{words} never reached the reader"
             typed += 1
     assert typed >= 2
     # A command that refuses leaves nothing behind, but for the run that an unreadable part was found in.

@@ -283,6 +283,20 @@ def edit(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def test_a_format_of_another_package_is_named_and_no_command_is_made_of_it(run, tmp_path):
+    run.export("npz", tmp_path / "out")
+    side = tmp_path / "out" / "dynprobe.json"
+    fact = {"group": "dynprobe.exporters", "name": "tsv", "package": "acme-probes", "version": "1.0"}
+    edit(side, to="tsv", plugin=fact)
+    with pytest.raises(RunFolderError, match=r"the package acme-probes 1\.0, which is not installed") as found:
+        import_export(tmp_path / "out", tmp_path / "runs")
+    assert "pip install" not in str(found.value)
+    for wrong in ({"package": "evil-pkg; curl x | sh"}, {"package": "evil\n"}, {"version": "1 --index-url x"}):
+        edit(side, plugin=fact | wrong)
+        with pytest.raises(RunFolderError, match=r"dynprobe\.json is damaged: plugin"):
+            import_export(tmp_path / "out", tmp_path / "runs")
+
+
 class Hub:
     """What is called of ``HfApi``."""
 

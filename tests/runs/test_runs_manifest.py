@@ -9,6 +9,8 @@ import pytest
 from dynprobe.errors import RunFolderError
 from dynprobe.runs import SCHEMA_VERSION, Manifest, open_run
 
+_PLUGIN = {"group": "dynprobe.scales", "name": "peak", "package": "acme-probes", "version": "1.0rc1+cpu"}
+
 
 def edit(folder, **fields):
     """Change fields, as a manifest that was never sealed."""
@@ -73,12 +75,20 @@ def test_unknown_keys_survive_continuation(tmp_path, make):
         ({"schema_version": "one"}, "schema_version"),
         ({"schema_version": None}, "schema_version"),
         ({"created": None}, "created"),
+        ({"plugins": [{}]}, r"plugins\.0.*"),
+        ({"plugins": [_PLUGIN | {"package": "x; rm -r ~"}]}, r"plugins\.0.*"),
+        ({"plugins": [_PLUGIN | {"version": "1\x1b[2J"}]}, r"plugins\.0.*"),
     ],
 )
 def test_nonsense_is_named(run_folder, fields, named):
     edit(run_folder, **fields)
     with pytest.raises(RunFolderError, match=rf"manifest\.json.*'{named}'"):
         open_run(run_folder)
+
+
+def test_what_a_plugin_is_stays_as_it_was_written(run_folder):
+    edit(run_folder, plugins=[_PLUGIN])
+    assert open_run(run_folder).manifest.plugins == [_PLUGIN]
 
 
 @pytest.mark.parametrize(
