@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
-SOURCES = dynprobe tests benchmarks .ci docs/_build docs/concepts docs/tutorials
+SOURCES = dynprobe tests benchmarks examples .ci docs/_build docs/concepts docs/tutorials
 
 .PHONY: demo test test-slow test-long test-matrix audit check docs hooks format package release bench bench-ratios clean
 

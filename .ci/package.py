@@ -124,7 +124,7 @@ def check_sdist(sdist: Path, version: str) -> None:
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     differ("the sdist", names - {"PKG-INFO"}, tracked() & names | set(_OF_SDIST))
-    for room in ("dynprobe/", "tests/", "docs/", "examples/"):
+    for room in ("dynprobe/", "tests/", "docs/", "examples/", ".ci/", ".github/", "changes/"):
         differ(f"{room} of the sdist", {n for n in names if n.startswith(room)},
                {n for n in tracked() if n.startswith(room)})  # fmt: skip
     expect(sdist.name == f"dynprobe-{version}.tar.gz", f"{sdist.name} is not of version {version}")

@@ -3,9 +3,9 @@
 python examples/attractor_perplexity.py [--model smollm2-135m] [--limit 16] [--strengths 0.05 0.5 1 3 6.18 14.8]
 
 Each text is a passage that comes with the package, read in one forward from an empty memory; the loss counts from the
-end of burn-in on. Printed is the change of perplexity in per cent with its interval over texts, for the layer at several
-strengths (0.05 is the default) and the historical layer with and without its cache defect. In one forward nothing is
-cached that a later forward could meet, so there the two are one.
+end of burn-in on. Printed is the change of perplexity in per cent with its interval over texts, for the layer at
+several strengths (0.05 is the default) and the historical layer with and without its cache defect. In one forward
+nothing is cached that a later forward could meet, so there the two are one.
 """
 
 from __future__ import annotations

@@ -72,6 +72,24 @@ def test_hooks_are_the_steps_of_make_check():
     assert ours == theirs
 
 
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_sdist_holds_what_these_tests_read():
+    packed = {"pyproject.toml", *project()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    read = set(re.findall(r'ROOT / "([\w.-]+)"', Path(__file__).read_text(encoding="utf-8")))
+    assert read > {".ci", "changes", ".github"}
+    assert read - packed == set()
+
+
+def test_make_check_looks_at_every_folder_with_code():
+    looked = re.search(r"^SOURCES = (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1].split()
+    for name in project()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]:
+        if (ROOT / name).is_dir() and any((ROOT / name).rglob("*.py")):
+            assert any(source == name or source.startswith(f"{name}/") for source in looked), name
+
+
 def test_every_area_of_a_fragment_is_explained():
     areas = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["towncrier"]["type"]
     told = (ROOT / "changes" / "README.md").read_text(encoding="utf-8")

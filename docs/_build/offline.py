@@ -1,7 +1,7 @@
 """Say whether a built site would fetch anything when it is read: ``python docs/_build/offline.py site``.
 
-Links in the text may lead anywhere. Scripts, styles, fonts, pictures and preconnections may not, and neither may
-what a style names.
+Links in the text may lead anywhere. Scripts, styles, fonts, pictures, preconnections, bases and forms may not, and
+neither may what a style names.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-#: Tag → attributes that make a browser fetch.
+#: Tag → attributes that make a browser fetch or send.
 FETCHES = {
     "script": ("src",), "link": ("href",), "img": ("src", "srcset"), "iframe": ("src",), "source": ("src", "srcset"),
     "video": ("src", "poster"), "audio": ("src",), "object": ("data",), "embed": ("src",),
     "use": ("href", "xlink:href"), "image": ("href", "xlink:href"),
+    # A base turns every relative address into a remote one, and a form sends what was typed.
+    "base": ("href",), "form": ("action",), "button": ("formaction",), "input": ("formaction", "src"),
 }  # fmt: skip
 _REMOTE = re.compile(r"^\s*(https?:)?//", re.IGNORECASE)
 _IN_STYLE = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])((?:https?:)?//[^"')\s]+)""", re.IGNORECASE)

@@ -99,7 +99,7 @@ register(
         "mean over l",
         latex=(
             r"\mathrm{BI}_l = 1-\operatorname*{mean}_{n}\cos(x_{l,n},\,x_{l+1,n}) = "
-            r"\operatorname*{mean}_{n}\,2\sin^2\frac{\theta_{l,n}}{2}"
+            r"\operatorname*{mean}_{n}\,2\sin^2\frac{\theta_{l,n}}{2}, \qquad \operatorname*{mean}_{l}\mathrm{BI}_l"
         ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, 2]",
@@ -123,8 +123,11 @@ register(
             "over units (at n = 1 this is kappa.phase/1); value = mean over l = 0..D−1−n"
         ),
         latex=(
-            r"d(l,\,l+n) = \frac{1}{\pi}\operatorname{angle}(x_l,\,x_{l+n}), \qquad "
-            r"\operatorname*{mean}_{l=0,\dots,D-1-n} d(l,\,l+n)"
+            r"\begin{aligned} d(l,\,l+s) &= \begin{cases} "
+            r"\frac{1}{\pi}\operatorname{angle}(x_{l,\mathrm{last}},\,x_{l+s,\mathrm{last}}) & \text{tokens=last} \\"
+            r"\frac{1}{\pi}\operatorname*{mean}_{j}\ \operatorname{angle}(x_{l,j},\,x_{l+s,j}) & \text{tokens=all} "
+            r"\end{cases}, \qquad s = \mathrm{n} \\"
+            r"\mathrm{value} &= \operatorname*{mean}_{l=0,\dots,D-1-s} d(l,\,l+s) \end{aligned}"
         ),
         input="trajectory[depth,unit,dim], units in order of time",
         value_range="[0, 1]",

@@ -163,7 +163,9 @@ _LATEX = (
     r"\mathrm{CKA}_l &= \frac{\langle\tilde K,\tilde M\rangle}"
     r"{\sqrt{\langle\tilde K,\tilde K\rangle\,\langle\tilde M,\tilde M\rangle}} \\"
     r"\tilde K &= \begin{cases} \text{U-centred } K & \text{est=unbiased} \\"
-    r"HKH,\ H = I-\frac{1}{N}\mathbf 1\mathbf 1^{\mathsf T} & \text{est=biased} \end{cases} \end{aligned}"
+    r"HKH,\ H = I-\frac{1}{N}\mathbf 1\mathbf 1^{\mathsf T} & \text{est=biased} \end{cases} \\"
+    r"\mathrm{value} &= \operatorname*{mean}_{l}\ \operatorname*{mean}_{\text{windows of }W}\ \mathrm{CKA}_l "
+    r"\end{aligned}"
 )
 register(
     MetricSpec(

@@ -114,9 +114,10 @@ register(
             "Σ(x − x̄)²/n; at least max(20, ⌈10^{m/2}⌉) points with a neighbour, else NaN points<k"
         ),
         latex=(
-            r"\begin{aligned} R_i &= \min_{|i-j|\ge w}\lVert y_i-y_j\rVert, \quad y_i = "
-            r"(x_i,\,x_{i+\tau},\dots,x_{i+(m-1)\tau}), \quad "
-            r"\delta_i = |x_{i+m\tau}-x_{j+m\tau}| \\"
+            r"\begin{aligned} y_i &= (x_i,\,x_{i+\tau},\dots,x_{i+(m-1)\tau}), \qquad "
+            r"j(i) = \operatorname*{argmin}_{j\,:\,|i-j|\ge w}\lVert y_i-y_j\rVert, \qquad "
+            r"\tau = \mathrm{lag},\ w = \mathrm{theiler} \\"
+            r"R_i &= \lVert y_i-y_{j(i)}\rVert, \qquad \delta_i = |x_{i+m\tau}-x_{j(i)+m\tau}| \\"
             r"\mathrm{FNN} &= \operatorname*{mean}_{i}\ \mathbb{1}\Bigl[\delta_i > \mathrm{rtol}\cdot R_i \ \text{ "
             r"or }\ \sqrt{R_i^2+\delta_i^2} > \mathrm{atol}\cdot\sigma\Bigr] \end{aligned}"
         ),

@@ -107,7 +107,12 @@ register(
         id="delta.rel_prev/1",
         sentence="Length of the update relative to the state it starts from.",
         formula="‖S_{k+1} − S_k‖/‖S_k‖; agg=mean: per unit, mean over units, then steps; agg=fro: Frobenius norms",
-        latex=r"\Delta_k = \frac{\lVert S_{k+1}-S_k\rVert}{\lVert S_k\rVert}",
+        latex=(
+            r"\begin{cases} \operatorname*{mean}_{k}\ \operatorname*{mean}_{n}\ "
+            r"\dfrac{\lVert x_{k+1,n}-x_{k,n}\rVert}{\lVert x_{k,n}\rVert} & \text{agg=mean} \\"
+            r"\operatorname*{mean}_{k}\ "
+            r"\dfrac{\lVert S_{k+1}-S_k\rVert_F}{\lVert S_{k}\rVert_F} & \text{agg=fro} \end{cases}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, ∞)",
         unit="1",
@@ -127,7 +132,12 @@ register(
         id="delta.rel_next/1",
         sentence="Length of the update relative to the state it arrives at.",
         formula="‖S_{k+1} − S_k‖/‖S_{k+1}‖; agg=mean: per unit, mean over units, then steps; agg=fro: Frobenius norms",
-        latex=r"\Delta_k = \frac{\lVert S_{k+1}-S_k\rVert}{\lVert S_{k+1}\rVert}",
+        latex=(
+            r"\begin{cases} \operatorname*{mean}_{k}\ \operatorname*{mean}_{n}\ "
+            r"\dfrac{\lVert x_{k+1,n}-x_{k,n}\rVert}{\lVert x_{k+1,n}\rVert} & \text{agg=mean} \\"
+            r"\operatorname*{mean}_{k}\ "
+            r"\dfrac{\lVert S_{k+1}-S_k\rVert_F}{\lVert S_{k+1}\rVert_F} & \text{agg=fro} \end{cases}"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, ∞)",
         unit="1",
@@ -147,7 +157,7 @@ register(
         id="delta.rms/1",
         sentence="Root mean square of the update over coordinates, in the units of the state.",
         formula="‖S_{k+1} − S_k‖_F/√(N·d), N = valid units; mean over steps",
-        latex=r"\Delta_k = \frac{\lVert S_{k+1}-S_k\rVert_F}{\sqrt{N d}}",
+        latex=r"\Delta_k = \frac{\lVert S_{k+1}-S_k\rVert_F}{\sqrt{N d}}, \qquad \operatorname*{mean}_{k}\Delta_k",
         input="trajectory[depth,unit,dim]",
         value_range="[0, ∞)",
         unit="state",
@@ -166,7 +176,10 @@ register(
         id="delta.angle/1",
         sentence="The angular part of the update alone; equal to kappa.phase/1.",
         formula="κ_k of kappa.phase/1",
-        latex=r"\kappa_k = \frac{1}{\pi}\operatorname*{mean}_{n}\ \operatorname{angle}(x_{k,n},\,x_{k+1,n})",
+        latex=(
+            r"\kappa_k = \frac{1}{\pi}\operatorname*{mean}_{n}\ \operatorname{angle}(x_{k,n},\,x_{k+1,n}), \qquad "
+            r"\operatorname*{mean}_{k}\kappa_k"
+        ),
         input="trajectory[depth,unit,dim]",
         value_range="[0, 1]",
         unit="half-turns",

@@ -122,12 +122,16 @@ _COMMON: dict[str, Any] = {
 _ROWS = "; rows normalised in float64; mean over positions"
 _VECTOR = "p = (.75,.25), q = (.25,.75)"
 _FOUR = "p = (.4,.4,.1,.1), q = (.1,.1,.4,.4)"
+_POSITIONS = r"\operatorname*{mean}_{\mathrm{pos}}\ "
 register(
     MetricSpec(
         id="dist.js/1",
         sentence="Jensen–Shannon divergence of two distributions.",
         formula=f"½KL(p ‖ m) + ½KL(q ‖ m), m = (p + q)/2, 0·ln 0 = 0{_ROWS}",
-        latex=r"\tfrac{1}{2}\mathrm{KL}(p\,\Vert\,m)+\tfrac{1}{2}\mathrm{KL}(q\,\Vert\,m), \qquad m = \frac{p+q}{2}",
+        latex=(
+            _POSITIONS + r"\Bigl[\tfrac{1}{2}\mathrm{KL}(p\,\Vert\,m)+\tfrac{1}{2}\mathrm{KL}(q\,\Vert\,m)\Bigr], "
+            r"\qquad m = \frac{p+q}{2}"
+        ),
         value_range="[0, ln 2]",
         unit="nat",
         source="Lin 1991",
@@ -144,8 +148,10 @@ register(
         sentence="Half the Jeffreys divergence: mean of the two KL divergences.",
         formula=f"½[KL(p ‖ q) + KL(q ‖ p)] = ½Σ (p − q)(ln p − ln q); no common support in a row → NaN support{_ROWS}",
         latex=(
-            r"\tfrac{1}{2}\bigl[\mathrm{KL}(p\,\Vert\,q)+\mathrm{KL}(q\,\Vert\,p)\bigr] = "
-            r"\tfrac{1}{2}\sum_v(p_v-q_v)(\ln p_v-\ln q_v)"
+            _POSITIONS
+            + r"\tfrac{1}{2}\bigl[\mathrm{KL}(p\,\Vert\,q)+\mathrm{KL}(q\,\Vert\,p)\bigr] = "
+            + _POSITIONS
+            + r"\tfrac{1}{2}\sum_v(p_v-q_v)(\ln p_v-\ln q_v)"
         ),
         value_range="[0, ∞)",
         unit="nat",
@@ -162,7 +168,7 @@ register(
         id="dist.tv/1",
         sentence="Total variation distance of two distributions.",
         formula=f"½ Σ |p − q|{_ROWS}",
-        latex=r"\tfrac{1}{2}\sum_v|p_v-q_v|",
+        latex=_POSITIONS + r"\tfrac{1}{2}\sum_v|p_v-q_v|",
         value_range="[0, 1]",
         unit="1",
         source="standard",
@@ -178,7 +184,7 @@ register(
         id="dist.linf/1",
         sentence="Largest difference of a single probability between two distributions.",
         formula=f"max |p − q|{_ROWS}",
-        latex=r"\max_v|p_v-q_v|",
+        latex=_POSITIONS + r"\max_v|p_v-q_v|",
         value_range="[0, 1]",
         unit="1",
         source="AlignmentResearch/tuned-lens, PredictionTrajectory.total_variation",

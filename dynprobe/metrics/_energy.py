@@ -170,7 +170,8 @@ register(
         ),
         latex=(
             r"\varepsilon_i = -\tau\sum_k\log\sum_j\exp\Bigl(\frac{q_{ik}^{\mathsf T}k_{jk}}{\tau}+b_{ijk}\Bigr), "
-            r"\qquad \tau = \sqrt{d_h}"
+            r"\qquad \frac{1}{\tau} = \mathrm{scale} = \frac{1}{\sqrt{d_h}} \text{ by default}, \qquad "
+            r"\operatorname*{mean}_{i}\varepsilon_i"
         ),
         input="queries[head,query,dh], keys[head,key,dh]",
         value_range="(−∞, ∞); ≤ −Σ_k max_j (qᵀk + τb)",

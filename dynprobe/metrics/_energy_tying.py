@@ -195,6 +195,7 @@ register(
             "the row spaces, r the smaller rank; per head, value = mean over heads; A, B = W_Q, W_Oᵀ or W_K, W_V"
         ),
         latex=(
+            r"\operatorname*{mean}_{\mathrm{head}} "
             r"\begin{cases} 1-\dfrac{|\langle A,B\rangle_F|}{\lVert A\rVert_F\,\lVert B\rVert_F} & "
             r"\text{kind=vector} \\"
             r"\sqrt{1-\lVert Q_A Q_B^{\mathsf T}\rVert_F^2/r} & \text{kind=subspace} \end{cases}"
@@ -222,6 +223,7 @@ register(
             "(rotary models: at distance 0)"
         ),
         latex=(
+            r"\operatorname*{mean}_{\mathrm{head}}\ "
             r"\frac{\langle W_O W_V,\ W_Q^{\mathsf T}W_K\rangle_F}{\lVert W_O W_V\rVert_F\,\lVert W_Q^{\mathsf "
             r"T}W_K\rVert_F}"
         ),

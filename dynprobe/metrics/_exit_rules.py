@@ -105,13 +105,14 @@ _SHARED: dict[str, Any] = {
     "groups": _GROUPS,
 }
 _MEAN = "; mean over positions, then over k"
+_MEANS = r"\operatorname*{mean}_{k}\ \operatorname*{mean}_{\mathrm{pos}}\ "
 _HUGINN = "Huginn code (arXiv 2502.05171)"
 register(
     MetricSpec(
         id="huginn.entropy_diff/1",
         sentence="Change of the entropy of the next-token distribution per iteration.",
         formula=f"|H_k − H_{{k−1}}|, H = −Σ p ln p{_MEAN}",
-        latex=r"|H_k-H_{k-1}|, \qquad H_k = -\sum_v p_{k,v}\ln p_{k,v}",
+        latex=_MEANS + r"|H_k-H_{k-1}|, \qquad H_k = -\sum_v p_{k,v}\ln p_{k,v}",
         value_range="[0, ln V]",
         unit="nat",
         source=f"entropy-diff exit of the {_HUGINN}, without its 1e-10 inside the logarithm",
@@ -126,7 +127,7 @@ register(
         id="huginn.kl/1",
         sentence="KL divergence of the previous iteration's next-token distribution from the current one.",
         formula=f"KL(p_{{k−1}} ‖ p_k){_MEAN}",
-        latex=r"\mathrm{KL}(p_{k-1}\,\Vert\,p_k)",
+        latex=_MEANS + r"\mathrm{KL}(p_{k-1}\,\Vert\,p_k)",
         value_range="[0, ∞)",
         unit="nat",
         source=f"KL exit of the {_HUGINN}",
@@ -141,7 +142,8 @@ register(
         id="huginn.minp_kl/1",
         sentence="The same divergence on the min-p set: improbable tokens are first made equal.",
         formula=(f"p̃ = p, or 1/V where p < minp·max p, renormalised; KL(p̃_{{k−1}} ‖ p̃_k){_MEAN}"),
-        latex=(
+        latex=_MEANS
+        + (
             r"\mathrm{KL}(\tilde p_{k-1}\,\Vert\,\tilde p_k), \qquad "
             r"\tilde p_v\propto\begin{cases} p_v & p_v\ge\mathrm{minp}\cdot\max p \\ 1/V & \text{otherwise} "
             r"\end{cases}"
@@ -166,7 +168,7 @@ register(
         ),
         latex=(
             r"r_0 = 0, \qquad r_k = \begin{cases} r_{k-1}+1 & \arg\max p_k = \arg\max p_{k-1} \\ 0 & "
-            r"\text{otherwise} \end{cases}"
+            r"\text{otherwise} \end{cases}, \qquad \operatorname*{mean}_{\mathrm{pos}} r_{\mathrm{last}}"
         ),
         value_range="[0, D − 1]",
         unit="iterations",

@@ -281,7 +281,7 @@ register(
         ),
         latex=(
             r"F_l = \operatorname*{mean}_{\mathrm{task}}\frac{\mathrm{bacc}_l-\mathrm{chance}}{1-\mathrm{chance}}, "
-            r"\qquad \mathrm{chance} = \frac{1}{\mathrm{classes}}"
+            r"\qquad \mathrm{chance} = \frac{1}{\mathrm{classes}}, \qquad \operatorname*{mean}_{l} F_l"
         ),
         input="trajectory[depth,unit,dim], labels[unit] or [task,unit]",
         value_range="[−chance/(1 − chance), 1]",

@@ -80,7 +80,8 @@ register(
             r"\mathrm{HSIC}_u(A,B) &= \frac{1}{N(N-3)}\sum_{i\ne j}\tilde A_{ij}\tilde B_{ij} \\"
             r"\mathrm{CKA}_u(l) &= "
             r"\frac{\mathrm{HSIC}_u(G_l,G_{l+1})}{\sqrt{\mathrm{HSIC}_u(G_l,G_l)\;\mathrm{HSIC}_u(G_{l+1},G_{l+1})}} \\"
-            r"\kappa_{\mathrm{geom}} &= 1-\operatorname*{mean}_{l}\mathrm{CKA}_u(l) \end{aligned}"
+            r"\kappa_{\mathrm{geom}} &= 1-\operatorname*{mean}_{l}\ \operatorname*{mean}_{\text{windows of }W}\ "
+            r"\mathrm{CKA}_u(l) \end{aligned}"
         ),
         input="trajectory[depth,unit,dim], dim may differ by depth",
         value_range="[0, 2]",

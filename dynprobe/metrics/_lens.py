@@ -201,7 +201,10 @@ register(
             "min{l: argmax lens_{l'} = argmax model for all l' ≥ l}, l 0-based on the given depths, D if the last one "
             "differs; ties to the lower id; value = mean over positions"
         ),
-        latex=r"\min\bigl\{\,l : \arg\max\mathrm{lens}_{l'} = \arg\max\mathrm{model}\ \ \forall\, l'\ge l\,\bigr\}",
+        latex=(
+            r"\operatorname*{mean}_{\mathrm{pos}}\ "
+            r"\min\bigl\{\,l : \arg\max\mathrm{lens}_{l'} = \arg\max\mathrm{model}\ \ \forall\, l'\ge l\,\bigr\}"
+        ),
         input="logits[pos,vocab], logits[depth,pos,vocab]",
         value_range="[0, D]",
         unit="depths",

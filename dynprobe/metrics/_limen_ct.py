@@ -154,7 +154,8 @@ register(
         latex=(
             r"\begin{aligned} \hat h_t &= \frac{h_t}{\lVert h_t\rVert}, \qquad v_t = \hat h_t-\hat h_{t-1} \\"
             r"\mathrm{ct}_t &= \underbrace{\lVert v_t\rVert}_{\text{delta}}\cdot"
-            r"\underbrace{\operatorname{angle}(v_{t-1},\,v_t)}_{\text{curv}}, \qquad t\ge 2 \end{aligned}"
+            r"\underbrace{\operatorname{angle}(v_{t-1},\,v_t)}_{\text{curv}}, \qquad t\ge 2, "
+            r"\qquad \mathrm{value} = \operatorname*{mean}_{t}\mathrm{ct}_t \end{aligned}"
         ),
         input="tokens[pos,dim]",
         value_range="[0, 2π]",
@@ -186,7 +187,7 @@ register(
         ),
         latex=(
             r"\mathrm{ct2}_t = \lVert\hat h_t-\hat h_{t-1}\rVert\cdot\lVert\hat h_{t+1}-2\hat h_t+\hat "
-            r"h_{t-1}\rVert, \qquad 1\le t\le T-2"
+            r"h_{t-1}\rVert, \qquad 1\le t\le T-2, \qquad \operatorname*{mean}_{t}\mathrm{ct2}_t"
         ),
         input="tokens[pos,dim]",
         value_range="[0, 8]",

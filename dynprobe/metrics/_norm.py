@@ -89,7 +89,7 @@ register(
         span=True,
         sentence="The series as it is.",
         formula="ct'_t = ct_t; value = mean",
-        latex=r"\mathrm{ct}'_t = \mathrm{ct}_t",
+        latex=r"\mathrm{ct}'_t = \mathrm{ct}_t, \qquad \operatorname*{mean}_{t}\mathrm{ct}'_t",
         input="series",
         value_range="range of the series",
         unit="as the series",
@@ -111,7 +111,7 @@ register(
         ),
         latex=(
             r"\mathrm{ct}'_t = \min(\mathrm{ct}_t,\ m+c\,s), \qquad m = \operatorname{median}(\mathrm{ct}), \quad "
-            r"s = 1.4826\cdot\operatorname{median}|\mathrm{ct}-m|"
+            r"s = 1.4826\cdot\operatorname{median}|\mathrm{ct}-m|, \qquad \operatorname*{mean}_{t}\mathrm{ct}'_t"
         ),
         input="series",
         value_range="range of the series",
@@ -136,7 +136,7 @@ register(
         latex=(
             r"z_t = \operatorname{clip}\Bigl(\frac{\mathrm{ct}_t-m}{s},\,-c,\,c\Bigr), \qquad m = "
             r"\operatorname{median}(\mathrm{ct}), \quad "
-            r"s = 1.4826\cdot\operatorname{median}|\mathrm{ct}-m|"
+            r"s = 1.4826\cdot\operatorname{median}|\mathrm{ct}-m|, \qquad \operatorname*{mean}_{t} z_t"
         ),
         input="series",
         value_range="[−c, c]",

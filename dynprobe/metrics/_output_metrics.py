@@ -191,7 +191,8 @@ register(
         formula="entropy of softmax(W_U·norm(h_l)); profile = mean over positions, value = mean over depths",
         latex=(
             r"H_l = -\sum_v p_{l,v}\ln p_{l,v}, \qquad p_l = "
-            r"\operatorname{softmax}\bigl(W_U\operatorname{norm}(h_l)\bigr)"
+            r"\operatorname{softmax}\bigl(W_U\operatorname{norm}(h_l)\bigr), \qquad "
+            r"\operatorname*{mean}_{l}\ \operatorname*{mean}_{\mathrm{pos}}\ H_l"
         ),
         input="logits[depth,pos,vocab]",
         value_range="[0, ln V]",
@@ -211,8 +212,10 @@ register(
         sentence="KL divergence of the logit-lens distribution at each depth from the model's own.",
         formula="KL(model ‖ lens) per depth and position; profile = mean over positions, value = mean over depths",
         latex=(
-            r"\mathrm{KL}(p\,\Vert\,p_l) = \sum_v p_v\,(\ln p_v-\ln p_{l,v}), \qquad p_l = "
-            r"\operatorname{softmax}\bigl(W_U\operatorname{norm}(h_l)\bigr)"
+            r"\begin{aligned} \mathrm{KL}(p\,\Vert\,p_l) &= \sum_v p_v\,(\ln p_v-\ln p_{l,v}), \qquad p_l = "
+            r"\operatorname{softmax}\bigl(W_U\operatorname{norm}(h_l)\bigr) \\"
+            r"\mathrm{value} &= \operatorname*{mean}_{l}\ \operatorname*{mean}_{\mathrm{pos}}\ "
+            r"\mathrm{KL}(p\,\Vert\,p_l) \end{aligned}"
         ),
         input="logits[pos,vocab], logits[depth,pos,vocab]",
         value_range="[0, ∞)",

@@ -225,7 +225,10 @@ register(
         id="diverge.angle/1",
         sentence="Angle between the states of two runs at the same depth and unit.",
         formula="(1/π)·angle(x_{l,n}, x'_{l,n}); profile = mean over units valid in both; value = mean over depths",
-        latex=r"\frac{1}{\pi}\operatorname{angle}(x_{l,n},\,x'_{l,n})",
+        latex=(
+            r"\frac{1}{\pi}\operatorname*{mean}_{l}\ \operatorname*{mean}_{n}\ "
+            r"\operatorname{angle}(x_{l,n},\,x'_{l,n})"
+        ),
         input="trajectory[depth,unit,dim]×2, clean first",
         value_range="[0, 1]",
         unit="half-turns",

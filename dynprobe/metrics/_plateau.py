@@ -172,7 +172,10 @@ register(
         id="plateau.d/1",
         sentence="Share of the way from one end's output to the other's, along an interpolation; series = the curve.",
         formula="d(t) = ‖F(x(t)) − F_A‖/(‖F(x(t)) − F_A‖ + ‖F(x(t)) − F_B‖); value = mean over t; F_A = F_B → NaN",
-        latex=r"d(t) = \frac{\lVert F(x(t))-F_A\rVert}{\lVert F(x(t))-F_A\rVert+\lVert F(x(t))-F_B\rVert}",
+        latex=(
+            r"d(t) = \frac{\lVert F(x(t))-F_A\rVert}{\lVert F(x(t))-F_A\rVert+\lVert F(x(t))-F_B\rVert}, \qquad "
+            r"\operatorname*{mean}_{t} d(t)"
+        ),
         input="outputs[t,dim], F_A[dim], F_B[dim]",
         value_range="[0, 1]",
         unit="1",

@@ -158,7 +158,10 @@ register(
         span=True,
         sentence="Effective rank of the units' matrix: exponential of the entropy of its normalised singular values.",
         formula=f"{_MATRIX}p_i = σ_i/Σσ; erank = exp(−Σ p_i ln p_i), 0·ln 0 = 0{_MEAN}",
-        latex=r"p_i = \frac{\sigma_i}{\sum_j\sigma_j}, \qquad \mathrm{erank} = \exp\Bigl(-\sum_i p_i\ln p_i\Bigr)",
+        latex=(
+            r"p_i = \frac{\sigma_i}{\sum_j\sigma_j}, \qquad \mathrm{erank}_l = \exp\Bigl(-\sum_i p_i\ln p_i\Bigr), "
+            r"\qquad \operatorname*{mean}_{l}\mathrm{erank}_l"
+        ),
         value_range="[1, min(N, d)]",
         unit="1",
         invariances=_INVARIANCES,
@@ -182,7 +185,10 @@ register(
         span=True,
         sentence="Participation ratio of the squared singular values of the units' matrix.",
         formula=f"{_MATRIX}λ = σ²; PR = (Σλ)²/Σλ²{_MEAN}",
-        latex=r"\lambda_i = \sigma_i^2, \qquad \mathrm{PR} = \frac{\bigl(\sum_i\lambda_i\bigr)^2}{\sum_i\lambda_i^2}",
+        latex=(
+            r"\lambda_i = \sigma_i^2, \qquad \mathrm{PR}_l = \frac{\bigl(\sum_i\lambda_i\bigr)^2}{\sum_i\lambda_i^2}, "
+            r"\qquad \operatorname*{mean}_{l}\mathrm{PR}_l"
+        ),
         value_range="[1, min(N, d)]",
         unit="1",
         invariances=_INVARIANCES,
@@ -201,7 +207,10 @@ register(
         span=True,
         sentence="Stable rank of the units' matrix: squared Frobenius norm over squared spectral norm.",
         formula=f"{_MATRIX}‖A‖_F²/σ₁²{_MEAN}",
-        latex=r"\frac{\lVert A\rVert_F^2}{\sigma_1^2} = \frac{\sum_i\sigma_i^2}{\sigma_1^2}",
+        latex=(
+            r"r_l = \frac{\lVert A_l\rVert_F^2}{\sigma_1^2} = \frac{\sum_i\sigma_i^2}{\sigma_1^2}, \qquad "
+            r"\operatorname*{mean}_{l} r_l"
+        ),
         value_range="[1, min(N, d)]",
         unit="1",
         invariances=_INVARIANCES,
@@ -230,7 +239,8 @@ register(
             r"\lambda = \operatorname{eig}\Bigl(\frac{1}{N}\hat X\hat X^{\mathsf T}\Bigr), \qquad "
             r"S_a = \begin{cases} -\sum_i\lambda_i\ln\lambda_i & a = 1 \\ \dfrac{\ln\sum_i\lambda_i^{a}}{1-a} & "
             r"a\ne 1 \\"
-            r"-\ln\max_i\lambda_i & a = \infty \end{cases}"
+            r"-\ln\max_i\lambda_i & a = \infty \end{cases}, \qquad a = \mathrm{order}, \qquad "
+            r"\operatorname*{mean}_{l} S_a"
         ),
         value_range="raw [0, ln min(N, d)]; logmin [0, 1]",
         unit="nat",

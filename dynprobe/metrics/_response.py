@@ -96,7 +96,10 @@ register(
             "ρ_{l,n} = ‖x'_{l,n} − x_{l,n}‖/‖x_{l,n}‖; profile = mean over units valid in both; value = mean over "
             "depths"
         ),
-        latex=r"\rho_{l,n} = \frac{\lVert x'_{l,n}-x_{l,n}\rVert}{\lVert x_{l,n}\rVert}",
+        latex=(
+            r"\rho_{l,n} = \frac{\lVert x'_{l,n}-x_{l,n}\rVert}{\lVert x_{l,n}\rVert}, \qquad "
+            r"\operatorname*{mean}_{l}\ \operatorname*{mean}_{n}\ \rho_{l,n}"
+        ),
         input="trajectory[depth,unit,dim]×2, clean first",
         value_range="[0, ∞)",
         unit="‖h′−h‖/‖h‖",

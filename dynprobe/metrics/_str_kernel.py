@@ -150,8 +150,11 @@ register(
             "pairs with a state that is not finite leave both sums; value = mean_t STR_t"
         ),
         latex=(
-            r"\mathrm{STR}_t = \frac{\sum_{ij} W_{ij}K_{ij}}{\sum_{ij} W_{ij}}, \qquad "
-            r"K_{ij} = \exp\Bigl(-\frac{\lVert h_i-h_j\rVert^2}{2\sigma^2}\Bigr), \qquad W_{ij} = 1-e^{-|i-j|/\tau_w}"
+            r"\begin{aligned} \mathrm{STR}_t &= \frac{\sum_{i,j} W_{ij}K_{ij}}{\sum_{i,j} W_{ij}}, \qquad "
+            r"\max(0,\,t-K+1)\le i,j\le t, \quad t\ge 1 \\"
+            r"K_{ij} &= \exp\Bigl(-\frac{\lVert h_i-h_j\rVert^2}{2\sigma^2}\Bigr), \qquad "
+            r"W_{ij} = 1-e^{-|i-j|/\tau_w}, \qquad \mathrm{value} = \operatorname*{mean}_{t}\mathrm{STR}_t "
+            r"\end{aligned}"
         ),
         input="tokens[pos,dim], sigma",
         value_range="[0, 1]",

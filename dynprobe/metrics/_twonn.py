@@ -155,7 +155,10 @@ register(
             "N < 10 → NaN units<10; decimated: the same on every second point in their order; scale: mean of "
             "(r₁ + r₂)/2; value = mean over depths"
         ),
-        latex=r"\mu_i = \frac{r_{i,2}}{r_{i,1}}, \qquad \hat d = \frac{N-1}{\sum_{i}\ln\mu_i} \quad (\text{est=ml})",
+        latex=(
+            r"\mu_i = \frac{r_{i,2}}{r_{i,1}}, \qquad \hat d_l = \frac{N-1}{\sum_{i}\ln\mu_i} \quad (\text{est=ml}), "
+            r"\qquad \operatorname*{mean}_{l}\hat d_l"
+        ),
         input="trajectory[depth,unit,dim], dim may differ by depth",
         value_range="(0, ∞)",
         unit="1",

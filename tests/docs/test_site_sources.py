@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -45,6 +46,33 @@ def test_every_metric_has_a_formula_with_balanced_groups(metric_id):
     assert latex.count("{") - latex.count(r"\{") == latex.count("}") - latex.count(r"\}")
     assert latex.count(r"\begin{") == latex.count(r"\end{")
     assert "%" not in latex.replace(r"\%", "")  # a comment in LaTeX: the rest of the formula would be lost
+
+
+@pytest.mark.parametrize("metric_id", ids())
+def test_a_formula_shows_the_means_that_its_text_names(metric_id):
+    said = spec(metric_id).formula
+    named = "value = mean" in said or "; mean over" in said or "mean over non-overlapping windows" in said
+    shown = spec(metric_id).latex.count(r"\operatorname*{mean}")
+    assert shown >= named + (
+        "profile = mean over" in said and "value = mean over" in said and "of the last" not in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric_id", "parts"),
+    {
+        "delta.rel_prev/1": [r"x_{k,n}\rVert} & \text{agg=mean}", r"S_{k}\rVert_F} & \text{agg=fro}"],
+        "delta.rel_next/1": [r"x_{k+1,n}\rVert} & \text{agg=mean}", r"S_{k+1}\rVert_F} & \text{agg=fro}"],
+        "delta.angle/1": [r"\operatorname*{mean}_{k}\kappa_k"],
+        "energy.interaction/1": [r"\frac{1}{\tau} = \mathrm{scale}"],
+        "str.kernel/1": [r"t-K+1", r"\operatorname*{mean}_{t}"],
+        "delay.fnn/1": [r"j(i) = \operatorname*{argmin}"],
+        "influence.angular/1": [r"s = \mathrm{n}", r"\text{tokens=all}"],
+        "cka.linear/1": [r"\operatorname*{mean}_{\text{windows of }W}"],
+    }.items(),
+)  # fmt: skip
+def test_a_formula_shows_the_cases_and_letters_of_its_text(metric_id, parts):
+    assert [part for part in parts if part not in spec(metric_id).latex] == []
 
 
 def test_every_formula_becomes_mathml():
@@ -100,12 +128,28 @@ def test_every_command_and_table_is_listed(pages):
         ('<script src="https://example.org/x.js"></script>', 1),
         ('<link rel="preconnect" href="//example.org">', 1),
         ('<img src="http://example.org/x.png">', 1),
+        ('<base href="https://example.org/">', 1),
+        ('<form action="https://example.org/"><button formaction="//example.org/y"></button></form>', 2),
+        ('<form action="search.html"><input type="text"></form>', 0),
         ("<style>@import 'https://example.org/x.css'; a {background: url(//example.org/y)}</style>", 2),
     ],
 )
 def test_what_a_page_would_fetch_is_found(tmp_path, tag, fetched):
     (tmp_path / "index.html").write_text(f"<html><body>{tag}</body></html>", encoding="utf-8")
     assert len(module("offline").remote(tmp_path)) == fetched
+
+
+def test_a_page_forbids_what_it_would_fetch_or_send():
+    page = (DOCS / "_build" / "theme" / "main.html").read_text(encoding="utf-8")
+    for rule in ("default-src 'self'", "base-uri 'self'", "form-action 'none'"):
+        assert rule in page
+
+
+def test_no_page_stands_twice_in_the_navigation():
+    text = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r"^ +- (?:[^#\n]*: )?([\w/]+\.md)$", text, re.MULTILINE)
+    assert len(pages) > 30
+    assert len(set(pages)) == len(pages)
 
 
 def test_tutorials_are_scripts_with_text(tmp_path):
