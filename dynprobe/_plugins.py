@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from dynprobe.errors import DynprobeError, PluginError, UsageError, did_you_mean
 
-__all__ = ["GROUPS", "NUMBER_GROUPS", "Plugin", "Registry", "Status", "own", "plugins", "statuses"]
+__all__ = ["GROUPS", "NUMBER_GROUPS", "Plugin", "Registry", "Status", "deciding", "own", "plugins", "statuses"]
 
 T = TypeVar("T")
 
@@ -75,6 +75,16 @@ class Status:
 
     plugin: Plugin
     error: str = ""
+
+
+def deciding(found: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Return those of the recorded plug-ins that decide numbers; an engine or a format does not.
+
+    Example:
+        >>> deciding([{"group": "dynprobe.engines", "name": "threads", "package": "acme", "version": "1.0"}])
+        []
+    """
+    return [plugin for plugin in found if plugin["group"] in NUMBER_GROUPS]
 
 
 @cache

@@ -16,6 +16,12 @@ from dynprobe._plugins import GROUPS, own, statuses
 from dynprobe.cli import main
 from dynprobe.errors import MetricError, PluginError, RunFolderError, SpecError, UsageError
 from dynprobe.probes import Perturb
+from dynprobe.protocols import _panel_work
+from dynprobe.protocols._calibrate import _key
+from dynprobe.protocols._dissociate_config import DissociateConfig
+from dynprobe.protocols._evaluate_config import EvaluateConfig
+from dynprobe.protocols._plugins_used import plugins_used
+from dynprobe.protocols._selfchecks import _cache_file
 from dynprobe.runs import RunWriter
 
 #: A metric, a scale and a mode in one file.
@@ -199,6 +205,101 @@ def test_another_version_goes_on_only_with_force(package, tmp_path, monkeypatch)
     assert run.manifest.continuations[-1]["forced"] is True
 
 
+def _another_version(package, tmp_path, points=POINTS, text=TEXT, *, was="1.0", now="1.1"):
+    (tmp_path / "site-packages" / f"acme-{was}.dist-info").rename(tmp_path / f"gone-{was}")
+    package("acme", points, now, of_acme=text)
+
+
+def test_a_finished_run_of_another_version_says_so(package, tmp_path):
+    package("acme", POINTS, of_acme=TEXT)
+    asked = {**QUICK, "max_new_tokens": 0, "out": str(tmp_path / "runs")}
+    first = dp.run("tiny-llama", PROMPTS[:1], **asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dp.run("tiny-llama", PROMPTS[:1], **asked).path == first.path
+    _another_version(package, tmp_path)
+    with pytest.warns(UserWarning, match=r"was made with acme 1\.0, and this is acme 1\.1: these are the numbers"):
+        assert dp.run("tiny-llama", PROMPTS[:1], **asked).path == first.path
+
+
+def test_the_cells_of_a_panel_are_of_one_version(package, tmp_path, monkeypatch):
+    package("acme", POINTS, of_acme=TEXT)
+    asked = {
+        "models": ["panel/llama-depth2-width32-seed0"], "categories": ["factual"], "prompts_per_category": 2,
+        "alphas": [0, 0.2], "perturb": "layers=50%,scale=peak", "metrics": ["acme.reach/1"], "max_new_tokens": 0,
+        "decompose": ["nll"], "n_boot": 10, "n_permutations": 9, "out": str(tmp_path / "panels"),
+    }  # fmt: skip
+    run, calls = _panel_work.run, []
+
+    def stopping(*given, **settings):
+        calls.append(settings)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*given, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_panel_work, "run", stopping)
+        with pytest.raises(dp.errors.InterruptedRunError):
+            dp.panel(**asked)
+    _another_version(package, tmp_path)
+    with pytest.raises(
+        RunFolderError, match=r"was begun with acme 1\.0, and this is acme 1\.1: its numbers may differ"
+    ):
+        dp.panel(**asked)
+    done = dp.panel(**asked, force=True)
+    assert {p["version"] for p in done.manifest["plugins"]} == {"1.1"}
+    record = done.path / "panel.json"
+    kept = record.read_text()
+    record.write_text(json.dumps({**json.loads(kept), "plugins": [{"group": "dynprobe.scales"}]}))
+    with pytest.raises(RunFolderError, match=r"panel\.json is damaged: plugins"):
+        dp.panel(done.path)
+    record.write_text(kept)
+    _another_version(package, tmp_path, was="1.1", now="1.2")
+    with pytest.warns(UserWarning, match=r"was made with acme 1\.1, and this is acme 1\.2"):
+        assert dp.panel(done.path).path == done.path
+
+
+ADAPTER = {"dynprobe.adapters": {"llama": "of_acme:blocks"}}
+BLOCKS = """
+    def blocks(model):
+        return "model.layers.*"
+"""
+
+
+def test_what_is_kept_of_a_model_is_of_one_adapter(package, tmp_path):
+    def kept():
+        subject = dp.load("tiny-llama")
+        return _cache_file(subject).name, _key(subject, [], [], [])
+
+    file, key = kept()
+    assert "adapter" not in key
+    package("acme", ADAPTER, of_acme=BLOCKS)
+    first_file, first_key = kept()
+    _another_version(package, tmp_path, ADAPTER, BLOCKS)
+    second_file, second_key = kept()
+    assert len({file, first_file, second_file}) == 3
+    assert {k: v for k, v in second_key.items() if k != "adapter"} == key
+    assert (first_key["adapter"]["version"], second_key["adapter"]["version"]) == ("1.0", "1.1")
+
+
+def test_a_mode_in_another_loop_is_recorded(package):
+    package("acme", {"dynprobe.controllers": {"brake": "of_acme:BRAKE"}}, of_acme="""
+        from dynprobe.controllers.recovery import Mode, Recovery, Slerp
+        BRAKE = Mode(lambda timing, site=None, **_: Recovery(timing(), Slerp(), site=site))
+    """)  # fmt: skip
+    config = EvaluateConfig.build(
+        model="tiny-llama", tasks=("x",), controllers=("attractor:slots=16", "recover:brake,timing=always,gain=0.25")
+    )
+    assert [p["name"] for p in plugins_used(config, [], dp.load("tiny-llama"))] == ["brake"]
+
+
+def test_a_study_of_dissociation_imports_those_that_it_names(package):
+    package("acme", POINTS, of_acme=TEXT)
+    assert DissociateConfig.build(model="tiny-llama").dynamic == "kappa_geom"
+    assert "of_acme" not in sys.modules
+    assert DissociateConfig.build(model="tiny-llama", dynamic="acme.reach/1").dynamic == "acme_reach"
+
+
 @pytest.mark.slow
 def test_workers_find_them(package, tmp_path):
     package("acme", POINTS, of_acme=TEXT)
@@ -234,12 +335,13 @@ def test_the_command_lists_them(package, capsys):
     assert "Distance from the first depth" in capsys.readouterr().out
 
 
-def test_without_any_the_command_says_so(capsys):
+def test_without_any_the_command_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("dynprobe._plugins.plugins", lambda group: ())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if not statuses():
-            assert main(["plugins"]) == 0
-            assert "docs/extending.md" in capsys.readouterr().out
+        assert statuses() == []
+        assert main(["plugins"]) == 0
+        assert "docs/extending.md" in capsys.readouterr().out
 
 
 def test_help_reads_no_metadata():

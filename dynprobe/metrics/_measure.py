@@ -151,9 +151,9 @@ def _plan(ids: tuple[str, ...]) -> _Plan:
     items: dict[str, _Item] = {}
     for text in ids:
         parsed = parse_id(text)
-        if entry(parsed.id).spec.family == "output":
-            continue
         if entry(parsed.id).score is None:
+            if entry(parsed.id).spec.family == "output":
+                continue
             kind = entry(parsed.id).spec.input
             raise MetricError(
                 f"measure cannot take {parsed.id!r}: its input is {kind}. It can take {', '.join(measurable())}; "

@@ -94,7 +94,7 @@ def trajectory_metric(spec: MetricSpec, formula: Formula) -> Metric:
         full, rows = format_id(spec.id, params), []
         for b in range(keep.shape[1]):
             real = np.flatnonzero(c.w.real[:, b].any(0)) if len(keep) else np.zeros(0, np.int64)
-            picked = [s[b : b + 1, torch.from_numpy(real).to(s.device)].detach().double().cpu() for s in c.states]
+            picked = [s[b : b + 1, torch.from_numpy(real).to(s.device)].detach().cpu().double() for s in c.states]
             rows.append(result(Trajectory(picked, keep[:, b : b + 1][:, :, real], c.w.eps, ""), params, full))
         return _gathered(rows)
 

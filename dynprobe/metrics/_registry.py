@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from dynprobe._plugins import Registry
 from dynprobe.errors import MetricError, did_you_mean
+from dynprobe.metrics._reserved import refuse_names
 from dynprobe.metrics._result import Scores
 
 if TYPE_CHECKING:
@@ -109,8 +110,13 @@ class MetricSpec:
 
     @property
     def digest(self) -> str:
-        """First 12 hex digits of SHA-256 over the definition and its conformance vectors."""
-        text = "\n".join([self.id, self.input, self.formula, repr(sorted(self.params.items())), *self.vectors])
+        """First 12 hex digits of SHA-256 over the definition and its conformance vectors.
+
+        In a metric of another package ``span`` counts too, because it says which tokens a run gives it.
+        """
+        narrowed = ["span"] if self.span and self.name not in _OURS else []
+        stated = [self.id, self.input, self.formula, repr(sorted(self.params.items())), *narrowed, *self.vectors]
+        text = "\n".join(stated)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -187,11 +193,22 @@ def _plugin(name: str, found: Any) -> tuple[Metric, ...]:
             raise ValueError(f"its id {one.spec.id!r} is not {name}/MAJOR, as the entry point says")
         if not one.spec.column.isidentifier() or one.spec.column.lower() != one.spec.column:
             raise ValueError(f"its column {one.spec.column!r} is no name in small letters, digits and underscores")
-        taken = columns().get(one.spec.column)
-        if taken is not None and taken.metric_id != one.spec.id:
-            raise ValueError(f"its column {one.spec.column!r} is that of {taken.metric_id}")
+        refuse_borrowed(one.spec)
     _ENTRIES.update({one.spec.id: one for one in made})
     return made
+
+
+def refuse_borrowed(definition: MetricSpec) -> None:
+    """Refuse a definition of another package whose family or column is somebody else's.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if definition.name in _OURS:
+        return
+    others = {s.column: s.id for s in (one.spec for one in _ENTRIES.values()) if s.name != definition.name and s.column}
+    taken = others | {name: metric_id for name, (metric_id, *_) in _EXTRA_COLUMNS.items()}
+    refuse_names(definition.family, definition.column, {name.split(".")[0] for name in _OURS}, taken)
 
 
 _OURS: set[str] = set()
@@ -242,7 +259,8 @@ def ids(level: str | None = None, group: str | None = None) -> list[str]:
         group: ``core``, ``default``, ``paired``, ``optional``, or a family such as ``kappa``.
 
     Returns:
-        Ids in catalogue order, those of other packages last; one of theirs that cannot be loaded is warned of.
+        Ids in catalogue order, those of other packages last. Theirs are imported for it, because level and group stand
+        in the definition; one that cannot be loaded is warned of.
 
     Example:
         >>> ids(group="delta")

@@ -66,6 +66,8 @@ def adapted(model: nn.Module) -> tuple[str | None, Loop | None, dict[str, Any]]:
         refuse_ambiguous(model)
         return None, None, {}
     said, facts = ADAPTERS[kind](model), {} if kind in ADAPTERS.builtin else {"adapter": kind}
+    if said is None:
+        refuse_ambiguous(model)
     if said is not None and not isinstance(said, Loop | str):
         raise PluginError(
             f"the adapter {ADAPTERS.plugin(kind) or kind} said {said!r} of {type(model).__name__}; it should return a "

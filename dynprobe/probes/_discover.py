@@ -97,6 +97,7 @@ def discover(
     subject = Subject(model, tokenizer, name, facts=dict(facts or {}))
     subject.embedding = _path_of(model, "get_input_embeddings")
     subject.head = _path_of(model, "get_output_embeddings")
+    named = layers is not None
     if loop is None and layers is None:
         layers, loop, found = adapted(model)
         subject.facts |= found
@@ -107,7 +108,7 @@ def discover(
     try:
         trial = watch(model, subject.blocks or None, trial_input)
     except TrialError:
-        if layers is None or trial_input is not None:
+        if not named or trial_input is not None:  # what an adapter says is tried, or not believed
             raise
         return subject  # a module whose input we do not know: the first real call tells the rest
     subject.block_path = layers or trial.block_path

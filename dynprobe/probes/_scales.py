@@ -120,8 +120,8 @@ class NoiseScale:
     ``update(h, eps, alpha, stats)`` is the whole of it: states ``h`` [n, dim], noise ``eps`` [n, dim] (or one direction
     [1, dim]; None where the scale draws none), strengths ``alpha`` [n, 1] or [1, 1], and what else is known
     (:class:`ScaleStats`). It returns u, float of the dtype of h, with u = 0 exactly at α = 0; beside it, where the unit
-    itself can vanish, which states have none. A state's answer depends on that state, its own noise and the calibration
-    alone.
+    itself can vanish, which states have none. u is linear in α, u(cα) = c·u(α): what solves for a strength or matches
+    energies relies on it. A state's answer depends on that state, its own noise and the calibration alone.
 
     Args:
         name: What ``scale=`` calls it.
@@ -134,7 +134,8 @@ class NoiseScale:
         per_alpha: Mean of that column at α = 1, in law.
         equivariances: ``"R"``: u(Qh) = Q·u(h) in law for rotations Q; ``"S"``: u(ch) = c·u(h) for c > 0. Where it needs
             a calibration or a donor, that is transformed too.
-        own_write: What it writes, in words, where it defines that itself and so takes no other kind than ``gaussian``.
+        own_write: What it writes, in words, where it defines that itself and so takes no other kind than ``gaussian``;
+            needed where ``law`` is not ``"gaussian"``, because a direction cannot stand for what it draws.
         wave: Whether each state has one unit, which a ``sine`` can swing in.
         solved: Whether α is a target and the strength is solved for.
         at_embedding: Whether its usual place is the embedding.
@@ -168,6 +169,10 @@ class NoiseScale:
             wrong = sorted(map(str, set(found) - set(known)))
             if wrong:
                 raise ValueError(f"{what} of the scale {self.name} knows {', '.join(map(str, known))}, not {wrong[0]}")
+        if self.law != "gaussian" and not self.own_write:
+            raise ValueError(
+                f"the scale {self.name} with law={self.law!r} cannot write a direction; say in own_write what it writes"
+            )
 
     @property
     def needs_clean(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe.errors import ModelError
+from dynprobe.probes._chunks import out_of_memory
 from dynprobe.probes._outputs import hidden_argument, hidden_of
 from dynprobe.probes._placement import device_of
 
@@ -103,6 +104,8 @@ def record(model: nn.Module, inputs: Tensor | None) -> list[Call]:
             else:
                 model(ids, **extra)
     except Exception as error:
+        if out_of_memory(error):  # that says nothing of the structure
+            raise
         raise TrialError(
             f"a trial forward of {type(model).__name__} failed ({type(error).__name__}: {error}); "
             "pass trial_input=<a tensor the model accepts>"

@@ -23,6 +23,7 @@ from dynprobe.probes._calibration import CALIBRATION_SCHEMA, covariance_root, pr
 from dynprobe.prompts import Prompt, content_hash, load_prompts
 from dynprobe.protocols._arms import Passage, Text, forced
 from dynprobe.protocols._plan import plan_batches
+from dynprobe.protocols._plugins_used import adapter_used
 from dynprobe.protocols._prompts import as_prompts, token_rows
 from dynprobe.protocols._weights import structure_of, weights_of
 from dynprobe.runs import hash_prompts
@@ -55,6 +56,7 @@ def _key(
         "tokens": hash_prompts(rows),
         "cov_depths": sorted(set(cov_depths)),
         "schema": CALIBRATION_SCHEMA,
+        **adapter_used(subject),
     }
 
 

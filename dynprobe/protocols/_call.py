@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dynprobe import __version__
+from dynprobe._plugins import deciding
 from dynprobe.engines import Engine, Job, Seat, content_key
 from dynprobe.errors import EngineError, UsageError
 from dynprobe.metrics._reduction import compiling, why_not_compiled
@@ -24,7 +25,7 @@ from dynprobe.probes import load as load_subject
 from dynprobe.protocols._conditions import yardstick
 from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._halving import Halving
-from dynprobe.protocols._plugins_used import deciding, in_words
+from dynprobe.protocols._plugins_used import in_words
 from dynprobe.protocols._prepare import LOAD_KEYS, Held, Prepared
 from dynprobe.protocols._selfchecks import all_checks, refuse_if_broken
 from dynprobe.protocols._spread_config import SPREAD

@@ -185,7 +185,7 @@ def column_facts(config: RunConfig) -> dict[str, dict[str, str]]:
     for name, column in columns.items():
         definition = metrics.spec(column.metric_id)
         runs_over = span if definition.span else "all"
-        if column.metric_id.startswith("lockin"):
+        if column.metric_id.startswith("lockin."):
             runs_over = "whole periods of the drive"
         facts[name] |= {"span": runs_over, "description": definition.sentence}
         facts[f"{name}_d"] = {

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dynprobe import metrics
 from dynprobe.errors import MetricError, UsageError, did_you_mean
+from dynprobe.metrics._registry import loaded
 from dynprobe.protocols._recover_config import RecoverConfig
 from dynprobe.protocols._recover_summary import acted_on
 
@@ -85,7 +86,8 @@ class DissociateConfig(RecoverConfig):
     @field_validator("dynamic")
     @classmethod
     def _a_metric(cls, value: str) -> str:
-        columns = {metrics.column_name(i): i for i in metrics.ids() if _of_states(i)}
+        asked = [value] if "/" in value and _of_states(value) else []  # one of another package is loaded by its id
+        columns = {metrics.column_name(i): i for i in (*loaded(), *asked) if _of_states(i)}
         name = next((column for column, i in columns.items() if value in (column, i)), value.replace("-", "_"))
         if name not in columns:
             near = did_you_mean(name, columns)

@@ -27,6 +27,7 @@ from dynprobe.protocols._call import Call, engine_of, job_of, sharers_of
 from dynprobe.protocols._conditions import written_depths, yardstick
 from dynprobe.protocols._halving import Halving
 from dynprobe.protocols._memory import before_the_units
+from dynprobe.protocols._plugins_used import warn_if_changed
 from dynprobe.protocols._prepare import Prepared
 from dynprobe.protocols._selfchecks import all_checks, as_manifest, refuse_if_broken
 from dynprobe.protocols._token_text import TokenTexts, prompts_table
@@ -114,6 +115,7 @@ def execute(
     done = ready.finished()
     if done is not None:
         say(Progress("done", notes=(f"already done: {done.path}",)))
+        warn_if_changed(done.path, done.manifest.plugins or (), ready.plugins)
         return done
     with before_the_units(ready.subject):
         say(Progress("calibrate"))

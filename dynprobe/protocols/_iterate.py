@@ -138,7 +138,7 @@ def _perturbs(subject: Subject, config: Any, given: Sequence[Perturb | str]) -> 
         raise UsageError("dynprobe iterate takes no --states, --lens or --num-samples; dynprobe run stores states")
     found = resolve_perturbations(subject, config, given)
     for perturb in found:
-        if perturb.scale in ("coordstd", "cov"):
+        if perturb.noise_scale.calibrated:
             raise UsageError(
                 f"scale={perturb.scale} is calibrated at the iterations that the model makes now, and dynprobe iterate "
                 "changes their number; take relnorm, mad or abs"

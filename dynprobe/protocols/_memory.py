@@ -37,6 +37,7 @@ __all__ = [
     "rows_fitting",
     "too_large",
     "weight_bytes",
+    "while_loading",
 ]
 
 #: Share of the free memory that a group of rows may take by the estimate.
@@ -279,6 +280,32 @@ def before_the_units(subject: Subject) -> Iterator[None]:
     raise ModelError(
         f"the trials, calibration and self-tests before the first batch, a few short texts, do {_no_room(subject)}. "
         f"T{_more_room(subject)[1:]}"
+    ) from failed
+
+
+@contextmanager
+def while_loading(name: str, device: str, dtype: str) -> Iterator[None]:
+    """Turn memory that runs out while a model is loaded, or tried for the first time, into an error that says so.
+
+    Args:
+        name: What is loaded.
+        device: Where to.
+        dtype: In what.
+
+    Raises:
+        ModelError: If it ran out.
+    """
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        failed = error
+    raise ModelError(
+        f"the weights of {name} in {dtype}, with a first short forward, do not fit into the memory of the device "
+        f"({device}). Type --dtype bfloat16 (half the memory of float32; angles are flagged), --device-map auto "
+        "(spread over several devices, the rest on the CPU) or --device cpu"
     ) from failed
 
 

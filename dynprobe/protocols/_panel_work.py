@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from dynprobe import __version__
+from dynprobe._plugins import deciding
 from dynprobe.engines import Engine
 from dynprobe.errors import DynprobeError, InterruptedRunError, RunFolderError, UsageError
 from dynprobe.probes import load as load_subject
@@ -32,12 +34,14 @@ from dynprobe.protocols._panel_cells import Cell, cells_of, prompts_of
 from dynprobe.protocols._panel_config import PanelConfig, PanelModelEntry, check_settings
 from dynprobe.protocols._panel_standing import fault_of, mend
 from dynprobe.protocols._panel_tables import write_tables
+from dynprobe.protocols._plugins_used import adapter_used, changed, installed, warn_if_changed
 from dynprobe.protocols._prepare import Held
 from dynprobe.protocols._run import run
 from dynprobe.runs import identity
 from dynprobe.runs._atomic import sync_folder, write_bytes, writing
 from dynprobe.runs._json import dumps
 from dynprobe.runs._lock import FolderLock
+from dynprobe.runs._manifest import PluginFact
 from dynprobe.runs._panel_folder import PANEL_NAME, PANEL_SCHEMA, Panel, open_panel
 
 __all__ = ["PanelWork", "as_model", "cells_by_key", "release"]
@@ -76,6 +80,8 @@ class PanelWork:
         if not whole or not all(self._stands(cell) for cell in there.manifest["cells"]):
             return None
         self.tell(Progress("done", notes=(f"already done: {there.path}",)))
+        then = _recorded(there.path, there.manifest)
+        warn_if_changed(there.path, then, installed(then))
         return there
 
     def carry_out(self) -> Panel:
@@ -136,6 +142,13 @@ class PanelWork:
                 f"{folder} was begun by dynprobe {began}, and this is {__version__}: its numbers may differ. Add "
                 "--force to continue all the same, or choose another folder with --out FOLDER."
             )
+        then = _recorded(folder, self.record)
+        how = changed(then, installed(then))
+        if how and not self.config.force:
+            raise RunFolderError(
+                f"{folder} was begun {how}: its numbers may differ. Add --force to continue all the same, or choose "
+                "another folder with --out FOLDER."
+            )
         for cell in self.record["cells"]:
             why = fault_of(folder, cell) if cell["state"] == "done" else None
             if why:
@@ -182,12 +195,17 @@ class PanelWork:
         facts = held.subject.facts
         row = next(row for row in self.record["models"] if row["name"] == entry.name)
         weights = facts.get("weights_hash")
-        if row.get("weights") not in (None, weights) and any(
-            c["model"] == entry.name and c["state"] == "done" for c in self.record["cells"]
-        ):
+        begun = any(c["model"] == entry.name and c["state"] == "done" for c in self.record["cells"])
+        if begun and row.get("weights") not in (None, weights):
             raise UsageError(
                 f"{entry.name} has other weights than when its first cells were run ({weights} against "
                 f"{row['weights']}); take another folder with --out FOLDER, or the weights of then"
+            )
+        adapter = adapter_used(held.subject).get("adapter")
+        if begun and adapter != row.get("adapter") and not self.config.force:
+            raise UsageError(
+                f"{entry.name} is read by another adapter than when its first cells were run ({adapter or 'none'} "
+                f"against {row.get('adapter') or 'none'}); take another folder with --out FOLDER, or add --force"
             )
         skeleton = {**skeleton_of(held.subject), **entry.covariates}
         family = entry.family or facts.get("model_type") or type(held.subject.model).__name__
@@ -196,6 +214,7 @@ class PanelWork:
             "family": str(family),
             "skeleton": skeleton,
             "parameters": facts.get("n_parameters"),
+            **({} if adapter is None else {"adapter": adapter}),
         }
 
     def _cell(self, folder: Path, cell: Cell, held: Held, entry: PanelModelEntry, record: dict[str, Any]) -> None:
@@ -218,6 +237,9 @@ class PanelWork:
             _refuse_to_go_on(error)
             record |= {"state": "failed", "error": _said(error)}
         else:
+            known = [*self.record.get("plugins", ()), *deciding(found.manifest.plugins or ())]
+            if known:  # by name: with force a later version takes the place of an earlier one
+                self.record["plugins"] = list({(p["group"], p["name"]): dict(p) for p in known}.values())
             manifest = found.path / "manifest.json"
             record |= {
                 "state": "done", "run": f"runs/{found.path.name}", "id8": found.manifest.id8, "error": None,
@@ -242,6 +264,15 @@ class PanelWork:
         with writing(folder, PANEL_NAME):
             write_bytes(folder / PANEL_NAME, (dumps(self.record, indent=1) + "\n").encode())
             sync_folder(folder)
+
+
+def _recorded(folder: Path, record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The plug-ins that decided numbers of a panel's cells."""
+    try:
+        return TypeAdapter(list[PluginFact]).validate_python(record.get("plugins", []))
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"]
+        raise RunFolderError(f"{folder / PANEL_NAME} is damaged: plugins: {said}. Restore it from a copy.") from error
 
 
 def cells_by_key(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

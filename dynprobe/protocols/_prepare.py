@@ -30,7 +30,7 @@ from dynprobe.prompts import Prompt, content_hash
 from dynprobe.protocols._columns import column_facts
 from dynprobe.protocols._conditions import OWN_UNIT, resolve_perturbations
 from dynprobe.protocols._config import RunConfig
-from dynprobe.protocols._memory import before_the_units
+from dynprobe.protocols._memory import before_the_units, while_loading
 from dynprobe.protocols._model_skeleton import skeleton_of
 from dynprobe.protocols._plugins_used import plugins_used
 from dynprobe.protocols._prompts import choose_prompts, token_rows
@@ -214,7 +214,8 @@ def prepare(
         )
     parse_many(given)  # what is no perturbation needs no model to be refused
     chosen = choose_prompts(config, prompts)
-    subject = _load(model, config)
+    with while_loading(str(config.model or type(model).__name__), config.device, config.dtype):
+        subject = _load(model, config)
     grow = max(config.max_new_tokens - 1, 0)
     rows = token_rows(subject, chosen, chat_template=config.chat_template, grow=grow)
     with before_the_units(subject):

@@ -29,6 +29,7 @@ from dynprobe.probes import (
     tokenize,
 )
 from dynprobe.prompts import load_prompts
+from dynprobe.protocols._plugins_used import adapter_used
 
 __all__ = ["all_checks", "model_checks", "refuse_if_broken"]
 
@@ -68,7 +69,7 @@ def _cache_file(subject: Subject) -> Path:
         "dtype": str(subject.dtype), "device": str(subject.device),
         "attention": subject.facts.get("attn_implementation"), "dynprobe": __version__, "torch": torch.__version__,
         "transformers": subject.facts.get("versions", {}).get("transformers"), "threads": torch.get_num_threads(),
-        **({} if subject.backend == "hooks" else {"backend": subject.backend}),
+        **({} if subject.backend == "hooks" else {"backend": subject.backend}), **adapter_used(subject),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return models.cache_root() / "selftests" / f"{digest}.json"

@@ -118,7 +118,7 @@ def _reading(side: Mapping[str, Any]) -> list[str]:
     if main is not None:
         file = f"FOLDER/{next(t['files'][0] for t in held if t['name'] == main)}"
         code = FORMATS[side["to"]].code
-        lines += [code.format(file=file, table=main), ""] if code else []
+        lines += [code.replace("{file}", file).replace("{table}", main), ""] if code else []
     again = 'import dynprobe as dp\nrun = dp.ingest("FOLDER", out="runs")   # a run folder again, the same tables'
     return [*lines, again, "```"]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynprobe._plugins import NUMBER_GROUPS
+from dynprobe._plugins import deciding
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._advice import ask_doctor
 from dynprobe.runs._atomic import TEMPORARY, remove, writing
@@ -178,8 +178,7 @@ def _versions_agree(folder: Path, manifest: Manifest, fresh: Manifest, force: bo
 
 def _deciding(manifest: Manifest) -> list[tuple[str, str]]:
     """Packages, with versions, whose plug-ins decide numbers of a run."""
-    found = {(p["package"], p["version"]) for p in manifest.plugins or () if p["group"] in NUMBER_GROUPS}
-    return sorted(found)
+    return sorted({(p["package"], p["version"]) for p in deciding(manifest.plugins or ())})
 
 
 def _by(version: str | None, packages: Sequence[tuple[str, str]]) -> str:

@@ -116,7 +116,13 @@ class _Suite(Suite):
                 handle.remove()
         tape = self.tape(_ROWS[:1])
         for depth, state in seen.items():
-            if state.shape == tape.states[depth].shape and not identical(state, tape.states[depth]):
+            if state.shape != tape.states[depth].shape:
+                self.fail(
+                    "states",
+                    f"at depth {depth} a plain hook sees {tuple(state.shape)}, and what is captured is "
+                    f"{tuple(tape.states[depth].shape)}",
+                )
+            if not identical(state, tape.states[depth]):
                 self.fail("states", f"the state captured at depth {depth} is not what a plain hook sees there")
         if len(seen) != subject.n_layers:
             self.fail("states", f"{subject.n_layers} updates are said, and plain hooks see {len(seen)}")

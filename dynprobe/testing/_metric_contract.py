@@ -15,7 +15,7 @@ import torch
 from dynprobe.errors import MetricError
 from dynprobe.metrics import Metric, Result, compute, measure
 from dynprobe.metrics._measure import _plan
-from dynprobe.metrics._registry import _ENTRIES, entry, parse_id
+from dynprobe.metrics._registry import _ENTRIES, _OURS, entry, parse_id, refuse_borrowed
 from dynprobe.testing._suite import Suite
 
 __all__ = ["METRIC_CHECKS", "Vector", "check_metric"]
@@ -63,12 +63,13 @@ def check_metric(
 ) -> tuple[str, ...]:
     """Try whether a metric keeps the contract.
 
-    ``declared`` its definition is whole; ``vectors`` give their values to 1e-9, or NaN with their reason;
-    ``repeatable`` two calls, and NumPy and torch, give the same bits; ``untouched`` its inputs are left as they are;
-    ``invariant`` the declared invariances hold (``T`` cannot be tried); ``in_range`` values lie in the declared range;
-    ``reasons`` zero, broken, short and empty inputs give a number or NaN with a reason, never an infinity or an error
-    that is not a MetricError; ``masked`` nothing depends on what stands behind the mask; ``batched`` a row of a padded
-    batch gives what it gives alone, for metrics that a run can store.
+    ``declared`` its definition is whole, and its family and column are nobody else's; ``vectors`` give their values to
+    1e-9, or NaN with their reason, and are given where the definition names some; ``repeatable`` two calls, and NumPy
+    and torch, give the same bits; ``untouched`` its inputs are left as they are; ``invariant`` the declared invariances
+    hold (``T`` cannot be tried); ``in_range`` values lie in the declared range; ``reasons`` zero, broken, short and
+    empty inputs give a number or NaN with a reason, never an infinity or an error that is not a MetricError; ``masked``
+    nothing depends on what stands behind the mask; ``batched`` a row of a padded batch gives what it gives alone, for
+    metrics that a run can store.
 
     Args:
         metric: The metric, or the id of one that is installed.
@@ -148,8 +149,14 @@ class _Suite(Suite):
             self.fail("declared", "a run can store it, and it names no column and no levels")
         if str(parse_id(spec.id)) != spec.id:
             self.fail("declared", f"its id is written {parse_id(spec.id)}")
+        try:
+            refuse_borrowed(spec)
+        except ValueError as error:
+            self.fail("declared", str(error))
 
     def vectors(self) -> bool:
+        if self.spec.vectors and not self.given and self.spec.name not in _OURS:  # ours stand in our own tests
+            self.fail("vectors", "its definition names vectors, and none is given to try: check_metric(…, vectors=[…])")
         for number, vector in enumerate(self.given):
             found = self.value(vector.inputs, vector.params, vector.mask)
             if vector.value is None:

@@ -27,11 +27,12 @@ _ROWS, _LENGTH, _DIM, _SITE = 4, 24, 48, "resid_post.3"
 def check_scale(scale: NoiseScale | str, *, only: str | None = None) -> tuple[str, ...]:
     """Try whether a noise scale keeps the contract.
 
-    ``identity`` at α = 0 every state comes back bit for bit, in every dtype; ``linear`` u(cα) = c·u(α); ``repeatable``
-    the write depends on (seed, row, site, position) and on nothing else; ``alone`` a row, and a position, is written as
-    it is by itself; ``untouched`` states and calibration are left as they are; ``guarded`` broken states and states
-    that have no unit are left alone, and the others are written as without them; ``sized`` the declared column of the α
-    passport is ``per_alpha``·α in the mean; ``equivariant`` the declared equivariances hold, and no other does.
+    ``identity`` at α = 0 every state comes back bit for bit, in every dtype; ``linear`` u(cα) = c·u(α), and a direction
+    turned round gives −u, unless the scale defines its own write; ``repeatable`` the write depends on (seed, row, site,
+    position) and on nothing else; ``alone`` a row, and a position, is written as it is by itself; ``untouched`` states
+    and calibration are left as they are; ``guarded`` broken states and states that have no unit are left alone, and the
+    others are written as without them; ``sized`` the declared column of the α passport is ``per_alpha``·α in the mean;
+    ``equivariant`` the declared equivariances hold, and no other does.
 
     Args:
         scale: The scale, or the name of one that is installed.
@@ -104,6 +105,14 @@ class _Suite(Suite):
                 self.fail("linear", f"the write at {factor:g}·α is not {factor:g} times the write at α")
         if not bool((one != 0).any()):
             self.fail("linear", "nothing is written at α = 0.25")
+        if self.scale.own_write:
+            return
+        v = _normal(1, _DIM, seed=9)
+        there, back = (self.formula(self.h[0], sign * v, self.stats, self.donor[0]) for sign in (1, -1))
+        if self.scale.law != "gaussian" or not torch.allclose(back, -there, rtol=1e-9, atol=1e-12):
+            self.fail(
+                "linear", "a direction turned round does not give −u; declare own_write, which no direction goes with"
+            )
 
     def repeatable(self) -> None:
         one = self.write(self.h, 0.3).u

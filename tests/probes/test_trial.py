@@ -57,6 +57,15 @@ def test_hooks_are_gone_after_a_failure() -> None:
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
 
 
+def test_memory_that_runs_out_says_nothing_of_the_structure() -> None:
+    class Large(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        watch(Large([Block(16), Block(16)]), None, INPUT.clone())
+
+
 def test_parallel_blocks_have_two_updates_and_no_middle() -> None:
     class Parallel(nn.Module):
         def __init__(self) -> None:

@@ -239,6 +239,15 @@ def test_one_row_that_does_not_fit_says_what_to_type(llama_folder: Path, texts: 
     assert device.rows[-1] == 1
 
 
+def test_a_model_that_does_not_fit_says_what_to_type(texts: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise ERRORS["cuda"]
+
+    monkeypatch.setattr("dynprobe.protocols._prepare.load_subject", full)
+    with pytest.raises(ModelError, match=r"the weights of tiny-llama in float32.*--dtype bfloat16.*--device-map auto"):
+        dp.run("tiny-llama", texts, max_new_tokens=0, out=tmp_path)
+
+
 def test_another_error_is_not_taken_for_memory(llama_folder: Path, texts: Any, tmp_path: Path) -> None:
     subject = dp.load(str(llama_folder))
     device = SmallDevice(subject.model, 2, RuntimeError("shapes differ"))

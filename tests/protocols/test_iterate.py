@@ -12,7 +12,8 @@ import torch
 import dynprobe as dp
 from dynprobe.errors import SiteError, UsageError
 from dynprobe.models import CemConfig, CemForCausalLM, CsmConfig, CsmForCausalLM
-from dynprobe.probes import Subject, discover
+from dynprobe.probes import NoiseScale, Subject, discover
+from dynprobe.probes._scales import SCALES
 from dynprobe.prompts import Prompt
 from dynprobe.protocols import _iterate, _iterate_split
 from dynprobe.protocols._arms import Text
@@ -253,6 +254,13 @@ def test_what_cannot_be_is_refused(csm: Subject, tmp_path: Path, settings: dict[
     with pytest.raises((UsageError, SiteError), match=match):
         dp.iterate(csm, TEXTS, out=tmp_path, **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_of_another_package_that_is_calibrated_is_refused(csm: Subject, tmp_path: Path) -> None:
+    mine = NoiseScale("mine", "α is in units", "units", lambda h, eps, alpha, stats: alpha * stats.deviations() * eps,
+                      needs=frozenset({"calibration"}))  # fmt: skip
+    with SCALES.lent("mine", mine), pytest.raises(UsageError, match=r"scale=mine is calibrated at the iterations"):
+        dp.iterate(csm, TEXTS, iterations=[2], perturb="alpha=0.1,scale=mine", out=tmp_path)
 
 
 def test_a_model_without_a_loop_is_refused(tmp_path: Path) -> None:

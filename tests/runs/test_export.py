@@ -16,8 +16,10 @@ import torch
 
 import dynprobe as dp
 from dynprobe.errors import OfflineError, RunFolderError, UsageError
-from dynprobe.runs import EXPORT_FORMATS, RunWriter, examine, import_export, open_run
+from dynprobe.runs import EXPORT_FORMATS, Format, RunWriter, examine, import_export, open_run
 from dynprobe.runs._export_arrays import from_arrays, to_arrays
+from dynprobe.runs._export_card import _reading
+from dynprobe.runs._export_formats import FORMATS
 
 DATA = Path(__file__).parent / "data"
 
@@ -277,6 +279,13 @@ def test_damage_is_named(run, tmp_path):
         open_run(broken).export("hf", tmp_path / "no")
     assert not (tmp_path / "no").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_the_code_of_a_format_may_hold_braces():
+    code = 'print({"rows": 1}, "{file}", "{table}", f"{x}")'
+    with FORMATS.lent("acme", Format("Acme", lambda *_: [], lambda *_: iter(()), code=code)):
+        said = _reading({"to": "acme", "tables": [{"name": "samples", "rows": 1, "files": ["samples.x"]}]})
+    assert 'print({"rows": 1}, "FOLDER/samples.x", "samples", f"{x}")' in said
 
 
 def edit(path, **fields):

@@ -106,7 +106,7 @@ def test_another_run_in_the_folder_is_refused(run_folder, make):
 def test_other_library_version_needs_force(tmp_path, make):
     make["begin"](tmp_path).close()
     newer = {"versions": {"dynprobe": "0.2.0"}}
-    with pytest.raises(RunFolderError, match=r"begun by dynprobe 0\.1\.0, and this is 0\.2\.0.*--force"):
+    with pytest.raises(RunFolderError, match=r"begun by dynprobe 0\.1\.0, and this is dynprobe 0\.2\.0.*--force"):
         make["begin"](tmp_path, manifest_fields=newer)
     writer = make["begin"](tmp_path, manifest_fields=newer, force=True)
     assert writer.manifest.continuations[-1]["forced"] is True

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import dynprobe as dp
-from dynprobe.errors import SelfTestError
+from dynprobe.errors import ModelError, SelfTestError
 from dynprobe.probes import Loop
-from dynprobe.probes._adapters import ADAPTERS
+from dynprobe.probes._adapters import ADAPTERS, adapted
 from dynprobe.testing import ADAPTER_CHECKS, check_adapter, tiny_causal_lm, tiny_llama
 
 PLAIN = tuple(check for check in ADAPTER_CHECKS if check != "loop")
@@ -116,6 +116,38 @@ WRONG: dict[str, Any] = {
 def test_each_check_fails_what_is_wrong(check):
     with pytest.raises(SelfTestError, match=r"loud breaks the contract of adapters"):
         check_adapter(*WRONG[check], only=check)
+
+
+def test_a_state_of_another_shape_is_no_match(monkeypatch):
+    from dynprobe.testing import _adapter_contract
+
+    def cut(subject, rows, **options):
+        tape = dp.capture(subject, rows, **options)
+        tape.states = [state[:, 1:] for state in tape.states]
+        return tape
+
+    monkeypatch.setattr(_adapter_contract, "capture", cut)
+    with pytest.raises(SelfTestError, match=r"\(states\): at depth 1 a plain hook sees \(1, 8, "):
+        check_adapter(model, by_pattern, only="states")
+
+
+def test_what_an_adapter_says_is_not_believed_untried():
+    """A pattern of blocks that a trial contradicts is an error where an adapter gave it."""
+
+    class Broken(Loud):
+        def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+            raise RuntimeError("no such input")
+
+    with ADAPTERS.lent("loud", lambda found: "core"), pytest.raises(ModelError, match="no such input"):
+        dp.probes.discover(Broken())
+    assert dp.probes.discover(Broken(), layers="core").n_layers == 1
+
+
+def test_an_adapter_that_says_nothing_leaves_what_is_ambiguous_refused():
+    blt = Loud()
+    blt.config.model_type = "blt"
+    with ADAPTERS.lent("blt", lambda found: None), pytest.raises(ModelError, match="name the one to read"):
+        adapted(blt)
 
 
 def test_what_an_adapter_may_not_say():

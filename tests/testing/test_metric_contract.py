@@ -103,6 +103,24 @@ def test_each_check_fails_what_is_wrong(check):
         check_metric(WRONG[check], vectors=[FROM_ZERO], only=check)
 
 
+def test_vectors_that_are_named_are_given():
+    with pytest.raises(SelfTestError, match=r"\(vectors\): .*none is given to try"):
+        check_metric(GOOD)
+
+
+@pytest.mark.parametrize(
+    "borrowed", [{"column": "ppl"}, {"id": "output.reach/1"}, {"id": "lens.reach/1"}, {"id": "delta.reach/1"}]
+)
+@pytest.mark.parametrize("check", ["declared", "batched"])
+def test_names_of_ours_are_not_borrowed(borrowed, check):
+    metric = trajectory_metric(dataclasses.replace(SPEC, **borrowed), reach)
+    if check == "batched":  # it is measured all the same, and no KeyError
+        check_metric(metric, only=check)
+        return
+    with pytest.raises(SelfTestError, match=r"\(declared\): its (family|column)"):
+        check_metric(metric, only=check)
+
+
 def test_a_crash_is_a_failure():
     with pytest.raises(SelfTestError, match=r"\(reasons\): .*LinAlgError"):
         check_metric(_raw(_crashing), only="reasons")

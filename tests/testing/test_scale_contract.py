@@ -96,11 +96,23 @@ def test_what_is_no_update_is_refused(formula, found):
     ("changes", "why"),
     [({"name": "Peak-1"}, "small letters"), ({"needs": frozenset({"luck"})}, "needs .* luck"),
      ({"law": "cauchy"}, "law .* cauchy"), ({"passport": "alpha_cos"}, "passport"),
-     ({"equivariances": frozenset("T")}, "equivariances")],
+     ({"equivariances": frozenset("T")}, "equivariances"), ({"law": None}, "cannot write a direction"),
+     ({"law": "uniform"}, "cannot write a direction")],
 )  # fmt: skip
 def test_what_cannot_be_declared(changes, why):
     with pytest.raises(ValueError, match=why):
         dataclasses.replace(GOOD, **changes)
+
+
+def test_a_direction_is_what_is_written_along():
+    signless = _with(lambda h, eps, alpha, stats: alpha * eps.abs())
+    with pytest.raises(SelfTestError, match=r"\(linear\): a direction turned round does not give"):
+        check_scale(signless, only="linear")
+    check_scale(dataclasses.replace(signless, own_write="the size of the noise"), only="linear")
+
+
+def test_the_contract_says_what_is_tried():
+    assert "u is linear in α" in str(NoiseScale.__doc__)
 
 
 def test_a_write_without_unit_is_counted():
