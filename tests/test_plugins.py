@@ -295,7 +295,7 @@ def test_a_mode_in_another_loop_is_recorded(package):
 
 def test_a_study_of_dissociation_imports_those_that_it_names(package):
     package("acme", POINTS, of_acme=TEXT)
-    assert DissociateConfig.build(model="tiny-llama").dynamic == "kappa_geom"
+    assert DissociateConfig.build(model="tiny-llama", dynamic="kappa_geom").dynamic == "kappa_geom"
     assert "of_acme" not in sys.modules
     assert DissociateConfig.build(model="tiny-llama", dynamic="acme.reach/1").dynamic == "acme_reach"
 
