@@ -194,7 +194,7 @@ def _threshold(
     ] = 0.05,
     max_evaluations: Annotated[
         int, typer.Option(help="Perturbed rows per prompt and threshold, at most (flip 2 more, kappa 6 more).")
-    ] = 7,
+    ] = 10,
     estimand: Annotated[
         str,
         typer.Option(

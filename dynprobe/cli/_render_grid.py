@@ -238,7 +238,8 @@ def threshold(found: Run) -> None:
         console.print(f"{_MOST_LINES} of {len(headline)} lines; all of them: run.table('fits'){drawn}", soft_wrap=True)
     if "n_uncertain" in headline and headline["n_uncertain"].gt(0).any():
         console.print(
-            "uncertain: prompts whose bracket the search could not narrow or certify; see run.table('trials')",
+            "uncertain: prompts whose bracket the search could not narrow or certify; the interval counts its ends. "
+            "More rows narrow it: --max-evaluations",
             soft_wrap=True,
         )
     rest = fits[~fits["headline"]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,8 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
             yield mean
     else:
         own = _threshold_row(prompt_threshold(crossings, prompts=prompts, **boot))
+        if not config.each_position and own["status"] == "resolved":
+            own |= _widened(own, crossings, prompts, _unsure(curve, len(crossings)), boot)
         if config.each_position and len(crossings) == 1:  # one text at one place: its own bracket, no population
             one = crossings[0]
             own |= {"reason": one.reason, "low": one.low, "high": one.high, "method": "bracket"}
@@ -152,6 +154,36 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
         mean_over_seeds = np.full(some.shape, np.nan)
         mean_over_seeds[some] = np.nanmean(np.moveaxis(responses, 1, -1)[some], axis=-1)
         yield from _on_a_grid(alphas, mean_over_seeds, curve.level, curve.floor)
+
+
+def _unsure(curve: Curve, n: int) -> list[bool]:
+    """Whether the search remarked on each of ``n`` crossings, in the order of :func:`crossings_of`."""
+    by = curve.trials.groupby([curve.trials["prompt_id"].astype(str), "seed"], observed=True, sort=True)
+    found = [bool(doubt) for doubt in by["remark"].agg(lambda said: said.notna().any())]
+    return [False] * (n - len(found)) + found  # texts that were not searched come first
+
+
+def _widened(
+    own: dict[str, Any], crossings: list[Crossing], prompts: list[str], unsure: list[bool], boot: dict[str, Any]
+) -> dict[str, float]:
+    """The interval over prompts, widened by the brackets that the search left wide.
+
+    A crossing inside such a bracket is interpolated, and its prompt is known no better than the bracket's ends. The
+    interval runs from the lower end of the one where all of them cross at their lower ends to the upper end of the
+    one where they cross at their upper ends.
+    """
+    low, high = own["low"], own["high"]
+    for side in ("low", "high"):
+        ends = [
+            replace(c, value=getattr(c, side))
+            if doubt and c.status == "resolved" and 0 < c.low < c.high < math.inf
+            else c
+            for c, doubt in zip(crossings, unsure, strict=True)
+        ]
+        if any(a is not b for a, b in zip(ends, crossings, strict=True)):
+            moved = prompt_threshold(ends, prompts=prompts, **boot)
+            low, high = float(np.fmin(low, moved.low)), float(np.fmax(high, moved.high))
+    return {"low": low, "high": high}
 
 
 def _threshold_row(t: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class ThresholdConfig(GridConfig):
     trials: int = Field(200, ge=8, description="Trials of placement=quest, at most.")
     tolerance: float = Field(0.05, gt=0, description="Wanted relative precision of each prompt's threshold.")
     max_evaluations: int = Field(
-        7, ge=3, description="Perturbed rows per prompt and threshold, at most; a few sham rows are added."
+        10, ge=3, description="Perturbed rows per prompt and threshold, at most; a few sham rows are added."
     )
     estimand: Literal["prompt", "mean"] = Field(
         "prompt", description="prompt: median over prompts; mean: crossing of the mean response (needs --alphas)."

@@ -138,6 +138,23 @@ def test_tolerance_and_evaluations_are_kept(made_up: Any, tmp_path: Path, answer
     assert few.summary["rows_per_prompt"] == 3
 
 
+def test_an_interval_counts_the_brackets_that_were_left_wide(made_up: Any, tmp_path: Path, answer: Any) -> None:
+    answer(lambda name, seed, alpha: 3 / (1 + (TRUTH[name] / alpha) ** 4 if alpha else math.inf))
+    truth = float(np.median([value / 2**0.25 for value in TRUTH.values()]))
+    few, fine = (
+        dp.threshold(tiny_llama(), made_up, scale="relnorm", max_evaluations=n, tolerance=0.01, out=tmp_path / str(n))
+        for n in (4, 24)
+    )
+    rough, best = headline(few), headline(fine)
+    assert rough["n_uncertain"] == len(crossings(few))
+    assert rough["low"] < truth < rough["high"]
+    assert rough["low"] <= best["low"]
+    assert rough["high"] >= best["high"]
+    assert (rough["low"], rough["high"]) != (rough["boot_low"], rough["boot_high"])
+    assert best["n_uncertain"] == 0
+    assert best["low"] < truth * 1.01
+
+
 @pytest.fixture(scope="module")
 def dense(llama: Any, prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dp.threshold(
