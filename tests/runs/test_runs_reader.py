@@ -157,7 +157,7 @@ def test_pivot_refuses_what_it_would_get_wrong(tmp_path, make):
 def test_open_suggests(run_folder):
     with pytest.raises(RunFolderError, match=f"holds 1 runs.*{run_folder.name}"):
         open_run(run_folder.parent)
-    with pytest.raises(RunFolderError, match=f"There is no run folder.*Did you mean '{run_folder.name}'"):
+    with pytest.raises(RunFolderError, match=f"There is no run folder.*Did you mean '.*{run_folder.name}'"):
         open_run(run_folder.parent / run_folder.name[:-1])
     with pytest.raises(RunFolderError, match="is no run folder"):
         open_run(run_folder / "samples")
