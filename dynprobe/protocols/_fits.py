@@ -159,7 +159,7 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
 def _unsure(curve: Curve, n: int) -> list[bool]:
     """Whether the search remarked on each of ``n`` crossings, in the order of :func:`crossings_of`."""
     by = curve.trials.groupby([curve.trials["prompt_id"].astype(str), "seed"], observed=True, sort=True)
-    found = [bool(doubt) for doubt in by["remark"].agg(lambda said: said.notna().any())]
+    found = [bool(said.notna().any()) for _, said in by["remark"]]
     return [False] * (n - len(found)) + found  # texts that were not searched come first
 
 

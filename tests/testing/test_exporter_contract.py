@@ -145,7 +145,9 @@ def test_an_export_of_a_format_that_is_not_installed(run, tmp_path):
     side = json.loads((made.path / "dynprobe.json").read_text())
     side["plugin"] = {"group": "dynprobe.exporters", "name": "feather", "package": "acme", "version": "1.0"}
     (made.path / "dynprobe.json").write_text(json.dumps(side))
-    with pytest.raises(RunFolderError, match=r"in the format 'feather' of the package acme 1\.0, which is not installed"):
+    with pytest.raises(
+        RunFolderError, match=r"in the format 'feather' of the package acme 1\.0, which is not installed"
+    ):
         import_export(made.path, tmp_path / "runs")
 
 
