@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snippets import Reader, Snippet, SnippetError, agrees, snippets
@@ -47,8 +48,16 @@ def test_what_the_readme_prints_on_real_weights(reader: Reader) -> None:
     read(reader, found, "README.md")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAGES)
+#: Pages whose commands are studies of minutes; `make test-long` types them.
+MINUTES = ("attractor", "bench", "claims", "dissociation", "evaluation", "extending", "how_to", "index", "models",
+           "recovery", "tour", "glossary")  # fmt: skip
+
+
+def pages() -> list[Any]:
+    return [pytest.param(n, marks=pytest.mark.long if Path(n).stem in MINUTES else pytest.mark.slow) for n in PAGES]
+
+
+@pytest.mark.parametrize("name", pages())
 def test_a_page_of_the_documentation(reader: Reader, name: str) -> None:
     read(reader, page(name), name)
 

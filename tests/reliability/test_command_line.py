@@ -140,7 +140,7 @@ def test_what_a_reader_refuses_is_one_message(target, tmp_path, monkeypatch, cap
     ("target", "data"),
     [
         ("where", b"layers=50%%"),
-        *(pytest.param(target, data, marks=pytest.mark.slow) for target, data in (
+        *(pytest.param(target, data, marks=pytest.mark.long) for target, data in (
             ("panel", b"models: [tiny-llama\n"), ("safetensors_raw", b"\xff" * 16), ("gguf_raw", b"GGUF\x03\x00\x00"),
             ("prompts_jsonl_raw", b'{"text": 1e999}\n[]'))),
     ],

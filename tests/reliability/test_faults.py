@@ -44,7 +44,7 @@ WORDS = {
 
 def studies() -> list[Any]:
     """All of them; one in the ordinary suite."""
-    return [s if s == "run" else pytest.param(s, marks=pytest.mark.slow) for s in kills.STUDIES]
+    return [s if s == "run" else pytest.param(s, marks=pytest.mark.long) for s in kills.STUDIES]
 
 
 def plain(out: Path) -> Any:
@@ -330,7 +330,7 @@ def stopped(words: list[str], what: int, log: Path) -> int:
     ("study", "what"),
     [
         ("run", signal.SIGTERM),
-        *(pytest.param(study, what, marks=pytest.mark.slow) for study, what in (
+        *(pytest.param(study, what, marks=pytest.mark.long) for study, what in (
             ("run", signal.SIGINT), ("sweep", signal.SIGINT), ("sweep", signal.SIGTERM), ("recover", signal.SIGINT),
             ("recover", signal.SIGTERM))),
     ],
@@ -355,7 +355,7 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("study", LONG)
 def test_a_scheduler_that_ends_a_job(study, tmp_path):
     out = tmp_path / "out"

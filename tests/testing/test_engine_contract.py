@@ -14,12 +14,12 @@ from dynprobe.testing import ENGINE_CHECKS, check_engine
 SETTINGS = {"workers": 2, "worker_threads": 1, "address": None, "worker_gpus": None, "slurm": ("cluster=local",)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_local_passes():
     assert check_engine(lambda folder: Local.made(SETTINGS, folder)) == ENGINE_CHECKS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ray", "slurm"])
 def test_the_others_pass(name):
     pytest.importorskip("ray" if name == "ray" else "submitit")
