@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 from dynprobe.errors import MetricError
+from dynprobe.metrics._id_values import near_key
 from dynprobe.metrics._range import scaled_inputs
-from dynprobe.metrics._registry import MetricSpec, entry, format_id, near_key, parse_id
+from dynprobe.metrics._registry import MetricSpec, entry, format_id, parse_id
 from dynprobe.metrics._result import Result
 
 __all__ = ["compute"]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from dynprobe._plugins import Registry
 from dynprobe.errors import MetricError, did_you_mean
+from dynprobe.metrics._id_values import near_key, show, snake, typed
 from dynprobe.metrics._reserved import refuse_names
 from dynprobe.metrics._result import Scores
 
@@ -287,22 +288,6 @@ def spec(metric_id: str) -> MetricSpec:
     return entry(parse_id(metric_id).id).spec
 
 
-def near_key(word: str, known: list[str]) -> str:
-    """Like ``did_you_mean``, but a wrong case is the nearest miss of all."""
-    same = [k for k in known if k.lower() == word.lower()]
-    return f" Did you mean {same[0]!r}?" if same else did_you_mean(word, known)
-
-
-def _typed(key: str, text: str, default: Any, metric_id: str) -> Any:
-    if isinstance(default, (int, float)) and not isinstance(default, bool):
-        try:
-            number = float(text)
-        except ValueError:
-            raise MetricError(f"Parameter {key!r} of {metric_id!r} is a number, found {text!r}.") from None
-        return int(number) if isinstance(default, int) and number == int(number) else number
-    return text
-
-
 def parse_id(metric_id: str) -> ParsedId:
     """Take an id apart.
 
@@ -335,19 +320,15 @@ def parse_id(metric_id: str) -> ParsedId:
         if not sign or not text:
             raise MetricError(f"In {metric_id!r}, {part!r} is not key=value.")
         if key in definition.params:
-            params[key] = _typed(key, text, definition.params[key], bare)
+            params[key] = typed(key, text, definition.params[key], bare)
         elif key in EXTRACTION:
-            extraction[key] = _typed(key, text, EXTRACTION[key], bare)
+            extraction[key] = typed(key, text, EXTRACTION[key], bare)
         else:
             known = [*definition.params, *EXTRACTION]
             raise MetricError(
                 f"{bare!r} has no parameter {key!r}.{near_key(key, known)} Known: {', '.join(sorted(known))}."
             )
     return ParsedId(bare, params, extraction)
-
-
-def _show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def format_id(
@@ -361,7 +342,7 @@ def format_id(
     """
     defaults = {**EXTRACTION, **entry(metric_id).spec.params}
     shown = {k: v for k, v in {**(params or {}), **(extraction or {})}.items() if v != defaults.get(k)}
-    inner = ",".join(f"{k}={_show(shown[k])}" for k in sorted(shown))
+    inner = ",".join(f"{k}={show(shown[k])}" for k in sorted(shown))
     return f"{metric_id}{{{inner}}}" if inner else metric_id
 
 
@@ -380,13 +361,8 @@ def column_name(metric_id: str) -> str:
     for key in sorted(parsed.params):
         value = parsed.params[key]
         if value != definition.params[key]:
-            name += f"_{value}" if isinstance(value, str) else f"_{key.lower()}{_snake(value)}"
+            name += f"_{value}" if isinstance(value, str) else f"_{key.lower()}{snake(value)}"
     return name
-
-
-def _snake(number: Any) -> str:
-    """A number inside a column name: 0.5 → 0_5, 1e-09 → 1em09."""
-    return _show(number).replace(".", "_").replace("-", "m").replace("+", "")
 
 
 def columns() -> dict[str, Column]:
