@@ -8,9 +8,12 @@ replaced by a new one, which opens the job again.
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +141,11 @@ class Ray(Engine):
     def _connect(self, address: str | None) -> None:
         try:
             _knock(address or "")
-            self._ray.init(
-                address=address, log_to_driver=False, logging_level="error", configure_logging=False,
-                **({} if address else {"include_dashboard": False}),
-            )  # fmt: skip
+            with _our_handler_stays():
+                self._ray.init(
+                    address=address, log_to_driver=False, logging_level="error", configure_logging=False,
+                    **({} if address else {"include_dashboard": False}),
+                )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"no Ray cluster answers at --address {address}" if address else "Ray could not be started here"
             raise EngineError(
@@ -229,6 +233,17 @@ class _RayWorker:
 
     def work(self, unit: Any) -> Any:
         return self._worker.work(unit)
+
+
+@contextmanager
+def _our_handler_stays() -> Iterator[None]:
+    """Put a handler of SIGTERM back that Ray replaces: the signal would end the process before a run says so."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:

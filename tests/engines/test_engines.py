@@ -1,6 +1,7 @@
 """The same promises, kept by every engine with real workers."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -237,6 +238,18 @@ def test_a_ray_cluster_that_does_not_answer_is_told_of_at_once(scheme):
             EngineError, match=rf"no Ray cluster answers at --address {scheme}127.0.0.1:{port}: .*efused"
         ):
             Ray._connect(asked, f"{scheme}127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("before", [lambda *_: None, signal.SIG_DFL], ids=["ours", "none"])
+def test_a_handler_of_sigterm_outlives_the_start_of_ray(before):
+    rays = signal.default_int_handler
+    asked = SimpleNamespace(_ray=SimpleNamespace(init=lambda **_: signal.signal(signal.SIGTERM, rays)))
+    found = signal.signal(signal.SIGTERM, before)
+    try:
+        Ray._connect(asked, None)
+        assert signal.getsignal(signal.SIGTERM) is (before if callable(before) else rays)
+    finally:
+        signal.signal(signal.SIGTERM, found)
 
 
 def test_an_actor_that_waits_for_its_place_is_told_of(ray_here, job, items, monkeypatch):
