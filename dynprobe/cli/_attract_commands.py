@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynprobe.cli import _render, _render_attract
-from dynprobe.cli._commands import print_json, settings_of
+from dynprobe.cli import _render_attract
+from dynprobe.cli._carry_out import carry_out
+from dynprobe.cli._commands import settings_of
 from dynprobe.cli._progress import Listener
 
 if TYPE_CHECKING:
@@ -29,12 +30,4 @@ def attract_command(given: dict[str, Any]) -> None:
     """``dynprobe attract``."""
     from dynprobe.protocols import AttractConfig, attract
 
-    as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
-    settings = settings_of(given, AttractConfig)
-    listener = _WithDoses(quiet=quiet or as_json, tables=False)
-    with listener:
-        done = attract(settings.pop("model"), listener=listener, **settings)
-    if as_json:
-        print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
-    else:
-        _render.run(done)
+    carry_out(attract, given, lambda typed: settings_of(typed, AttractConfig), kind=_WithDoses)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.cli import _render, _render_metrics
-from dynprobe.cli._progress import Listener
 from dynprobe.errors import RunFolderError, SelfTestError, UsageError, did_you_mean
 
 __all__ = [
@@ -17,9 +16,7 @@ __all__ = [
     "fetch_command",
     "ls_command",
     "metrics_command",
-    "plan_command",
     "print_json",
-    "run_command",
     "settings_of",
     "show_command",
 ]
@@ -51,8 +48,10 @@ def _finite(value: Any) -> Any:
 
 def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False) -> dict[str, Any]:
     """Turn typed flags, lm-eval's spellings and a config file into settings; flags win."""
-    from dynprobe.protocols import load_config
+    from dynprobe.protocols._config import RunConfig, read_config
+    from dynprobe.protocols._wrong_value import SettingError
 
+    kind = kind or RunConfig
     typed = dict(given)
     typed.pop("dry_run", None)
     if typed.pop("num_fewshot", 0):
@@ -70,7 +69,8 @@ def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False
         setting = _MODEL_ARGS[key.strip()]
         typed.setdefault(setting, value.lower() == "true" if setting == "trust_remote_code" else value)
     file = typed.pop("config", None)
-    settings = {**(load_config(file, kind) if file else {}), **typed}
+    settings, places = read_config(file, kind) if file else ({}, {})
+    settings |= typed
     size = settings.get("batch_size")
     if isinstance(size, str) and size != "auto":
         if not size.isdigit():
@@ -98,33 +98,14 @@ def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False
                 f"(others: --model {others})",
                 file=sys.stderr,
             )
+    if places:
+        try:
+            kind.build(**{key: value for key, value in settings.items() if key in kind.model_fields})
+        except SettingError as error:
+            if error.setting in typed or error.setting not in places:
+                raise
+            raise UsageError(f"{places[error.setting]}: {error}") from error
     return settings
-
-
-def run_command(given: dict[str, Any]) -> None:
-    """``dynprobe run``."""
-    as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
-    settings = settings_of(given)
-    model = settings.pop("model")
-    listener = Listener(quiet=quiet or as_json, tables=not (quiet or as_json))
-    from dynprobe.protocols import run
-
-    with listener:
-        done = run(model, listener=listener, **settings)
-    if as_json:
-        print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
-    else:
-        _render.run(done)
-
-
-def plan_command(given: dict[str, Any]) -> None:
-    """``dynprobe plan`` and ``--dry-run``."""
-    as_json = bool(given.pop("json", False))
-    settings = settings_of(given)
-    from dynprobe.protocols import plan
-
-    cost = plan(settings.pop("model"), **settings)
-    print_json(cost.as_dict()) if as_json else _render.plan(cost)
 
 
 def doctor_command(model: str, as_json: bool, **options: Any) -> None:

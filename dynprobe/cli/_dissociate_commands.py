@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynprobe.cli import _render, _render_dissociate
-from dynprobe.cli._commands import print_json, settings_of
+from dynprobe.cli import _render_dissociate
+from dynprobe.cli._carry_out import carry_out
+from dynprobe.cli._commands import settings_of
 from dynprobe.cli._progress import Listener
 
 if TYPE_CHECKING:
@@ -29,12 +30,4 @@ def dissociate_command(given: dict[str, Any]) -> None:
     """``dynprobe dissociate``."""
     from dynprobe.protocols import DissociateConfig, dissociate
 
-    as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
-    settings = settings_of(given, DissociateConfig)
-    listener = _WithDose(quiet=quiet or as_json, tables=False)
-    with listener:
-        done = dissociate(settings.pop("model"), settings.pop("items", None), listener=listener, **settings)
-    if as_json:
-        print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
-    else:
-        _render.run(done)
+    carry_out(dissociate, given, lambda typed: settings_of(typed, DissociateConfig), kind=_WithDose)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynprobe.cli import _render
-from dynprobe.cli._commands import print_json, settings_of
-from dynprobe.cli._progress import Listener
+from dynprobe.cli._carry_out import carry_out
+from dynprobe.cli._commands import settings_of
 
 __all__ = ["eval_command"]
 
@@ -18,13 +17,5 @@ def eval_command(given: dict[str, Any]) -> None:
     """``dynprobe eval``."""
     from dynprobe.protocols import EvaluateConfig, evaluate
 
-    as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
     own = {name: given.pop(name) for name in _OWN if name in given}
-    settings = settings_of(given, EvaluateConfig) | own
-    listener = Listener(quiet=quiet or as_json, tables=False)
-    with listener:
-        done = evaluate(settings.pop("model"), settings.pop("tasks", ()), listener=listener, **settings)
-    if as_json:
-        print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
-    else:
-        _render.run(done)
+    carry_out(evaluate, given, lambda typed: {"tasks": ()} | settings_of(typed, EvaluateConfig) | own)

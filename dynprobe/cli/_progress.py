@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Listener:
         self._on = not quiet and self._console.is_terminal
         self._tables = tables
         self._status: Any = None
+        self.began = datetime.now(UTC).replace(microsecond=0)
         self._before = 0
 
     def __enter__(self) -> Listener:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynprobe.cli import _render, _render_recover
-from dynprobe.cli._commands import print_json, settings_of
+from dynprobe.cli import _render_recover
+from dynprobe.cli._carry_out import carry_out
+from dynprobe.cli._commands import settings_of
 from dynprobe.cli._progress import Listener
 from dynprobe.errors import UsageError
 
@@ -42,16 +43,8 @@ def recover_command(given: dict[str, Any]) -> None:
     """``dynprobe recover``."""
     from dynprobe.protocols import recover
 
-    as_json, quiet = bool(given.pop("json", False)), bool(given.get("quiet", False))
     given.pop("watch", None)
-    settings = _settings(given)
-    listener = _WithDetector(quiet=quiet or as_json, tables=False)
-    with listener:
-        done = recover(settings.pop("model"), listener=listener, **settings)
-    if as_json:
-        print_json({"run": str(done.path), "status": done.status, "summary": done.summary})
-    else:
-        _render.run(done)
+    carry_out(recover, given, _settings, kind=_WithDetector)
 
 
 def watch_command(given: dict[str, Any]) -> None:

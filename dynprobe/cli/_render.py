@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +88,15 @@ def summary_table(summary: Mapping[str, Any], title: str, intervals: str = "") -
     return table
 
 
-def run(found: Run) -> None:
-    """Print a run of any protocol: what was done, its tables, its self-tests."""
+def run(found: Run, *, since: datetime | None = None) -> None:
+    """Print a run of any protocol: what was done, its tables, its self-tests.
+
+    Args:
+        found: The run.
+        since: When the command began that asked for it, to say so where it was there already.
+    """
     from dynprobe.cli import (
+        _render_asked,
         _render_attract,
         _render_dissociate,
         _render_eval,
@@ -102,6 +109,8 @@ def run(found: Run) -> None:
     console = new_console()
     manifest = found.manifest
     console.print(Text(f"run {found.path}", style="bold"), soft_wrap=True)
+    if since is not None and found.status == "complete" and datetime.fromisoformat(manifest.updated) < since:
+        console.print(f"        was finished already ({manifest.updated}); nothing ran again", soft_wrap=True)
     for line in (*imported_export(found), *head(found)):
         console.print(line, soft_wrap=True)
     summary = found.summary
@@ -126,6 +135,7 @@ def run(found: Run) -> None:
         console.print(
             summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm", mean_intervals(summary))
         )
+        _render_asked.asked(found, console)
         for line in _flags(summary["conditions"]):
             console.print(line, soft_wrap=True)
     if isinstance(manifest.dtypes, dict) and manifest.dtypes.get("low_precision_angles"):

@@ -177,6 +177,10 @@ def _notes(found: Run) -> list[str]:
         lines.append("no-action: the noise is on at no new token, so an oracle has nothing to act on")
     if any(row["reason"] == "no-effect" for row in rows):
         lines.append("no-effect: the perturbation changed this by no more than arithmetic does")
+    if any(math.isinf(_float(row[end])) for row in rows for end in ("low", "high")):
+        lines.append("∞: over these prompts the perturbation may have done nothing to this, so its share has no bound")
+    if any(arm["timing"] == "oracle" and _float(arm["duty"]["low"]) == 1.0 for arm in summary["arms"]):
+        lines.append("oracle acts where the perturbation writes: here at every new token, as always does")
     if summary["iatrogenic"]:
         lines.append(
             f"worse: NLL of the given text higher by more than 3 × the noise floor ({summary['nll_floor']:.2g} nats); "

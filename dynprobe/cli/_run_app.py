@@ -109,7 +109,7 @@ def _run(
     host = given.pop("remote_host", None)
     if host is not None:
         given["remote"] = host
-    from dynprobe.cli._commands import plan_command, run_command
+    from dynprobe.cli._run_commands import plan_command, run_command
 
     action = plan_command if dry_run or context.info_name == "plan" else run_command
     action(given)

@@ -12,7 +12,6 @@ up in ``extractor_id``. ``compute`` never acts on them: it takes exactly what it
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -240,16 +239,18 @@ def entry(metric_id: str) -> Metric:
     """Return the catalogue entry of a bare id, or refuse with the nearest known one."""
     found = _found(metric_id)
     if found is None:
-        stem = metric_id.split("/")[0]
-        majors = [k for k in _ENTRIES if k.split("/")[0] == stem]
-        inside = [k for k in _ENTRIES if stem in re.split(r"[./]", k)]
-        near = (
-            f" Did you mean {majors[0]!r}?"
-            if majors
-            else did_you_mean(metric_id, _ENTRIES) or (f" Did you mean one of {', '.join(inside)}?" if inside else "")
-        )
-        raise MetricError(f"Unknown metric {metric_id!r}.{near} `dynprobe.metrics.ids()` lists all of them.")
+        said = f"Unknown metric {metric_id!r}.{_near(metric_id)} `dynprobe.metrics.ids()` lists all of them."
+        raise MetricError(said)
     return found
+
+
+def _near(text: str) -> str:
+    """Return the ids that a text may mean, as a question: those of its name, those with it inside, or the nearest."""
+    known, stem = ids(), text.split("/")[0]
+    inside = [k for k in known if k.split("/")[0] == stem] or [k for k in known if stem in re.split(r"[./]", k)]
+    if len(inside) == 1:
+        return f" Did you mean {inside[0]!r}?"
+    return f" Did you mean one of {', '.join(inside)}?" if inside else did_you_mean(text, known)
 
 
 def ids(level: str | None = None, group: str | None = None) -> list[str]:
@@ -308,10 +309,8 @@ def parse_id(metric_id: str) -> ParsedId:
     """
     match = _ID.match(metric_id.strip())
     if match is None:
-        near = difflib.get_close_matches(metric_id, list(_ENTRIES), n=1, cutoff=0.4)
-        inside = [k for k in _ENTRIES if metric_id.split("/")[0] in re.split(r"[./]", k)]
-        hint = f" Did you mean {(inside or near)[0]!r}?" if (inside or near) else ""
-        raise MetricError(f"{metric_id!r} is not a metric id; write family.estimator/major{{key=value}}.{hint}")
+        said = f"{metric_id!r} is not a metric id; write family.estimator/major{{key=value}}."
+        raise MetricError(said + (_near(metric_id.strip()) or " `dynprobe.metrics.ids()` lists all of them."))
     bare = f"{match['name']}/{int(match['major'])}"
     definition = entry(bare).spec
     params, extraction = dict(definition.params), {}

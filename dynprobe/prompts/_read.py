@@ -6,10 +6,11 @@ refused with the line it stands on: a binary file, a wrong encoding, a broken li
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,24 @@ def _from_parquet(file: Path) -> list[Prompt]:
         names = parquet.schema_arrow.names
         raise PromptError(
             f"{file} has no column 'text' (or 'prompt'); it has {', '.join(names) or 'none'}."
-            f"{did_you_mean('text', names)} Rename the column that holds the prompts to 'text'."
+            f"{_misspelt(names)} Rename the column that holds the prompts to 'text'."
         )
     if table.num_rows == 0:
         raise PromptError(f"{file} has no prompts in it: the table has no rows.")
     return with_ids([_row(row, f"{file}, row {i}", file.name) for i, row in enumerate(rows, 1)])
 
 
+def _misspelt(names: Iterable[str]) -> str:
+    """Ask whether the nearest of the names that are there stands for the one that is needed."""
+    near = difflib.get_close_matches("text", list(names), n=1)
+    return f" Is {near[0]!r} meant to be 'text'?" if near else ""
+
+
 def _row(row: Mapping[str, Any], where: str, source: str) -> tuple[str | None, Prompt]:
     key = next((name for name in _TEXT_KEYS if row.get(name) is not None), None)
     if key is None:
         found = ", ".join(map(repr, row)) or "no keys"
-        raise PromptError(f"{where}: no 'text' (or 'prompt'); found {found}.{did_you_mean('text', map(str, row))}")
+        raise PromptError(f"{where}: no 'text' (or 'prompt'); found {found}.{_misspelt(map(str, row))}")
     text = row[key]
     if not isinstance(text, str) or not text.strip():
         raise PromptError(f"{where}: {key!r} must be a text with at least one character, found {text!r:.60}.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +11,9 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 from dynprobe._yaml import read_yaml
 from dynprobe.errors import UsageError, did_you_mean
 from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
+from dynprobe.protocols._wrong_value import SettingError, what_is_wrong
 
-__all__ = ["RunConfig", "load_config", "near_choice"]
+__all__ = ["RunConfig", "load_config", "read_config"]
 
 #: Settings that take no part in a run's identity: those that change no number, and those that only say where something
 #: comes from that is part of it (the prompts themselves, the direction itself).
@@ -134,7 +133,8 @@ class RunConfig(SpreadConfig):
         """Validate settings.
 
         Raises:
-            UsageError: Naming the setting, what was given and what it may be.
+            UsageError: Naming the setting, what was given and what it may be (a :class:`SettingError` where
+                one is to blame).
         """
         unknown = [key for key in values if key not in cls.model_fields]
         if unknown:
@@ -154,16 +154,15 @@ class RunConfig(SpreadConfig):
             login = isinstance(given, str) and "@" in given and (name == "remote" or "://" in given)
             shown = "a text with an @" if login else repr(given)
             cause = None if login else error
-            raise UsageError(
-                f"{name}={shown}: {first['msg'].removeprefix('Value error, ')}{near_choice(first)}"
-            ) from cause
+            raise SettingError(f"{name}={shown}: {what_is_wrong(first)}", name) from cause
         except (TypeError, AttributeError, OverflowError) as error:
             # Settings that take several spellings meet a kind of value that none of them has: null, say, in a file.
             name = next((key for key, value in values.items() if cls._stumbles(key, value)), "")
             if not name:
                 raise
             given = values[name]
-            raise UsageError(f"{name}={given!r:.80}: a {type(given).__name__} of this kind cannot be read") from error
+            said = f"{name}={given!r:.80}: a {type(given).__name__} of this kind cannot be read"
+            raise SettingError(said, name) from error
 
     @classmethod
     def _stumbles(cls, key: str, value: Any) -> bool:
@@ -177,13 +176,6 @@ class RunConfig(SpreadConfig):
         return False
 
 
-def near_choice(error: Mapping[str, Any]) -> str:
-    """Return the nearest of the words that one of pydantic's errors allows, as a question; empty where none is near."""
-    if error["type"] != "literal_error" or not isinstance(error["input"], str):
-        return ""
-    return "." + did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-
-
 def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[str, Any]:
     """Read settings from a YAML file; flags given beside it win.
 
@@ -194,14 +186,22 @@ def load_config(path: str | Path, kind: type[RunConfig] | None = None) -> dict[s
     Raises:
         UsageError: If the file is missing, is no mapping, or has a key that no setting answers to.
     """
+    return read_config(path, kind or RunConfig)[0]
+
+
+def read_config(path: str | Path, kind: type[RunConfig]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings of a file, and where each of them stands, in words."""
     path = Path(path)
-    loaded, _ = read_yaml(path, "config file", same=lambda key: key.replace("-", "_"))
+    loaded, tree = read_yaml(path, "config file", same=lambda key: key.replace("-", "_"))
     if not isinstance(loaded, dict):
         raise UsageError(f"config file {path} holds {type(loaded).__name__}; it must be a mapping of settings")
     # YAML reads the bare word null, which threshold has as a setting, as no text.
     settings = {"null" if k is None else str(k).replace("-", "_"): v for k, v in loaded.items()}
-    known = (kind or RunConfig).model_fields
+    lines = {key.value.replace("-", "_"): key.start_mark.line + 1 for key, _ in tree.value}
+    places = {}
     for key in settings:
-        if key not in known:
-            raise UsageError(f"config file {path}: unknown setting {key!r}.{did_you_mean(key, known)}")
-    return settings
+        where = f"config file {path}{f', line {lines[key]}' if key in lines else ''}"  # a merged key has no line here
+        if key not in kind.model_fields:
+            raise UsageError(f"{where}: unknown setting {key!r}.{did_you_mean(key, kind.model_fields)}")
+        places[key] = where
+    return settings, places

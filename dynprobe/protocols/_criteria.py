@@ -86,6 +86,9 @@ def criterion_named(name: str) -> Criterion:
     for criterion in CRITERIA.values():
         if name in (criterion.name, criterion.metric_id):
             return criterion
+    bare, given, level = name.partition("=")
+    if given and bare in CRITERIA:
+        raise UsageError(f"{name!r}: the level is a setting of its own; type --criterion {bare} --level {level}")
     raise UsageError(f"there is no criterion {name!r}; known: {', '.join(CRITERIA)}.{did_you_mean(name, CRITERIA)}")
 
 

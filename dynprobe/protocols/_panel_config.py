@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dynprobe._yaml import read_yaml
 from dynprobe.errors import UsageError, did_you_mean
-from dynprobe.protocols._config import RunConfig, near_choice
+from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._model_skeleton import COVARIATES
 from dynprobe.protocols._panel_columns import no_column
 from dynprobe.protocols._spread_config import SPREAD, SpreadConfig
+from dynprobe.protocols._wrong_value import what_is_wrong
 
 __all__ = ["DECOMPOSED", "PanelConfig", "PanelModelEntry", "read_panel"]
 
@@ -174,7 +175,7 @@ class PanelConfig(SpreadConfig):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            said = first["msg"].removeprefix("Value error, ")
+            said = what_is_wrong(first)
             if not first["loc"]:
                 named = said.split(":")[0].split(" ")[0]
                 raise UsageError(f"{_at(file, lines, (named,))}{said}") from error
@@ -191,7 +192,7 @@ class PanelConfig(SpreadConfig):
             if first["type"] == "too_short":
                 raise UsageError(f"{_at(file, lines, place)}{key} is an empty list; name one at least") from error
             found = first["input"]
-            raise UsageError(f"{_at(file, lines, place)}{key}: {said}; found {found!r}{near_choice(first)}") from error
+            raise UsageError(f"{_at(file, lines, place)}{key}: {said}; found {found!r}") from error
 
 
 _EXAMPLE = {"models": "models: [tiny-llama, tiny-cem]", "model": "model: tiny-llama"}

@@ -42,7 +42,7 @@ from dynprobe.protocols._config import RunConfig
 from dynprobe.protocols._execute import Listener, Progress, nobody
 from dynprobe.protocols._plan import plan_batches
 from dynprobe.protocols._prompts import choose_prompts, token_rows
-from dynprobe.protocols._summary import summarise
+from dynprobe.protocols._summary import asked_columns, summarise
 from dynprobe.protocols._tables import Labels, passage_tables
 from dynprobe.protocols._token_text import TokenTexts, prompts_table
 from dynprobe.protocols._weights import foreign_hooks, structure_of, weights_of
@@ -248,10 +248,10 @@ def _tables(
             tell(Progress("batch", len(writer.finished), len(units), seconds=time.perf_counter() - begun))
     null = {"null": {"name": "null", "passed": True, "value": 0.0, "limit": 0.0, "unit": "terms"}}
     writer.update(self_tests=null if perturbs else {})  # without a write there was no sham arm to look at
-    samples = open_run(writer.folder).samples
+    found = open_run(writer.folder)
     writer.finish(
         {
-            "conditions": summarise(samples),
+            "conditions": summarise(found.samples, asked_columns(found)),
             "mean_intervals": interval_words(),
             "seconds": round(time.perf_counter() - begun, 2),
         }

@@ -24,7 +24,7 @@ from dynprobe.protocols._halving import state_bytes
 from dynprobe.protocols._memory import memory_plan
 from dynprobe.protocols._plan import Estimate, estimate, plan_batches
 from dynprobe.protocols._prepare import Prepared, configured, prepare
-from dynprobe.protocols._summary import summarise
+from dynprobe.protocols._summary import asked_columns, summarise
 from dynprobe.runs import Run, RunWriter
 
 __all__ = ["plan", "run"]
@@ -129,7 +129,7 @@ class _Arms:
 
     def summarise(self, run: Run, writer: RunWriter) -> dict[str, Any]:
         """Summarise all arms."""
-        return {"conditions": summarise(run.samples)}
+        return {"conditions": summarise(run.samples, asked_columns(run))}
 
 
 def _batches(ready: Prepared, exact: bool) -> list[list[int]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from dynprobe.metrics.statistics import mean_interval
 
-__all__ = ["HEADLINE", "summarise", "without_remarks"]
+if TYPE_CHECKING:
+    from dynprobe.runs import Run
+
+__all__ = ["HEADLINE", "asked_columns", "summarise", "without_remarks"]
 
 #: Columns of the summary, in order.
 HEADLINE = (
@@ -22,7 +26,15 @@ HEADLINE = (
 _NOT_AS_ASKED = ("not-written", "isokl-unreached")
 
 
-def summarise(samples: pd.DataFrame) -> dict[str, Any]:
+def asked_columns(run: Run) -> list[str]:
+    """Return the numeric columns of samples that a run has because their metrics were asked for by id."""
+    asked = list(run.manifest.config.get("metrics") or ())
+    facts = run.columns()
+    names = facts.loc[(facts["table"] == "samples") & facts["id"].isin(asked), "column"]
+    return [name for name in names if pd.api.types.is_numeric_dtype(run.samples[name])]
+
+
+def summarise(samples: pd.DataFrame, asked: Sequence[str] = ()) -> dict[str, Any]:
     """Reduce the samples table to one entry per condition.
 
     Replicates of a prompt are averaged first, so that the unit of the interval is the prompt. Rows that could not be
@@ -31,6 +43,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
 
     Args:
         samples: The samples table.
+        asked: Further columns, see :func:`asked_columns`.
 
     Returns:
         ``{condition: {column: {mean, sd, low, high, n, missing, reasons}}}`` (intervals as
@@ -42,7 +55,7 @@ def summarise(samples: pd.DataFrame) -> dict[str, Any]:
         every, rows = rows, rows[~rows["status"].isin(_NOT_AS_ASKED)]
         rows = without_remarks(rows)
         why = _reasons(every)
-        held = [c for c in HEADLINE if c in rows and (rows[c].notna().any() or c in why)]
+        held = [c for c in dict.fromkeys((*HEADLINE, *asked)) if c in rows and (rows[c].notna().any() or c in why)]
         per_prompt = rows[held].astype(np.float64).groupby(rows["prompt_id"], observed=True).mean()
         for column in held:
             values = per_prompt[column].dropna().to_numpy()

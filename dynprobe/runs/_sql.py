@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,24 @@ def query(folder: Path, manifest: Manifest, text: str) -> pd.DataFrame:
             result: Any = connection.execute(text).df()
         except _errors() as error:
             tables = ", ".join(sorted(manifest.rows())) or "none yet"
-            raise UsageError(f"The query cannot be answered: {error}\nTables of this run: {tables}.") from error
+            where = _where(str(error), connection)
+            raise UsageError(f"The query cannot be answered: {error}\nTables of this run: {tables}.{where}") from error
     return result
+
+
+def _where(error: str, connection: Any) -> str:
+    """Return which tables have the column that a query looked for elsewhere, and how to join the arms to it."""
+    missing = re.search(r'column (?:named )?"([^"]+)"', error)
+    if missing is None:
+        return ""
+    name = missing[1].rpartition(".")[2]
+    found = connection.execute(
+        "select table_name from information_schema.columns where column_name = ? order by 1", [name]
+    ).fetchall()
+    if not found:
+        return ""
+    join = " (join conditions using (condition_id))" if found == [("conditions",)] else ""
+    return f" {name!r} is a column of {', '.join(table for (table,) in found)}{join}."
 
 
 def connect(asker: str) -> Any:

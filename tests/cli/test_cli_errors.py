@@ -68,6 +68,7 @@ CASES = [
     (("run", "--model", "{model}", "--span", "old"), 2, "span='old'"),
     (("run", "--model", "{model}", "--max-new-tokens", "x"), 2, "Invalid value for '--max-new-tokens'"),
     (("run", "--model", "{model}", "--contrast", "a", "b"), 2, "no perturbation needs it"),
+    (("threshold", "--model", "{model}", "--criterion", "kl=2"), 2, "type --criterion kl --level 2"),
     (("run", "--model", "{folder}"), 1, "is a folder, but no model"),
     (("run", "--model", "{folder}/none"), 1, "has no entry 'none'"),
     (("doctor", "{folder}/none"), 1, "has no entry 'none'"),

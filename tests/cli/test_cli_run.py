@@ -4,6 +4,9 @@ import io
 import json
 import sys
 import types
+from datetime import datetime, timedelta
+
+import pytest
 
 import dynprobe as dp
 from dynprobe.probes import PerturbWriter
@@ -16,7 +19,13 @@ def one_run(folder):
     return dp.open(path)
 
 
-def test_a_run_prints_what_it_took_and_what_came_out(cli, model, here):
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(days=1)
+
+
+def test_a_run_prints_what_it_took_and_what_came_out(cli, model, here, monkeypatch):
     done = cli("run", "--model", model, "--prompt", "Hello [there]", "--perturb", "alpha=0.2", *SHORT)
     assert done.code == 0
     assert done.err == ""  # no progress where there is no terminal
@@ -28,8 +37,12 @@ def test_a_run_prints_what_it_took_and_what_came_out(cli, model, here):
     ):  # fmt: skip
         assert part in done.out, part
     assert "Traceback" not in done.out
+    assert "finished already" not in done.out
+    monkeypatch.setattr("dynprobe.cli._progress.datetime", Tomorrow)
     again = cli("run", "--model", model, "--prompt", "Hello [there]", "--perturb", "alpha=0.2", *SHORT)
-    assert (again.code, again.out) == (0, done.out)
+    said = f"        was finished already ({run.manifest.updated}); nothing ran again\n"
+    assert said in again.out
+    assert (again.code, again.out.replace(said, "")) == (0, done.out)
     assert len(list((here / "runs").glob("2*"))) == 1
 
 
@@ -58,7 +71,14 @@ def test_a_config_file_is_read_and_flags_win(cli, model, here):
     assert json.loads(cli("plan", "--config", "run.yaml", "--max-new-tokens", 1, "--json").out)["token_rows"] == 3 * 10
     for text, message in (
         ("modl: x", "unknown setting 'modl'. Did you mean 'model'?"), ("- x", "must be a mapping"),
-        ("a: b: c", "is not YAML"), (f"model: {model}\nmax_new_tokens: many", "max_new_tokens='many'"),
+        ("a: b: c", "is not YAML"), (
+            f"model: {model}\nmax_new_tokens: many",
+            "config file bad.yaml, line 2: max_new_tokens='many': expected a whole number",
+        ),
+        (f"model: {model}\nlimit: 0", "line 2: limit=0: expected a number of at least 1"),
+        (f"model: {model}\ntop-p: 3", "line 2: top_p=3: "), ("quiet: maybe", "quiet='maybe': expected true or false"),
+        (f"model: {model}\naddress: auto", "line 2: address='auto': engine='local' does not take it"),
+
         (f"model: {model}\nprompts: nowhere.txt", "There is no prompt file 'nowhere.txt'"),
     ):  # fmt: skip
         (here / "bad.yaml").write_text(text)
@@ -66,6 +86,29 @@ def test_a_config_file_is_read_and_flags_win(cli, model, here):
         assert found.code == 2
         assert message in found.err
     assert cli("run", "--config", "none.yaml").code == 2
+    (here / "bad.yaml").write_text(f"model: {model}\nlimit: 0\n")
+    typed = cli("run", "--config", "bad.yaml", "--limit", "-1")  # the flag is to blame, and has no line
+    assert typed.err == "dynprobe: limit=-1: expected a number of at least 1\n"
+
+
+def test_metrics_that_were_asked_for_are_printed(cli, model, here):
+    words = ["--metrics", "erank.stable/1", "--metrics", "line.shape/1", "--perturb", "alpha=0.5"]
+    texts = [word for text in ("Hello there", "And so on", "Third one") for word in ("--prompt", text)]
+    done = cli("run", "--model", model, *texts, *words, *SHORT)
+    table = done.out.split("asked with --metrics")[1].split("means; in brackets")[0]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    lines = {row[1]: row for row in rows if row[1]}
+    assert set(lines) == {"erank_stable", "erank_stable_d", "line_shape", "line_shape_d"}
+    run = one_run(here / "runs")
+    means = run.sql("select condition_id, avg(erank_stable) m, avg(erank_stable_d) d from samples group by 1")
+    means = means.set_index("condition_id")
+    assert lines["erank_stable"][0] == "erank.stable/1"
+    assert float(lines["erank_stable"][3]) == pytest.approx(means.loc["clean", "m"], rel=1e-3)
+    assert float(lines["erank_stable"][4]) == pytest.approx(means.loc["perturbed.forced", "m"], rel=1e-3)
+    assert lines["erank_stable_d"][3] == "–"
+    assert float(lines["erank_stable_d"][4]) == pytest.approx(means.loc["perturbed.forced", "d"], rel=1e-2)
+    assert "in table 'profiles': erank_stable" in done.out
+    assert "asked with" not in cli("run", "--model", model, *texts, *SHORT).out
 
 
 def test_prompts_come_from_files_and_from_standard_input(cli, model, here, monkeypatch):

@@ -25,6 +25,12 @@ def test_text_file(tmp_path: Path) -> None:
     assert {p.source for p in prompts} == {"p.txt"}
 
 
+def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"txet": "Hello"}\n')
+    with pytest.raises(PromptError, match=r"line 1: no 'text'.*found 'txet'\. Is 'txet' meant to be 'text'\?$"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
 def test_jsonl_file_keeps_the_text_exactly(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a\n  b\u2028 ", "id": 7, "category": "x"},

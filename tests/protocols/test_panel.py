@@ -66,7 +66,7 @@ def test_patterns_stand_for_the_shipped_models():
         ("models:\n  - panel/llama-*\n  - {model: tiny-cem, famly: x}\n", r"line 3: models.famly: unknown.*'family'"),
         ("models:\n  - panel/llma-*\n", r"line 2: models: no shipped model fits panel/llma-\*"),
         ("seeds: [0]\n", r"models is missing; type models: \[tiny-llama"),
-        ("models: [tiny-llama]\nseeds: [0, two]\n", r"line 2: seeds.1: Input should be a valid integer.*found 'two'"),
+        ("models: [tiny-llama]\nseeds: [0, two]\n", r"line 2: seeds.1: expected a whole number.*found 'two'"),
         ("models: [tiny-llama]\nseeds: [0, 0]\n", r"line 2: seeds: one of them stands there twice"),
         ("models: [tiny-llama]\nalphas: [0, 0.1]\n", r"line 2: alphas above 0 need perturb, such as"),
         ("models: [tiny-llama]\nalphas: 0.1\nperturb: alpha=1\n", r"line 3: perturb is written without alpha"),

@@ -303,7 +303,9 @@ def stopped(words: list[str], what: int, log: Path) -> int:
 
     def child() -> None:
         sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a fresh process: what ran here before may have left its own
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # as in a fresh process: what ran here before may have left its own
         work, units = Halving.work, []
 
         def at_the_second(self: Any, *args: Any) -> Any:

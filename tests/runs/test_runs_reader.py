@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_sql_in_folders_with_odd_names(tmp_path, make, name):
     folder = make["write_all"](tmp_path / name)
     make["write_all"](tmp_path / "a x zz")
     assert open_run(folder).sql("select count(*) as n from samples")["n"].item() == 4
+
+
+def test_sql_says_where_a_column_is(run_folder):
+    run = open_run(run_folder)
+    for query, said in (
+        ("select arm from samples", "'arm' is a column of conditions (join conditions using (condition_id))."),
+        ("select s.arm from samples s", "'arm' is a column of conditions (join"),
+        ("select nowhere from samples", "Tables of this run: "),
+    ):
+        with pytest.raises(UsageError, match=re.escape(said)) as raised:
+            run.sql(query)
+        assert ("is a column of" in str(raised.value)) == ("arm" in query)
 
 
 def test_sql_without_duckdb(run_folder, monkeypatch):

@@ -1,0 +1,48 @@
+"""What a run says of the metrics that were asked for by id: their means, or where their curves are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from dynprobe.cli._render_head import mean_intervals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dynprobe.runs import Run
+
+__all__ = ["asked"]
+
+
+def asked(found: Run, console: Console) -> None:
+    """Print one line per metric and column that ``--metrics`` added, with its mean and interval in each arm."""
+    ids = list(found.manifest.config.get("metrics") or ())
+    if not ids:
+        return
+    facts = found.columns()
+    facts = facts[facts["id"].isin(ids) & facts["table"].isin(["samples", "tokens", "depths", "profiles"])]
+    arms = {name: entry for name, entry in found.summary["conditions"].items() if not entry.get("equal_to")}
+    shown = Table(title="asked with --metrics", caption=f"means; in brackets: {mean_intervals(found.summary)}")
+    for name in ("metric", "column", "unit"):
+        shown.add_column(name, overflow="fold")
+    for arm in arms:
+        shown.add_column(arm, justify="right")
+    for row in facts[facts["table"] == "samples"].itertuples():
+        if any(row.column in entry for entry in arms.values()):
+            named = (str(row.id), str(row.column), str(row.unit))
+            shown.add_row(*named, *[_cell(entry.get(row.column)) for entry in arms.values()])
+    if shown.row_count:
+        console.print(shown)
+    for table, rows in facts[facts["table"] != "samples"].groupby("table", sort=False, observed=True):
+        console.print(f"in table {table!r}: " + ", ".join(rows["column"]), soft_wrap=True)
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    if not entry["n"]:
+        return f"– {entry.get('reason') or ''}".rstrip()
+    low, high = entry["low"], entry["high"]
+    return f"{entry['mean']:.4g}" + ("" if low != low else f"\n[{low:.4g}, {high:.4g}]")
