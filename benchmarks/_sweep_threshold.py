@@ -13,7 +13,7 @@ from _sides import Table
 import dynprobe as dp
 from dynprobe.probes import Subject
 from dynprobe.protocols._bench_timing import timed
-from dynprobe.protocols._fits import crossings_of
+from dynprobe.runs._crossings import crossings_of
 
 __all__ = ["b5"]
 
@@ -38,11 +38,11 @@ def b5(subject: Subject, quick: bool) -> dict[str, Any]:
             trials = done.table("trials")
             written = trials[trials["alpha"] > 0].groupby("prompt_id", observed=True).size()
             level, floor = float(trials["level"].iloc[0]), float(trials["floor"].max())
-            crossings, prompts = crossings_of(trials, level, floor)
+            crossings = crossings_of(trials, level, floor)
             fits = done.table("fits")
             found[name] = {
                 "rows": written, "sham": int((trials["alpha"] == 0).sum()), "fit": fits[fits["headline"]].iloc[0],
-                "own": dict(zip(prompts, crossings, strict=True)),
+                "own": dict(zip(crossings.prompts, crossings.found, strict=True)),
             }  # fmt: skip
     n = len(found["search"]["own"])
     log = {p: abs(math.log(c.value / found["grid"]["own"][p].value)) for p, c in found["search"]["own"].items()}

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dynprobe.metrics.statistics import (
-    Crossing,
     PosteriorSearch,
-    first_crossing,
     fit_psychometric,
     isotonic_threshold,
     mean_threshold,
@@ -29,11 +27,10 @@ from dynprobe.metrics.statistics import (
     spearman_karber,
 )
 from dynprobe.protocols._criteria import criterion_named
+from dynprobe.runs._crossings import Crossings, crossings_of
 
-__all__ = ["crossings_of", "fits_table"]
+__all__ = ["fits_table"]
 
-#: A level below so many noise floors is not resolved.
-_FACTOR = 10.0
 #: Units in which a threshold is also given, from the sizes that were really written.
 _UNITS = ("alpha_relnorm", "alpha_coordstd", "alpha_mad", "alpha_abs")
 
@@ -64,29 +61,6 @@ class Curve:
             return None
         values = table.to_numpy(np.float64)
         return table.columns.to_numpy(np.float64), values.reshape(-1, n_seeds, values.shape[1])
-
-
-def crossings_of(trials: pd.DataFrame, level: float, floor: float) -> tuple[list[Crossing], list[str]]:
-    """Return the first crossing of every prompt and seed, and the prompt of each.
-
-    Args:
-        trials: Trials of one write under one criterion.
-        level: Level of the response.
-        floor: Numerical noise floor of the response.
-    """
-    found, prompts = [], []
-    searched = trials[trials["alpha"] > 0]
-    # A search does not look into the noise of a text's group, and for no level at all; such a text is not left out.
-    untried = sorted({*trials["prompt_id"].astype(str)} - {*searched["prompt_id"].astype(str)})
-    if untried:
-        why = f"level<{_FACTOR:g}×floor" if math.isfinite(level) else "no level"
-        found += [Crossing(math.nan, math.nan, math.nan, "not-resolved", why)] * len(untried)
-        prompts += untried
-    # By name: categories sort as they came, and then an interval would depend on the order of the prompts.
-    for (prompt, _), rows in searched.groupby([searched["prompt_id"].astype(str), "seed"], observed=True, sort=True):
-        found.append(first_crossing(rows["alpha"].to_numpy(), rows["response"].to_numpy(), level, floor=floor))
-        prompts.append(str(prompt))
-    return found, prompts
 
 
 def fits_table(trials: pd.DataFrame, config: Any) -> pd.DataFrame:
@@ -124,7 +98,7 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
         yield _logistic(curve, criterion, boot)
         yield _posterior(curve, criterion, config)
         return
-    crossings, prompts = crossings_of(pd.concat([curve.trials, curve.sham]), curve.level, curve.floor)
+    crossings = crossings_of(pd.concat([curve.trials, curve.sham]), curve.level, curve.floor)
     boot = {"n_boot": 0 if config.each_position else config.n_boot, "confidence": config.confidence}
     grid = curve.grid() if config.alphas else None
     mean = None
@@ -135,11 +109,11 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
         if mean is not None:
             yield mean
     else:
-        own = _threshold_row(prompt_threshold(crossings, prompts=prompts, **boot))
+        own = _threshold_row(prompt_threshold(crossings.found, prompts=crossings.prompts, **boot))
         if not config.each_position and own["status"] == "resolved":
-            own |= _widened(own, crossings, prompts, _unsure(curve, len(crossings)), boot)
-        if config.each_position and len(crossings) == 1:  # one text at one place: its own bracket, no population
-            one = crossings[0]
+            own |= _widened(own, crossings, boot)
+        if config.each_position and len(crossings.found) == 1:  # one text at one place: its own bracket, no population
+            (one,) = crossings.found
             own |= {"reason": one.reason, "low": one.low, "high": one.high, "method": "bracket"}
         first, second = (own, mean) if config.estimand == "prompt" else (mean, own)
         yield from (row for row in (first, second) if row is not None)
@@ -156,33 +130,12 @@ def _fits(curve: Curve, criterion: str, config: Any) -> Iterator[dict[str, Any]]
         yield from _on_a_grid(alphas, mean_over_seeds, curve.level, curve.floor)
 
 
-def _unsure(curve: Curve, n: int) -> list[bool]:
-    """Whether the search remarked on each of ``n`` crossings, in the order of :func:`crossings_of`."""
-    by = curve.trials.groupby([curve.trials["prompt_id"].astype(str), "seed"], observed=True, sort=True)
-    found = [bool(said.notna().any()) for _, said in by["remark"]]
-    return [False] * (n - len(found)) + found  # texts that were not searched come first
-
-
-def _widened(
-    own: dict[str, Any], crossings: list[Crossing], prompts: list[str], unsure: list[bool], boot: dict[str, Any]
-) -> dict[str, float]:
-    """The interval over prompts, widened by the brackets that the search left wide.
-
-    A crossing inside such a bracket is interpolated, and its prompt is known no better than the bracket's ends. The
-    interval runs from the lower end of the one where all of them cross at their lower ends to the upper end of the
-    one where they cross at their upper ends.
-    """
+def _widened(own: dict[str, Any], crossings: Crossings, boot: dict[str, Any]) -> dict[str, float]:
+    """The interval over prompts, widened by the brackets that the search left wide."""
     low, high = own["low"], own["high"]
-    for side in ("low", "high"):
-        ends = [
-            replace(c, value=getattr(c, side))
-            if doubt and c.status == "resolved" and 0 < c.low < c.high < math.inf
-            else c
-            for c, doubt in zip(crossings, unsure, strict=True)
-        ]
-        if any(a is not b for a, b in zip(ends, crossings, strict=True)):
-            moved = prompt_threshold(ends, prompts=prompts, **boot)
-            low, high = float(np.fmin(low, moved.low)), float(np.fmax(high, moved.high))
+    for end in ("low", "high") if crossings.n_wide else ():
+        moved = prompt_threshold(crossings.at(end), prompts=crossings.prompts, **boot)
+        low, high = float(np.fmin(low, moved.low)), float(np.fmax(high, moved.high))
     return {"low": low, "high": high}
 
 

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dynprobe.metrics.statistics import first_crossing, ratio_threshold
+from dynprobe.metrics.statistics import Crossing, Ratio, ratio_threshold
 from dynprobe.runs._compare_matched import n_layers, same_place
 from dynprobe.runs._compare_pairs import Settings
 from dynprobe.runs._compare_sides import Side
+from dynprobe.runs._crossings import Crossings, crossings_of
 
 __all__ = ["mover", "threshold_ratios"]
 
@@ -85,12 +87,13 @@ def _ratio(a: Side, b: Side, x: pd.Series, y: pd.Series, prompts: pd.DataFrame, 
         "place": x["place"], "estimator": x["estimator"], "alpha50_a": x["alpha50"], "alpha50_b": y["alpha50"],
     }  # fmt: skip
     if x["estimator"] == "threshold.prompt/1" and a.tables.get("trials") and b.tables.get("trials"):
-        sides = [_crossings(side, fit, prompts) for side, fit in ((a, x), (b, y))]
-        (left, names_a), (right, names_b) = sides
-        r = ratio_threshold(left, right, prompts_a=names_a, prompts_b=names_b, **how.boot)
+        left, right = [_crossings(side, fit, prompts) for side, fit in ((a, x), (b, y))]
+        r, low, high = _of_crossings(left, right, how)
+        wide = left.n_wide + right.n_wide
         return row | {
-            "ratio": r.value, "ratio_low": r.low, "ratio_high": r.high, "status": r.status, "paired": r.paired,
-            "n": min(r.n_a, r.n_b), "method": "cluster bootstrap of ln α50", "reason": r.reason,
+            "ratio": r.value, "ratio_low": low, "ratio_high": high, "status": r.status, "paired": r.paired,
+            "n": min(r.n_a, r.n_b), "reason": r.reason,
+            "method": "cluster bootstrap of ln α50" + (f", and {wide} wide brackets" if wide else ""),
         }  # fmt: skip
     value, low, high = mover((x["alpha50"], x["low"], x["high"]), (y["alpha50"], y["low"], y["high"]))
     known = math.isfinite(value)
@@ -101,18 +104,28 @@ def _ratio(a: Side, b: Side, x: pd.Series, y: pd.Series, prompts: pd.DataFrame, 
     }  # fmt: skip
 
 
-def _crossings(side: Side, fit: pd.Series, prompts: pd.DataFrame) -> tuple[list[Any], list[str]]:
-    """Return the first crossing of every shared prompt and seed."""
+def _of_crossings(a: Crossings, b: Crossings, how: Settings) -> tuple[Ratio, float, float]:
+    """The ratio, and its interval widened by the brackets that a search left wide: each side at its worse ends."""
+
+    def of(x: list[Crossing], y: list[Crossing]) -> Ratio:
+        return ratio_threshold(x, y, prompts_a=a.prompts, prompts_b=b.prompts, **how.boot)
+
+    found = of(a.found, b.found)
+    low, high = found.low, found.high
+    if found.status == "resolved" and a.n_wide + b.n_wide:
+        ends = of(a.at("low"), b.at("high")), of(a.at("high"), b.at("low"))
+        low = float(np.fmin.reduce([low, *(end.low for end in ends)]))
+        high = float(np.fmax.reduce([high, *(end.high for end in ends)]))
+    return found, low, high
+
+
+def _crossings(side: Side, fit: pd.Series, prompts: pd.DataFrame) -> Crossings:
+    """Return the first crossing of every shared prompt and seed, the prompts by the name of their text."""
     trials = side.run.table("trials")
     trials = trials[
         (trials["criterion"].astype(str) == fit["criterion"]) & (trials["write"].astype(str) == fit["write"])
     ]
-    trials = trials[trials["prompt_id"].astype(str).isin(set(prompts["prompt_id"])) & (trials["alpha"] > 0)]
+    trials = trials[trials["prompt_id"].astype(str).isin(set(prompts["prompt_id"]))]
     text = dict(zip(prompts["prompt_id"], prompts["cluster"], strict=True))
-    found, names = [], []
-    for (prompt, _), rows in trials.groupby([trials["prompt_id"].astype(str), "seed"], observed=True, sort=True):
-        found.append(
-            first_crossing(rows["alpha"].to_numpy(), rows["response"].to_numpy(), fit["level"], floor=fit["floor"])
-        )
-        names.append(str(text[str(prompt)]))
-    return found, names
+    found = crossings_of(trials, fit["level"], fit["floor"])
+    return replace(found, prompts=[str(text[prompt]) for prompt in found.prompts])

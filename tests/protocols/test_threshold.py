@@ -17,9 +17,9 @@ from dynprobe.metrics.statistics import first_crossing
 from dynprobe.prompts import Prompt, from_texts
 from dynprobe.protocols import ThresholdConfig, _execute, _fits, _threshold
 from dynprobe.protocols._criteria import CRITERIA, Criterion, criterion_named, null_level
-from dynprobe.protocols._fits import crossings_of
 from dynprobe.protocols._prepare import prepare
 from dynprobe.protocols._threshold_asked import writes_of
+from dynprobe.runs._crossings import crossings_of
 from dynprobe.testing import tiny_llama
 
 LEVEL = 0.05
@@ -84,8 +84,8 @@ def crossings(run: Any, **chosen: Any) -> dict[str, Any]:
     trials = run.table("trials")
     for key, value in chosen.items():
         trials = trials[trials[key] == value]
-    found, names = crossings_of(trials, float(trials["level"].iloc[0]), float(trials["floor"].max()))
-    return dict(zip(names, found, strict=True))
+    of = crossings_of(trials, float(trials["level"].iloc[0]), float(trials["floor"].max()))
+    return dict(zip(of.prompts, of.found, strict=True))
 
 
 def headline(run: Any) -> pd.Series:
@@ -138,6 +138,11 @@ def test_tolerance_and_evaluations_are_kept(made_up: Any, tmp_path: Path, answer
     assert few.summary["rows_per_prompt"] == 3
 
 
+def compare_thresholds(a: Any, b: Any) -> Any:
+    (row,) = dp.compare([a.path, b.path]).thresholds.query("estimator == 'threshold.prompt/1'").to_dict("records")
+    return row
+
+
 def test_an_interval_counts_the_brackets_that_were_left_wide(made_up: Any, tmp_path: Path, answer: Any) -> None:
     answer(lambda name, seed, alpha: 3 / (1 + (TRUTH[name] / alpha) ** 4 if alpha else math.inf))
     truth = float(np.median([value / 2**0.25 for value in TRUTH.values()]))
@@ -153,6 +158,17 @@ def test_an_interval_counts_the_brackets_that_were_left_wide(made_up: Any, tmp_p
     assert (rough["low"], rough["high"]) != (rough["boot_low"], rough["boot_high"])
     assert best["n_uncertain"] == 0
     assert best["low"] < truth * 1.01
+    against = {(a, b): compare_thresholds(a, b) for a, b in itertools.permutations((few, fine), 2)}
+    one, other = against[few, fine], against[fine, few]
+    assert one["method"] == f"cluster bootstrap of ln α50, and {len(crossings(few))} wide brackets"
+    assert one["ratio_low"] < 1.0 < one["ratio_high"]  # the same prompts, the same truth
+    mine, theirs = crossings(few), crossings(fine)  # at the worst ends of the brackets
+    for end, bound in (("low", one["ratio_low"]), ("high", one["ratio_high"])):
+        worst = np.median([math.log(getattr(c, end)) for c in mine.values()])
+        worst = math.exp(worst - np.median([math.log(c.value) for c in theirs.values()]))
+        assert (bound <= worst) if end == "low" else (bound >= worst)
+    assert other["ratio_low"] == pytest.approx(1 / one["ratio_high"])
+    assert other["ratio_high"] == pytest.approx(1 / one["ratio_low"])
 
 
 @pytest.fixture(scope="module")
