@@ -19,6 +19,8 @@ import pytest
 import dynprobe as dp
 from dynprobe.probes import load_calibration
 from dynprobe.runs._panel_folder import open_panel
+from dynprobe.runs._schema import SCHEMA_VERSION
+from dynprobe.testing import save_tiny_model
 
 KEPT = Path(__file__).parent / "data" / "layouts"
 RUN_TABLES = ("prompts", "conditions", "samples", "tokens", "depths", "profiles")
@@ -66,6 +68,31 @@ def test_a_kept_layout_still_reads_as_it_did(folder):
         for column, (count, mean) in table["means"].items():
             assert found[name]["means"][column][0] == count
             assert found[name]["means"][column][1] == (None if mean is None else pytest.approx(mean, rel=1e-12))
+
+
+#: Fields of a manifest of 1.1 that came before 1.1 was released; a manifest without them is read as well.
+_OPTIONAL = {"plugins", "scales"}
+
+
+def test_what_is_stored_has_not_changed_under_the_same_version(tmp_path):
+    """A column, a type or a field that comes or goes needs a new SCHEMA_VERSION, and an example of it kept here."""
+    model = save_tiny_model(tmp_path / "model")
+    run = dp.run(
+        str(model), ["The sky is", "And so it went"], max_new_tokens=3, perturb="alpha=0.2,scale=coordstd,layers=1",
+        out=tmp_path,
+    )  # fmt: skip
+    kept = dp.open(KEPT / "runs" / SCHEMA_VERSION)
+    now, then = [_columns_of_no_metric(one) for one in (run, kept)]
+    assert now == then
+    fields, before = [set(json.loads((one.path / "manifest.json").read_text(encoding="utf-8"))) for one in (run, kept)]
+    assert before <= fields
+    assert fields - before <= _OPTIONAL
+
+
+def _columns_of_no_metric(run):
+    """Metrics come and go under ids of their own; a run says which it has."""
+    facts = run.columns()
+    return set(facts.loc[facts["id"] == "", ["table", "column", "dtype"]].itertuples(index=False, name=None))
 
 
 if __name__ == "__main__":
