@@ -34,7 +34,7 @@ def installed(tmp_path: Path) -> Call:
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, cwd=tmp_path, check=False,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # as a worker has: sums depend on threads
         )  # fmt: skip
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -45,4 +46,5 @@ def _cell(entry: dict[str, Any] | None) -> str:
     if not entry["n"]:
         return f"– {entry.get('reason') or ''}".rstrip()
     low, high = entry["low"], entry["high"]
-    return f"{entry['mean']:.4g}" + ("" if low != low else f"\n[{low:.4g}, {high:.4g}]")
+    known = low is not None and math.isfinite(low)  # NaN is stored as null
+    return f"{entry['mean']:.4g}" + (f"\n[{low:.4g}, {high:.4g}]" if known else "")

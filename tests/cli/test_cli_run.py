@@ -109,6 +109,9 @@ def test_metrics_that_were_asked_for_are_printed(cli, model, here):
     assert float(lines["erank_stable_d"][4]) == pytest.approx(means.loc["perturbed.forced", "d"], rel=1e-2)
     assert "in table 'profiles': erank_stable" in done.out
     assert "asked with" not in cli("run", "--model", model, *texts, *SHORT).out
+    few = cli("run", "--model", model, "--prompt", "Hello there", *words, *SHORT)  # one prompt has no interval
+    assert (few.code, few.err) == (0, "")
+    assert "│ erank.stable/1 │" in few.out
 
 
 def test_prompts_come_from_files_and_from_standard_input(cli, model, here, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -36,6 +37,40 @@ def test_a_table_in_a_pipe_is_as_wide_as_its_content(capsys):
     for number in range(40):
         assert f"column {number} " in out
         assert f"{number} " + "word " * 8 in out
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 97, 120, 160, 200])
+def test_no_digit_is_lost_on_a_narrow_terminal(width):
+    table = Table(title="narrow", caption="what it says below")
+    cells = [f"+0.{number:05d} … +1.{number:05d}" for number in range(9)]
+    table.add_column("arm", no_wrap=True)
+    for number in range(9):
+        table.add_column(f"heading-{number}", no_wrap=number % 2 == 0)
+    table.add_row("perturbed", *cells)
+    table.add_row("again", *reversed(cells))
+    out = io.StringIO()
+    _console._Console(file=out, width=width, force_terminal=True, color_system=None, markup=False).print(table)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for number in range(9):
+        assert sum(f"heading-{number} " in line for line in lines) == 1
+        low, high = f"+0.{number:05d}", f"+1.{number:05d}"
+        assert sum(low in line for line in lines) == sum(high in line for line in lines) == 2
+    parts = [line for line in lines if "arm" in line]
+    assert sum("perturbed" in line for line in lines) == sum("again" in line for line in lines) == len(parts)
+    assert (len(parts) == 1) == (width == 200)
+    assert sum("narrow" in line for line in lines) == sum("what it says below" in line for line in lines) == 1
+
+
+def test_a_path_stays_whole_and_settings_go_on_below():
+    out, path, long = io.StringIO(), "runs/2026-01-01T00-00-00_tiny-llama_00000000", "alpha=0.1," * 9
+    table = Table("path", "perturbation", "rows")
+    table.add_row(path, long, "12")
+    _console._Console(file=out, width=80, force_terminal=True, color_system=None, markup=False).print(table)
+    lines = out.getvalue().splitlines()
+    assert any(f" {path} " in line for line in lines)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert "".join(row[1] for row in cells) == long + "12"
 
 
 def test_no_command_sets_a_width_of_its_own():
@@ -130,25 +165,21 @@ def test_growth_names_its_track_where_there_are_several():
 
 
 def test_a_table_on_a_narrow_terminal_loses_no_digit():
-    import io
-
-    from rich.table import Table
-
-    from dynprobe.cli._console import _Console
-
     table = Table()
     for name in ("metric", "interval", "p"):
         table.add_column(name)
     table.add_row("kappa_phase_of_the_step", "[-0.07655, -0.07391]", "1.234e-05")
     screen = io.StringIO()
-    _Console(file=screen, force_terminal=True, width=30, color_system=None).print(table)
+    _console._Console(file=screen, force_terminal=True, width=30, color_system=None).print(table)
     said = "".join(screen.getvalue().split()).replace("│", "").replace("┃", "")
     assert "…" not in said
     for digit in ["0.07655", "0.07391", "1.234e-05"]:
         assert all(sign in said for sign in digit)
-    body = [line for line in screen.getvalue().splitlines() if "│" in line]
-    cells = ["".join(line.split("│")[i].strip() for line in body) for i in (1, 2, 3)]
-    assert cells == ["kappa_phase_of_the_step", "[-0.07655,-0.07391]", "1.234e-05"]
+    parts = [part.splitlines() for part in screen.getvalue().split("┏")[1:]]
+    rows = [[line.split("│")[1:-1] for line in part if "│" in line] for part in parts]
+    cells = [["".join(row[i].strip() for row in part) for i in range(len(part[0]))] for part in rows]
+    first = "kappa_phase_of_the_step"
+    assert cells == [[first, "[-0.07655,-0.07391]"], [first, "1.234e-05"]]
 
 
 @pytest.mark.parametrize(
