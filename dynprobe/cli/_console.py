@@ -2,9 +2,9 @@
 
 A table that is wider than its console must not lose digits or names: half a p-value is worse than none. On a terminal
 texts go on in the next line, and columns that do not fit side by side stand in parts below each other, each with the
-first column; a pipe or a file has no width, so there every table is as wide as its content, whichever command prints
-it. No command sets a width, a box or a place for titles itself. Colour is for terminals that
-want it (``NO_COLOR``, ``FORCE_COLOR`` and ``TERM=dumb`` are heeded); nothing else gets an escape code.
+columns that name the rows; a pipe or a file has no width, so there every table is as wide as its content, whichever
+command prints it. No command sets a width, a box or a place for titles itself. Colour is for terminals that want it
+(``NO_COLOR``, ``FORCE_COLOR`` and ``TERM=dumb`` are heeded); nothing else gets an escape code.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ class _Console(Console):
     def _parts(self, table: Table) -> list[Any]:
         """A table in parts that are no wider than the console, where they can be, and its caption below."""
         widths = [self._least(column, most=_FOLDED if number else _PIPE) for number, column in enumerate(table.columns)]
+        names = _naming(table)
+        if 2 * sum(widths[:names]) > self.width:
+            names = 1
         parts: list[list[int]] = [[]]
         for number, width in enumerate(widths):
             there = sum(widths[i] for i in parts[-1])
-            if len(parts[-1]) > 1 and there + width + 1 > self.width:  # one line more than columns
-                parts.append([0])
+            if len(parts[-1]) > names and there + width + 1 > self.width:  # one line more than columns
+                parts.append([*range(names)])
             parts[-1].append(number)
         made: list[Any] = []
         for numbers in parts:
@@ -68,6 +71,16 @@ class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
         """Leave it to the program: rich itself would end the process with code 1 (`| head` is no failure)."""
         raise BrokenPipeError
+
+
+def _naming(table: Table) -> int:
+    """Number of the first columns that tell the rows apart; 1 where none do."""
+    rows: list[tuple[str, ...]] = [()] * table.row_count
+    for number, column in enumerate(table.columns, 1):
+        rows = [(*row, str(cell)) for row, cell in zip(rows, column.cells, strict=True)]
+        if len({*rows}) == len(rows):
+            return number
+    return 1
 
 
 def _only(table: Table, numbers: list[int]) -> Table:

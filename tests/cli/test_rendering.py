@@ -62,6 +62,17 @@ def test_no_digit_is_lost_on_a_narrow_terminal(width):
     assert sum("narrow" in line for line in lines) == sum("what it says below" in line for line in lines) == 1
 
 
+def test_parts_of_a_table_repeat_what_tells_the_rows_apart():
+    table, out = Table("criterion", "scale", "layer", "threshold", "interval", "remarks"), io.StringIO()
+    for scale in ("relnorm", "coordstd"):
+        table.add_row("kl ≥ 1 nats", scale, "2", "1.23456789", "[1.23456789,1.23456789]", "a-long-remark-on-it")
+    _console._Console(file=out, width=60, force_terminal=True, color_system=None, markup=False).print(table)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
+    named = [row[1] for row in rows if row[1]]
+    assert named == ["relnorm", "coordstd"] * (len(named) // 2)
+    assert len(named) > 2
+
+
 def test_a_path_stays_whole_and_settings_go_on_below():
     out, path, long = io.StringIO(), "runs/2026-01-01T00-00-00_tiny-llama_00000000", "alpha=0.1," * 9
     table = Table("path", "perturbation", "rows")
