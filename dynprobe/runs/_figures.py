@@ -40,7 +40,7 @@ def depth_figure(run: Run) -> Figure:
     n = len(clean)
     panels = figure.subplots(3, 1, sharex=True)
     _draw(panels[0], clean, BLUE, "clean")
-    _draw(panels[0], pushed, RED, "perturbed, forced")
+    _draw(panels[0], pushed, RED, "perturbed, forced", stroke=(0, (3, 2)))  # the clean line shows through
     panels[0].set_ylabel("κ phase per step\n(half-turns)")
     panels[0].legend(frameon=False)
     _draw(panels[1], pushed - clean, RED, "paired change")
@@ -73,9 +73,9 @@ def draw_run(run: Run, target: str | Path) -> Path:
     return save_figure(depth_figure(run), target)
 
 
-def _draw(panel: Any, table: Any, colour: str, label: str) -> None:
+def _draw(panel: Any, table: Any, colour: str, label: str, stroke: Any = "-") -> None:
     own = curve(table)
-    panel.plot(own["x"], own["mean"], color=colour, label=label, linewidth=1.6)
+    panel.plot(own["x"], own["mean"], color=colour, label=label, linewidth=1.6, linestyle=stroke)
     panel.fill_between(own["x"], own["low"], own["high"], color=colour, alpha=0.2, linewidth=0)
 
 
