@@ -14,7 +14,7 @@ halving.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -270,17 +270,11 @@ def before_the_units(subject: Subject) -> Iterator[None]:
     Raises:
         ModelError: If it ran out.
     """
-    try:
+    with _no_memory(
+        lambda: "the trials, calibration and self-tests before the first batch, a few short texts, do "
+        f"{_no_room(subject)}. T{_more_room(subject)[1:]}"
+    ):
         yield
-        return
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        failed = error
-    raise ModelError(
-        f"the trials, calibration and self-tests before the first batch, a few short texts, do {_no_room(subject)}. "
-        f"T{_more_room(subject)[1:]}"
-    ) from failed
 
 
 @contextmanager
@@ -295,6 +289,17 @@ def while_loading(name: str, device: str, dtype: str) -> Iterator[None]:
     Raises:
         ModelError: If it ran out.
     """
+    with _no_memory(
+        lambda: f"the weights of {name} in {dtype}, with a first short forward, do not fit into the memory of the "
+        f"device ({device}). Type --dtype bfloat16 (half the memory of float32; angles are flagged), --device-map auto "
+        "(spread over several devices, the rest on the CPU) or --device cpu"
+    ):
+        yield
+
+
+@contextmanager
+def _no_memory(what: Callable[[], str]) -> Iterator[None]:
+    """Raise a ModelError that says ``what`` where memory runs out, after the tensors of what failed are gone."""
     try:
         yield
         return
@@ -302,11 +307,7 @@ def while_loading(name: str, device: str, dtype: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         failed = error
-    raise ModelError(
-        f"the weights of {name} in {dtype}, with a first short forward, do not fit into the memory of the device "
-        f"({device}). Type --dtype bfloat16 (half the memory of float32; angles are flagged), --device-map auto "
-        "(spread over several devices, the rest on the CPU) or --device cpu"
-    ) from failed
+    raise ModelError(what()) from failed
 
 
 def _no_room(subject: Subject, beside: str = "") -> str:
