@@ -21,6 +21,7 @@ from dynprobe.probes import (
     resume,
 )
 from dynprobe.probes._adapters import ADAPTERS, Adapter
+from dynprobe.probes._dispatch import hooks_of_others
 from dynprobe.testing._suite import Suite
 
 __all__ = ["ADAPTER_CHECKS", "check_adapter"]
@@ -72,6 +73,7 @@ class _Suite(Suite):
 
     def __init__(self, model: nn.Module, adapter: Adapter, name: str) -> None:
         self.model, self.adapter, self.name = model, adapter, name
+        self.hooks = hooks_of_others(model)
         self._subject: Subject | None = None
 
     @property
@@ -206,7 +208,6 @@ class _Suite(Suite):
         return True
 
     def detached(self) -> None:
-        before = live_hooks(self.model)
         self.tape(perturb=self.everywhere(0.1))
-        if live_hooks(self.model) != before:
-            self.fail("detached", "a hook stays on the model")
+        if live_hooks(self.model) or hooks_of_others(self.model) != self.hooks:
+            self.fail("detached", "a hook stays on the model, of the adapter or of what was written")

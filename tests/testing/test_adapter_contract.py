@@ -102,6 +102,11 @@ def stuck(found: Any) -> Loop:
     return Loop(described.modules, prefix=True, iterations=described.iterations, set_iterations=lambda m, T: None)
 
 
+def leaves_a_hook(found: Any) -> Loop:
+    found.core.register_forward_hook(lambda *_: None)
+    return loop(found)
+
+
 WRONG: dict[str, Any] = {
     "found": (Loud, lambda found: Loop((("nowhere", "core", -1),))),
     "null": (lambda: Loud("null"), loop),
@@ -109,6 +114,7 @@ WRONG: dict[str, Any] = {
     "alone": (lambda: Loud("alone"), loop),
     "readout": (lambda: Loud("readout"), loop),
     "loop": (Loud, stuck),
+    "detached": (Loud, leaves_a_hook),
 }
 
 
