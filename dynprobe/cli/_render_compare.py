@@ -79,7 +79,10 @@ def _print_runs(console: Any, found: Comparison) -> None:
     console.print(table)
 
 
-_AXES = "κ phase is per step, κ path per whole depth (rad): a statement about κ needs both"
+_AXES = (
+    "depths: first and last state that is measured (0, the embedding, seldom is), steps: those between them; κ phase is "
+    "per step, κ path per whole depth (rad): a statement about κ needs both"
+)
 
 
 def _shown(found: Comparison, metrics: Sequence[str]) -> list[str]:
