@@ -71,16 +71,9 @@ def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False
     file = typed.pop("config", None)
     settings, places = read_config(file, kind) if file else ({}, {})
     settings |= typed
-    size = settings.get("batch_size")
-    if isinstance(size, str) and size != "auto":
-        if not size.isdigit():
-            raise UsageError(f"--batch-size {size!r}; it is a number or 'auto'")
-        settings["batch_size"] = int(size)
-    workers = settings.get("workers")
-    if isinstance(workers, str) and workers != "auto":
-        if not workers.isdigit():
-            raise UsageError(f"--workers {workers!r}; it is a number or 'auto'")
-        settings["workers"] = int(workers)
+    for key in ("scale", "kind", "criterion"):
+        if isinstance(settings.get(key), list):
+            settings[key] = tuple(item for text in settings[key] for item in str(text).replace("+", ",").split(","))
     for key in ("perturb", "prompt", "category", "metrics", "slurm"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(settings[key])

@@ -16,7 +16,7 @@ def sweep_command(given: dict[str, Any]) -> None:
     from dynprobe.protocols import SweepConfig, sweep
 
     def settings(typed: dict[str, Any]) -> dict[str, Any]:
-        found = _settings(typed, SweepConfig)
+        found = settings_of(typed, SweepConfig)
         if "sine" in found.get("kind", ()) and found.get("period") is None:
             raise UsageError("--kind sine needs its period in tokens; add --period 8")
         return found
@@ -28,19 +28,11 @@ def threshold_command(given: dict[str, Any]) -> None:
     """``dynprobe threshold``."""
     from dynprobe.protocols import ThresholdConfig, threshold
 
-    carry_out(threshold, given, lambda typed: _settings(typed, ThresholdConfig))
+    carry_out(threshold, given, lambda typed: settings_of(typed, ThresholdConfig))
 
 
 def iterate_command(given: dict[str, Any]) -> None:
     """``dynprobe iterate``."""
     from dynprobe.protocols import IterateConfig, iterate
 
-    carry_out(iterate, given, lambda typed: _settings(typed, IterateConfig, looped=True))
-
-
-def _settings(given: dict[str, Any], kind: Any, *, looped: bool = False) -> dict[str, Any]:
-    settings = settings_of(given, kind, looped=looped)
-    for key in ("scale", "kind", "criterion"):
-        if isinstance(settings.get(key), list):
-            settings[key] = tuple(item for text in settings[key] for item in str(text).replace("+", ",").split(","))
-    return settings
+    carry_out(iterate, given, lambda typed: settings_of(typed, IterateConfig, looped=True))

@@ -32,6 +32,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
     settings = settings_of(given, RecoverConfig)
     asked = settings.get("perturb")
+    if isinstance(asked, str):
+        asked = settings["perturb"] = (asked,)
     if asked is not None and tuple(asked) in (("none",), ("",)):
         settings["perturb"] = None
     elif asked is not None and "none" in asked:

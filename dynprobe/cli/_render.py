@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
-from dynprobe.cli._render_head import head, mean_intervals
+from dynprobe.cli._render_head import head, mean_intervals, stored_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,13 +43,13 @@ _SHOWN = {
 def _number(entry: Mapping[str, Any] | None, digits: int, interval: bool) -> str:
     if entry is None:
         return "–"
-    mean, low, high = entry["mean"], entry.get("low"), entry.get("high")
-    if mean is None or math.isnan(mean):
+    mean, low, high = (stored_number(entry.get(name)) for name in ("mean", "low", "high"))
+    if math.isnan(mean):
         return f"– {entry.get('reason') or ''}".rstrip()
     if not interval:
         return _digits(mean, digits)
     text = _digits(mean, digits, "+")
-    if low is not None and high is not None and not math.isnan(low):
+    if not math.isnan(low):
         text += f"\n{_digits(low, digits, '+')} … {_digits(high, digits, '+')}"
     return text
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dynprobe.cli._render_head import mean_intervals
+from dynprobe.cli._render_head import mean_intervals, stored_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,14 +25,15 @@ def asked(found: Run, console: Console) -> None:
     facts = found.columns()
     facts = facts[facts["id"].isin(ids) & facts["table"].isin(["samples", "tokens", "depths", "profiles"])]
     arms = {name: entry for name, entry in found.summary["conditions"].items() if not entry.get("equal_to")}
-    shown = Table(title="asked with --metrics", caption=f"means; in brackets: {mean_intervals(found.summary)}")
-    for name in ("metric", "column", "unit"):
-        shown.add_column(name, overflow="fold")
+    caption = f"means; in brackets: {mean_intervals(found.summary)}; _d: paired change"
+    shown = Table(title="asked with --metrics", caption=caption)
+    for name in ("column", "metric", "unit"):
+        shown.add_column(name)
     for arm in arms:
         shown.add_column(arm, justify="right")
     for row in facts[facts["table"] == "samples"].itertuples():
         if any(row.column in entry for entry in arms.values()):
-            named = (str(row.id), str(row.column), str(row.unit))
+            named = (str(row.column), str(row.id), str(row.unit))
             shown.add_row(*named, *[_cell(entry.get(row.column)) for entry in arms.values()])
     if shown.row_count:
         console.print(shown)
@@ -43,8 +44,11 @@ def asked(found: Run, console: Console) -> None:
 def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "–"
-    if not entry["n"]:
+    mean, low, high = (stored_number(entry[name]) for name in ("mean", "low", "high"))
+    if math.isnan(mean):
         return f"– {entry.get('reason') or ''}".rstrip()
-    low, high = entry["low"], entry["high"]
-    known = low is not None and math.isfinite(low)  # NaN is stored as null
-    return f"{entry['mean']:.4g}" + (f"\n[{low:.4g}, {high:.4g}]" if known else "")
+    said = f"{mean:.4g}" + ("" if math.isnan(low) else f"\n[{low:.4g}, {high:.4g}]")
+    if entry["missing"]:
+        why = ", ".join(entry.get("reasons") or ()) or "no value"
+        said += f"\n{entry['n']} of {entry['n'] + entry['missing']} prompts; others: {why}"
+    return said

@@ -80,8 +80,8 @@ def _print_runs(console: Any, found: Comparison) -> None:
 
 
 _AXES = (
-    "depths: first and last state that is measured (0, the embedding, seldom is), steps: those between them; κ phase is "
-    "per step, κ path per whole depth (rad): a statement about κ needs both"
+    "depths: first and last state that is measured (0, the embedding, seldom is), steps: those between; κ phase is per "
+    "step, κ path per whole depth (rad): a statement about κ needs both"
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
-from dynprobe.cli._render_head import mean_intervals
+from dynprobe.cli._render_head import mean_intervals, stored_number
 from dynprobe.cli._render_recover import detector_table
 
 if TYPE_CHECKING:
@@ -148,24 +148,24 @@ def _correlation(rows: Sequence[Mapping[str, Any]], dynamic: str) -> list[str]:
 
 
 def _fraction(entry: Mapping[str, Any], *, ends: bool = True) -> str:
-    value = _float(entry["value"])
+    value = stored_number(entry["value"])
     if math.isnan(value):
         return str(entry["reason"] or "–")
     return _signed(value) + (f" {_pair((entry['low'], entry['high']))}" if ends else "")
 
 
 def _pair(ends: Sequence[Any]) -> str:
-    low, high = map(_float, ends)
+    low, high = map(stored_number, ends)
     return "[–]" if math.isnan(low) or math.isnan(high) else f"[{_signed(low)}, {_signed(high)}]"
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
-    low, high = _float(entry["low"]), _float(entry["high"])
+    low, high = stored_number(entry["low"]), stored_number(entry["high"])
     return "" if not math.isfinite(high - low) else f" [{_short(low)}, {_short(high)}]"
 
 
 def _with_ends(entry: Mapping[str, Any], name: str, sign: str = "") -> str:
-    value = _float(entry.get(name))
+    value = stored_number(entry.get(name))
     if math.isnan(value):
         return "–"
     return (_signed(value) if sign else _short(value)) + _interval(entry)
@@ -178,12 +178,7 @@ def _signed(value: float) -> str:
 
 
 def _short(value: Any) -> str:
-    number = _float(value)
+    number = stored_number(value)
     if not math.isfinite(number):
         return "–"
     return f"{number:.3f}" if abs(number) < 0.995 else f"{number:.2f}" if abs(number) < 99.5 else f"{number:.0f}"
-
-
-def _float(value: Any) -> float:
-    """A number of a summary: NaN is stored as null, an infinity by its name."""
-    return math.nan if value is None else float(value)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
+from dynprobe.cli._render_head import stored_number
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run
@@ -50,7 +51,7 @@ def _latency(entry: Mapping[str, Any]) -> str:
     if "latency_median" not in entry:
         return "–"
     median, never, n = entry["latency_median"], entry["latency_censored"], entry["runs_perturbed"]
-    said = "more than the texts are long" if not math.isfinite(_float(median)) else f"{median:g}"
+    said = "more than the texts are long" if not math.isfinite(stored_number(median)) else f"{median:g}"
     return f"{said} ({never} of {n} never)"
 
 
@@ -122,10 +123,10 @@ def _named(arm: Mapping[str, Any]) -> str:
 def _fraction(row: Mapping[str, Any] | None, *, star: bool) -> str:
     if row is None:
         return ""
-    if not math.isfinite(_float(row["rf"])):
+    if not math.isfinite(stored_number(row["rf"])):
         return {"DETECTOR_BLIND": "blind"}.get(str(row["reason"]), str(row["reason"] or "–"))
-    low, high = _float(row["low"]), _float(row["high"])
-    value = _signed(_float(row["rf"])) + ("*" if star and row["acted_on"] else "")
+    low, high = stored_number(row["low"]), stored_number(row["high"])
+    value = _signed(stored_number(row["rf"])) + ("*" if star and row["acted_on"] else "")
     return value if math.isnan(low) else f"{value}\n{_signed(low)}…{_signed(high)}"
 
 
@@ -177,9 +178,11 @@ def _notes(found: Run) -> list[str]:
         lines.append("no-action: the noise is on at no new token, so an oracle has nothing to act on")
     if any(row["reason"] == "no-effect" for row in rows):
         lines.append("no-effect: the perturbation changed this by no more than arithmetic does")
-    if any(math.isinf(_float(row[end])) for row in rows for end in ("low", "high")):
+    shown = [row for row in rows if row["metric"] in _SHOWN and math.isfinite(stored_number(row["rf"]))]
+    if any(math.isinf(stored_number(row[end])) for row in shown for end in ("low", "high")):
         lines.append("∞: over these prompts the perturbation may have done nothing to this, so its share has no bound")
-    if any(arm["timing"] == "oracle" and _float(arm["duty"]["low"]) == 1.0 for arm in summary["arms"]):
+    oracles = [arm.get("duty", {}) for arm in summary["arms"] if arm["timing"] == "oracle"]
+    if any(stored_number(duty.get("low")) == 1.0 for duty in oracles):
         lines.append("oracle acts where the perturbation writes: here at every new token, as always does")
     if summary["iatrogenic"]:
         lines.append(
@@ -196,31 +199,26 @@ def _mean(arm: Mapping[str, Any], name: str) -> str:
 
 
 def _tokens(arm: Mapping[str, Any], name: str) -> str:
-    number = _float(arm.get(name, {}).get("mean"))
+    number = stored_number(arm.get(name, {}).get("mean"))
     return "–" if math.isnan(number) else f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
 
 
 def _calm(arm: Mapping[str, Any]) -> str:
     """Median tokens from the first action to calm; where most texts never were calm, what it is known to exceed."""
     found = arm.get("calm", {})
-    median, exceeds = _float(found.get("median")), _float(found.get("exceeds"))
+    median, exceeds = stored_number(found.get("median")), stored_number(found.get("exceeds"))
     return f"{median:g}" if math.isfinite(median) else f">{exceeds:g}" if math.isfinite(exceeds) else "–"
 
 
-def _float(value: Any) -> float:
-    """A number of a summary: NaN is stored as null, an infinity by its name."""
-    return math.nan if value is None else float(value)
-
-
 def _short(value: Any) -> str:
-    number = _float(value)
+    number = stored_number(value)
     return "–" if not math.isfinite(number) else f"{number:.2f}" if abs(number) < 9.995 else f"{number:.0f}"
 
 
 def _ends(entry: Mapping[str, Any] | None) -> str:
-    if entry is None or not math.isfinite(_float(entry["value"])):
+    if entry is None or not math.isfinite(stored_number(entry["value"])):
         return "–"
-    if not math.isfinite(_float(entry["high"]) - _float(entry["low"])):
+    if not math.isfinite(stored_number(entry["high"]) - stored_number(entry["low"])):
         why = entry.get("reason_interval")
         return _short(entry["value"]) + (f" ({why})" if why else "")
     return f"{_short(entry['value'])} [{_short(entry['low'])}, {_short(entry['high'])}]"

@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -247,7 +248,11 @@ def entry(metric_id: str) -> Metric:
 def _near(text: str) -> str:
     """Return the ids that a text may mean, as a question: those of its name, those with it inside, or the nearest."""
     known, stem = ids(), text.split("/")[0]
-    inside = [k for k in known if k.split("/")[0] == stem] or [k for k in known if stem in re.split(r"[./]", k)]
+    parts = {k: k.split("/")[0].split(".") for k in known}
+    near = get_close_matches(stem, sorted({part for found in parts.values() for part in found}), n=1)
+    inside = [k for k in known if k.split("/")[0] == stem]
+    inside = inside or [k for k in known if stem in parts[k]]
+    inside = inside or ([] if did_you_mean(text, known) or not near else [k for k in known if near[0] in parts[k]])
     if len(inside) == 1:
         return f" Did you mean {inside[0]!r}?"
     return f" Did you mean one of {', '.join(inside)}?" if inside else did_you_mean(text, known)

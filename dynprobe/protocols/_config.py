@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ class RunConfig(SpreadConfig):
     where: str = Field("layers=all", description="Which states --states writes.")
     states: bool = Field(False, description="Write the states too.")
     lens: bool = Field(False, description="Add logit-lens entropy and KL at every depth, and prediction depth.")
-    metrics: tuple[str, ...] = Field((), description="Metrics to store beside the default ones, by id.")
+    metrics: tuple[str, ...] = Field((), description="Ids of metrics to store beside the default ones.")
     span: Literal["auto", "prompt", "new", "all"] = Field("auto", description="Tokens of token-axis and set metrics.")
     padding: Literal["auto", "left", "right", "none"] = Field(
         "auto", description="Padding side; 'none' = exact lengths."
@@ -100,7 +101,7 @@ class RunConfig(SpreadConfig):
     def _measurable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         from dynprobe.metrics import requested
 
-        return requested(value)
+        return requested(part for text in value for part in re.split(r",(?![^{]*\})", text))
 
     @property
     def measured_metrics(self) -> tuple[str, ...]:
@@ -154,7 +155,7 @@ class RunConfig(SpreadConfig):
             login = isinstance(given, str) and "@" in given and (name == "remote" or "://" in given)
             shown = "a text with an @" if login else repr(given)
             cause = None if login else error
-            raise SettingError(f"{name}={shown}: {what_is_wrong(first)}", name) from cause
+            raise SettingError(f"{name}={shown}: {what_is_wrong(error.errors())}", name) from cause
         except (TypeError, AttributeError, OverflowError) as error:
             # Settings that take several spellings meet a kind of value that none of them has: null, say, in a file.
             name = next((key for key, value in values.items() if cls._stumbles(key, value)), "")

@@ -88,7 +88,8 @@ def criterion_named(name: str) -> Criterion:
             return criterion
     bare, given, level = name.partition("=")
     if given and bare in CRITERIA:
-        raise UsageError(f"{name!r}: the level is a setting of its own; type --criterion {bare} --level {level}")
+        said = f"type --criterion {bare} --level {level or 'NUMBER'}"
+        raise UsageError(f"{name!r}: the level is a setting of its own; {said}")
     raise UsageError(f"there is no criterion {name!r}; known: {', '.join(CRITERIA)}.{did_you_mean(name, CRITERIA)}")
 
 

@@ -271,8 +271,10 @@ def before_the_units(subject: Subject) -> Iterator[None]:
         ModelError: If it ran out.
     """
     with _no_memory(
-        lambda: "the trials, calibration and self-tests before the first batch, a few short texts, do "
-        f"{_no_room(subject)}. T{_more_room(subject)[1:]}"
+        lambda: (
+            "the trials, calibration and self-tests before the first batch, a few short texts, do "
+            f"{_no_room(subject)}. T{_more_room(subject)[1:]}"
+        )
     ):
         yield
 
@@ -290,9 +292,11 @@ def while_loading(name: str, device: str, dtype: str) -> Iterator[None]:
         ModelError: If it ran out.
     """
     with _no_memory(
-        lambda: f"the weights of {name} in {dtype}, with a first short forward, do not fit into the memory of the "
-        f"device ({device}). Type --dtype bfloat16 (half the memory of float32; angles are flagged), --device-map auto "
-        "(spread over several devices, the rest on the CPU) or --device cpu"
+        lambda: (
+            f"the weights of {name} in {dtype}, with a first short forward, do not fit into the memory of the "
+            f"device ({device}). Type --dtype bfloat16 (half the memory of float32; angles are flagged), "
+            "--device-map auto (spread over several devices, the rest on the CPU) or --device cpu"
+        )
     ):
         yield
 

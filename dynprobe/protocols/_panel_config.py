@@ -175,7 +175,7 @@ class PanelConfig(SpreadConfig):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            said = what_is_wrong(first)
+            said = what_is_wrong(error.errors())
             if not first["loc"]:
                 named = said.split(":")[0].split(" ")[0]
                 raise UsageError(f"{_at(file, lines, (named,))}{said}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynprobe.errors import UsageError, did_you_mean
@@ -25,25 +25,33 @@ _EXPECTED = {
 class SettingError(UsageError):
     """The value of one setting is wrong; ``setting`` is its name."""
 
-    def __init__(self, message: str, setting: str) -> None:
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__(message, setting)
         self.setting = setting
-        super().__init__(message)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
-def what_is_wrong(error: Mapping[str, Any]) -> str:
-    """Return what one of pydantic's errors says, without the value, and the nearest of the words that are allowed.
+def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return what pydantic says of the first setting, without its value, and the nearest of the words it allows.
+
+    A setting of several kinds (a number or a word) has one error for each of them.
 
     Example:
-        >>> what_is_wrong({"type": "greater_than_equal", "ctx": {"ge": 1}, "msg": "", "input": -2})
+        >>> what_is_wrong([{"type": "greater_than_equal", "loc": ("limit",), "ctx": {"ge": 1}, "msg": "", "input": -2}])
         'expected a number of at least 1'
-        >>> choice = {"expected": "'float32' or 'float64'"}
-        >>> what_is_wrong({"type": "literal_error", "ctx": choice, "msg": "", "input": "float33"})
-        "expected 'float32' or 'float64'. Did you mean 'float32'?"
+        >>> number = {"type": "int_parsing", "loc": ("batch_size", "int"), "msg": "", "input": "autoo"}
+        >>> word = {**number, "type": "literal_error", "ctx": {"expected": "'auto'"}}
+        >>> what_is_wrong([number, word])
+        "expected a whole number or 'auto'. Did you mean 'auto'?"
     """
-    expected = _EXPECTED.get(error["type"])
-    if expected is None:
-        return str(error["msg"]).removeprefix("Value error, ")
+    first = errors[0]
+    kinds = [error for error in errors if error["loc"][:1] == first["loc"][:1] and error["input"] == first["input"]]
+    if any(error["type"] not in _EXPECTED for error in kinds):
+        return str(first["msg"]).removeprefix("Value error, ")
+    words = [_EXPECTED[error["type"]].format(**error.get("ctx") or {}) for error in kinds]
     near = ""
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        near = did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return f"expected {expected.format(**error.get('ctx') or {})}{'.' + near if near else ''}"
+    if isinstance(first["input"], str):
+        near = did_you_mean(first["input"], re.findall(r"'([^']*)'", " ".join(words)))
+    return f"expected {' or '.join(dict.fromkeys(words))}{'.' + near if near else ''}"

@@ -88,35 +88,37 @@ def _ratio(a: Side, b: Side, x: pd.Series, y: pd.Series, prompts: pd.DataFrame, 
     }  # fmt: skip
     if x["estimator"] == "threshold.prompt/1" and a.tables.get("trials") and b.tables.get("trials"):
         left, right = [_crossings(side, fit, prompts) for side, fit in ((a, x), (b, y))]
-        r, low, high = _of_crossings(left, right, how)
-        wide = left.n_wide + right.n_wide
+        r, low, high, wide = _of_crossings(left, right, how)
         return row | {
             "ratio": r.value, "ratio_low": low, "ratio_high": high, "status": r.status, "paired": r.paired,
-            "n": min(r.n_a, r.n_b), "reason": r.reason,
-            "method": "cluster bootstrap of ln α50" + (f", and {wide} wide brackets" if wide else ""),
+            "n": r.n_common, "reason": r.reason, "n_wide": wide,
+            "method": "cluster bootstrap of ln α50" + (" and wide brackets" if wide else ""),
         }  # fmt: skip
     value, low, high = mover((x["alpha50"], x["low"], x["high"]), (y["alpha50"], y["low"], y["high"]))
     known = math.isfinite(value)
     return row | {
         "ratio": value, "ratio_low": low, "ratio_high": high, "status": "resolved" if known else "missing",
-        "paired": False, "n": int(min(x.get("n", 0), y.get("n", 0))), "method": "intervals of both fits (MOVER)",
+        "paired": False, "n_wide": 0, "n": int(min(x.get("n", 0), y.get("n", 0))),
+        "method": "intervals of both fits (MOVER)",
         "reason": None if known else str(x.get("reason") or y.get("reason") or "a side is missing"),
     }  # fmt: skip
 
 
-def _of_crossings(a: Crossings, b: Crossings, how: Settings) -> tuple[Ratio, float, float]:
-    """The ratio, and its interval widened by the brackets that a search left wide: each side at its worse ends."""
+def _of_crossings(a: Crossings, b: Crossings, how: Settings) -> tuple[Ratio, float, float, int]:
+    """The ratio; its interval, widened by brackets that a search left wide, each side at its worse ends; how many."""
 
     def of(x: list[Crossing], y: list[Crossing]) -> Ratio:
-        return ratio_threshold(x, y, prompts_a=a.prompts, prompts_b=b.prompts, **how.boot)
+        # A prompt without a threshold on one side leaves both: medians of unlike prompts have no ratio.
+        return ratio_threshold(x, y, prompts_a=a.prompts, prompts_b=b.prompts, paired=True, **how.boot)
 
     found = of(a.found, b.found)
     low, high = found.low, found.high
-    if found.status == "resolved" and a.n_wide + b.n_wide:
+    wide = a.n_wide + b.n_wide if found.status == "resolved" else 0
+    if wide:
         ends = of(a.at("low"), b.at("high")), of(a.at("high"), b.at("low"))
         low = float(np.fmin.reduce([low, *(end.low for end in ends)]))
         high = float(np.fmax.reduce([high, *(end.high for end in ends)]))
-    return found, low, high
+    return found, low, high, wide
 
 
 def _crossings(side: Side, fit: pd.Series, prompts: pd.DataFrame) -> Crossings:

@@ -40,17 +40,17 @@ def query(folder: Path, manifest: Manifest, text: str) -> pd.DataFrame:
 
 
 def _where(error: str, connection: Any) -> str:
-    """Return which tables have the column that a query looked for elsewhere, and how to join the arms to it."""
-    missing = re.search(r'column (?:named )?"([^"]+)"', error)
+    """Return which tables have the column that a query looked for elsewhere, and how arms are joined to rows."""
+    missing = re.search(r'column "([^"]+)" not found|does not have a column named "([^"]+)"', error)
     if missing is None:
         return ""
-    name = missing[1].rpartition(".")[2]
+    name = (missing[1] or missing[2]).rpartition(".")[2].lower()
     found = connection.execute(
-        "select table_name from information_schema.columns where column_name = ? order by 1", [name]
+        "select table_name from information_schema.columns where lower(column_name) = ? order by 1", [name]
     ).fetchall()
     if not found:
         return ""
-    join = " (join conditions using (condition_id))" if found == [("conditions",)] else ""
+    join = " (samples has its condition_id, and every other table the sample_id)" if ("conditions",) in found else ""
     return f" {name!r} is a column of {', '.join(table for (table,) in found)}{join}."
 
 

@@ -59,7 +59,7 @@ CASES = [
     (("run", "--model", "{model}", "--perturb", "alpha=0.1,layers=99"), 2, "layers 0…2"),
     (("run", "--model", "{model}", "--perturb", "@none.yaml"), 2, "none.yaml cannot be read"),
     (("run", "--model", "{model}", "--where", "layers=99"), 2, "layers 0…2"),
-    (("run", "--model", "{model}", "--batch-size", "many"), 2, "it is a number or 'auto'"),
+    (("run", "--model", "{model}", "--batch-size", "many"), 2, "batch_size='many': expected a whole number or 'auto'"),
     (("run", "--model", "{model}", "--batch-size", "0"), 2, "at least 1"),
     (("run", "--model", "{model}", "--dtype", "float31"), 2, "dtype='float31'"),
     (("run", "--model", "{model}", "--temperature", "-1"), 2, "temperature=-1"),

@@ -27,6 +27,8 @@ CASES = [
     ((*RUN, "--device", "cdua"), "cuda"),
     ((*RUN, "--metrics", "erank.rw/1"), "erank.rv/1"),
     ((*RUN, "--metrics", "line.shape"), "line.shape/1"),
+    ((*RUN, "--metrics", "line.shp"), "line.shape/1"),
+    ((*RUN, "--batch-size", "autoo"), "auto"),
     ((*RUN, "--where", "layer=1"), "layers"),
     ((*RUN, "--where", "component=resid_pots"), "resid_post"),
     ((*RUN, "--perturb", "alpha=0.1,scal=relnorm"), "scale"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from dynprobe.metrics.statistics import BracketSearch, Crossing, prompt_threshold
+from dynprobe.runs._compare_thresholds import _of_crossings
 from dynprobe.runs._crossings import Crossings, crossings_of
 
 
@@ -45,6 +47,26 @@ def test_open_and_unresolved_brackets_are_not_moved():
     assert all(a is b for end in ("low", "high") for a, b in zip(of.at(end), found, strict=True))
 
 
+def test_a_ratio_is_that_of_prompts_with_a_threshold_on_both_sides():
+    names = list("abcdef")
+    b = [Crossing(v, 0.9 * v, 1.1 * v, "resolved") for v in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)]
+    a = [Crossing(2 * c.value, 2 * c.low, 2 * c.high, "resolved") for c in b]
+    lost = Crossing(math.nan, math.nan, math.nan, "not-resolved", "level<10×floor")
+    how = SimpleNamespace(boot={"n_boot": 200})
+    for of_a, of_b, n in ((a, b, 6), ([lost, *a[1:]], b, 5), (a, [*b[:5], lost], 5)):
+        found, low, high, wide = _of_crossings(*(Crossings(c, names, [False] * 6) for c in (of_a, of_b)), how)
+        assert (found.n_common, found.paired, wide) == (n, True, 0)
+        assert (found.value, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    found, low, high, wide = _of_crossings(Crossings(a, names, [True] * 6), Crossings(b, names, [False] * 6), how)
+    assert wide == 6
+    assert (found.value, low, high) == pytest.approx((2.0, 1.8, 2.2))
+    censored = Crossing(math.nan, 1.0, math.inf, "right-censored")
+    found, *_, wide = _of_crossings(
+        Crossings([censored] * 5 + a[5:], names, [True] * 6), Crossings(b, names, [False] * 6), how
+    )
+    assert (found.status, wide) == ("right-censored", 0)
+
+
 def search(rng, n, most):
     """Prompts with thresholds around 1, each of its own steepness and waviness, that saturate above."""
     truth, slope = np.exp(rng.normal(0, 0.5, n)), np.exp(rng.normal(0.5, 0.7, n))
@@ -76,7 +98,7 @@ def test_an_interval_that_counts_wide_brackets_covers_what_it_says(most):
         hits += min(own.low, low.low) <= 1.0 <= max(own.high, high.high)
         narrow += own.low <= 1.0 <= own.high
         n_wide += of.n_wide
-    assert hits >= 53  # binomial(60, 0.95): 99.8 % reach it
+    assert hits >= 53  # binomial(60, 0.95): 99 % reach it
     assert (n_wide > 60 * 20) == (most == 4)
     if most == 4:
         assert narrow < hits  # interpolation alone is too sure of itself
