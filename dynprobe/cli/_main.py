@@ -66,11 +66,13 @@ def _terminable() -> Iterator[None]:
 def _command(arguments: list[str] | None) -> int:
     import typer
 
+    from dynprobe._command_line import COMMAND_LINE
     from dynprobe.cli._app import app
     from dynprobe.errors import DynprobeError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     words = sys.argv[1:] if arguments is None else arguments
+    typed = COMMAND_LINE.set(("dynprobe", *map(str, words)))
     try:
         code = app(args=words, prog_name="dynprobe", standalone_mode=False)
     except typer.Abort:
@@ -92,6 +94,8 @@ def _command(arguments: list[str] | None) -> int:
         if not any(base.__name__ == "ClickException" for base in type(error).__mro__):
             raise
         return _usage(error)
+    finally:
+        COMMAND_LINE.reset(typed)
     # typer makes an exit code of a Ctrl-C that no command caught, and says nothing.
     return _say(_INTERRUPTED, 130) if code == 130 else int(code or 0)
 

@@ -63,7 +63,8 @@ class Listener:
                 here = max(progress.done - self._before, 1)  # a continued run found some batches finished
                 left = progress.seconds / here * (progress.total - progress.done)
                 line += f" · {progress.rows / progress.seconds:.1f} rows/s"
-                line += f" · {progress.tokens / progress.seconds:.0f} tokens/s · {left:.0f} s left"
+                line += f" · {progress.tokens / progress.seconds:.0f} tokens/s" if progress.tokens else ""
+                line += f" · {left:.0f} s left"
                 line += " · disk-bound" if progress.disk_bound else ""
             elif not progress.rows and progress.summary is None:
                 self._before = progress.done

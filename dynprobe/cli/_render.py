@@ -133,7 +133,11 @@ def run(found: Run, *, since: datetime | None = None) -> None:
     elif summary.get("conditions"):
         n = next(iter(summary["conditions"].values()))["samples"]
         console.print(
-            summary_table(summary["conditions"], f"{manifest.model_name} · {n} texts per arm", mean_intervals(summary))
+            summary_table(
+                summary["conditions"],
+                f"{manifest.model_name} · {n} text{'s' * (n != 1)} per arm",
+                mean_intervals(summary),
+            )
         )
         _render_asked.asked(found, console)
         for line in _flags(summary["conditions"]):

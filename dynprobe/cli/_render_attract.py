@@ -122,7 +122,8 @@ def _notes(summary: Mapping[str, Any], shown: Sequence[int], lengths: Sequence[i
         what = f"dose {verdict['dose']:g} (ε {_short(verdict['strength'])}, KL {_short(verdict['kl'])})"
         share = f"{verdict['share']:.0%} of {verdict['n']} texts [{verdict['low']:.0%}, {verdict['high']:.0%}]"
         if verdict["breaks"]:
-            lines.append(f"{name}: breaks down at {last} tokens from {what}: {share} broken")
+            few = ", of too few bare texts to say so (below)" if found["reason"] == "few-bare-texts" else ""
+            lines.append(f"{name}: breaks down at {last} tokens from {what}: {share} broken{few}")
         else:
             lines.append(f"{name}: no breakdown at {last} tokens up to the largest tried, {what}: {share} broken")
     if found["reason"] == "few-bare-texts":

@@ -215,7 +215,11 @@ def threshold(found: Run) -> None:
     shown = Table(
         title=f"{found.manifest.model_name} · thresholds",
         caption="; ".join(
-            ["α at which the criterion is reached, in units of its scale", *(_INTERVALS.get(m, m) for m in used)]
+            [
+                "α at which the criterion is reached, in units of its scale",
+                "spread of the prompts' own: ×/÷ one SD of ln α",
+                *(_INTERVALS.get(m, m) for m in used),
+            ]
         ),
     )
     where = ("prompt", "layer:position") if places else ("layer",)

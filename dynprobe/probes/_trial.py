@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ def _once_in_order(calls: list[Call], elements: Sequence[nn.Module]) -> list[Cal
 
 def _find_blocks(model: nn.Module, calls: list[Call]) -> tuple[str, list[Call]]:
     found: list[tuple[str, list[Call]]] = []
+    unlinked: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0:
             ran = _once_in_order(calls, list(module))
@@ -60,8 +62,14 @@ def _find_blocks(model: nn.Module, calls: list[Call]) -> tuple[str, list[Call]]:
             links = linked(ran)
             # Sequentials inside a block (an MLP) are chains too: the outermost comes first in named_modules. Some
             # models rescale the state every few blocks, so not every link has to hold.
-            if 2 * sum(links) >= len(links) and not any(name.startswith(f"{o}." if o else "") for o, _ in found):
+            if 2 * sum(links) >= len(links) and not any(_inside(name, o) for o, _ in found):
                 found.append((name, ran))
+            elif not any(links):
+                unlinked.append(name)
+    # What is chained inside one of several modules that run side by side in the same way is no stream of the model.
+    outer = next((o for o in unlinked if all(_inside(name, o) for name, _ in found)), None) if found else None
+    if outer is not None:
+        raise ModelError(_no_stream(f"{outer}.*" if outer else "*"))
     if not found:
         counts: dict[str, int] = {}
         for call in calls:
@@ -75,6 +83,28 @@ def _find_blocks(model: nn.Module, calls: list[Call]) -> tuple[str, list[Call]]:
         )
     name, ran = max(found, key=lambda item: len(item[1]))
     return (f"{name}.*" if name else "*"), ran
+
+
+def _inside(name: str, outer: str) -> bool:
+    """Whether a module is one of the sub-modules of another, by their paths."""
+    return name != outer and name.startswith(f"{outer}." if outer else "")
+
+
+def _are_added(ran: list[Call]) -> bool:
+    """Whether each module but the first takes in what the one before took in, plus what that one gave out."""
+    copies = [(before.taken_copy, before.given_copy, after.taken_copy) for before, after in itertools.pairwise(ran)]
+    return bool(copies) and all(
+        a is not None and b is not None and c is not None and a.shape == b.shape == c.shape and _adds_up(c, a, b)
+        for a, b, c in copies
+    )
+
+
+def _no_stream(pattern: str) -> str:
+    return (
+        f"the modules {pattern} run once each and in order, but none of them is given what the one before it returned: "
+        "perhaps they return what is added to the state, and not the state. Put the sum into a module of its own (h + "
+        f"block(h)) and name these with layers='…', or type layers={pattern!r} to read what they return"
+    )
 
 
 def _named_blocks(blocks: Sequence[nn.Module], calls: list[Call]) -> list[Call]:
@@ -151,6 +181,13 @@ def watch(model: nn.Module, blocks: tuple[nn.Module, ...] | None, inputs: Tensor
     """
     calls = record(model, inputs)
     path, ran = _find_blocks(model, calls) if blocks is None else ("", _named_blocks(blocks, calls))
+    links = linked(ran)
+    if _are_added(ran):
+        warnings.warn(
+            f"the {len(ran)} blocks return what is added to the state, and not the state: that is what is read here. "
+            "Put the sum into a module of its own, h + block(h), and name these modules instead",
+            stacklevel=2,
+        )
     last = ran[-1]
     assert last.given is not None
     after = calls[next(i for i, c in enumerate(calls) if c is last) + 1 :]
@@ -173,7 +210,7 @@ def watch(model: nn.Module, blocks: tuple[nn.Module, ...] | None, inputs: Tensor
         block_path=path,
         dim=int(last.given.shape[-1]),
         state_dtype=last.given.dtype,
-        chained=all(linked(ran)),
+        chained=all(links),
         final_norm=final,
         updates=updates,
         sequential=sequential and "mlp_out" in updates,

@@ -274,7 +274,8 @@ def _refuse(run: Prepared) -> None:
     subject, new = run.subject, run.config.max_new_tokens
     if new > 0 and not hasattr(subject.model, "generate"):
         raise ModelError(
-            f"{subject.name} ({type(subject.model).__name__}) has no generate(); add --max-new-tokens 0 to measure "
+            f"{subject.name} ({type(subject.model).__name__}) has no generate(); add --max-new-tokens 0 "
+            "(max_new_tokens=0) to measure "
             "the prompts only"
         )
     for perturb in run.perturbs:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dynprobe._command_line import COMMAND_LINE
 from dynprobe.errors import RunFolderError
 from dynprobe.runs._atomic import remove, sync_folder, write_bytes, write_stream, writing
 from dynprobe.runs._card import card
@@ -83,7 +84,9 @@ class RunWriter:
         Raises:
             RunFolderError: ``out`` holds another run, is in use, damaged, or cannot be written.
         """
-        fields = {**(manifest_fields or {}), "config": scrub(plain(config, "config"))}
+        typed = COMMAND_LINE.get()
+        fields = {**({"command": list(typed)} if typed else {}), **(manifest_fields or {})}
+        fields["config"] = scrub(plain(config, "config"))
         if prompts_hash is not None:
             fields["prompts_hash"] = prompts_hash
         folder, manifest, lock = start(Path(out), ident, model_name, plain(fields, "manifest"), force, clock)

@@ -37,6 +37,9 @@ def test_a_run_prints_what_it_took_and_what_came_out(cli, model, here, monkeypat
     ):  # fmt: skip
         assert part in done.out, part
     assert "Traceback" not in done.out
+    words = ["run", "--model", str(model), "--prompt", "Hello [there]", "--perturb", "alpha=0.2", *map(str, SHORT)]
+    assert run.manifest.command == ["dynprobe", *words]
+    assert dp.run(model, ["Hello"], max_new_tokens=0, out=here / "python").manifest.command is None
     assert "finished already" not in done.out
     monkeypatch.setattr("dynprobe.cli._progress.datetime", Tomorrow)
     again = cli("run", "--model", model, "--prompt", "Hello [there]", "--perturb", "alpha=0.2", *SHORT)

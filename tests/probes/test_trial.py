@@ -214,6 +214,36 @@ def test_named_modules_may_have_anything_between_them() -> None:
     assert trial.updates == {}
 
 
+class Adding(nn.Module):
+    """Blocks that return what the model adds to its state; each is a chain of its own."""
+
+    def __init__(self, share: float = 1.0) -> None:
+        super().__init__()
+        self.share, self.embed = share, nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        for block in self.blocks:
+            h = h + self.share * block(h)
+        return h
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_chain_inside_one_of_the_blocks_is_no_stream(share: float) -> None:
+    net = seeded(lambda: Adding(share))
+    with pytest.raises(
+        ModelError, match=r"the modules blocks\.\* run once each and in order, but none of them is given"
+    ):
+        watch(net, None, None)
+
+
+def test_blocks_that_return_updates_are_read_with_a_warning() -> None:
+    net = seeded(Adding)
+    with pytest.warns(UserWarning, match="the 4 blocks return what is added to the state, and not the state"):
+        assert not watch(net, tuple(net.blocks), None).chained
+
+
 def test_trial_ids_fit_every_vocabulary() -> None:
     for vocab in (2, 3, 5, 100):
         net = nn.Sequential(nn.Embedding(vocab, 4), nn.Embedding(vocab + 7, 4))
