@@ -26,7 +26,7 @@ test: $(VENV)/.installed  ## all tests that need no download
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not long"
 
 test-slow: $(VENV)/.installed  ## end-to-end tests on real weights
-	$(VENV)/bin/python -m pytest -q -m "slow and not long"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "slow and not long"
 
 test-long: $(VENV)/.installed  ## the exhaustive versions: every architecture, every input
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m long
