@@ -71,6 +71,9 @@ def settings_of(given: dict[str, Any], kind: Any = None, *, looped: bool = False
     file = typed.pop("config", None)
     settings, places = read_config(file, kind) if file else ({}, {})
     settings |= typed
+    for key in ("batch_size", "workers"):  # a number or 'auto'
+        if isinstance(settings.get(key), str) and settings[key].isdecimal():
+            settings[key] = int(settings[key])
     for key in ("scale", "kind", "criterion"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(item for text in settings[key] for item in str(text).replace("+", ",").split(","))

@@ -81,7 +81,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, data: str, texts: list[
         ("p.txt", b"fine\ncaf\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
         ("p.jsonl", '{"text": "a"}\n\n{"text": }', "line 3: not JSON .* at character 10"),
         ("p.jsonl", '"text"', "line 1: a JSON object was expected"),
-        ("p.jsonl", '{"txt": "a"}', "line 1: no 'text'.*Did you mean 'txt'"),
+        ("p.jsonl", '{"txt": "a"}', "line 1: no 'text'.*Is 'txt' meant to be 'text'"),
         ("p.jsonl", '{"text": ""}', "at least one character"),
         ("p.jsonl", '{"text": 3}', "at least one character"),
         ("p.jsonl", '{"text": "\\ud800"}', "lone surrogate"),

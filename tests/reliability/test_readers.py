@@ -230,11 +230,11 @@ def test_settings_as_they_are_typed(tmp_path, capsys):
     assert "using tiny-csm" in capsys.readouterr().err
     for wrong, said in (
         ({"num_fewshot": 2}, "--num-fewshot"), ({"model_args": "pretraned=m"}, "known keys"),
-        ({"model_args": "m"}, "known keys"), ({"batch_size": "many"}, "--batch-size 'many'"),
-        ({"workers": "many"}, "--workers 'many'"),
+        ({"model_args": "m"}, "known keys"), ({"batch_size": "many"}, "batch_size='many'"),
+        ({"workers": "many"}, "workers='many': expected a whole number or 'auto'"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
-            settings_of({"model": "m", **wrong})
+            RunConfig.build(**settings_of({"model": "m", **wrong}))
 
 
 class Colour(Enum):
