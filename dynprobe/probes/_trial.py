@@ -182,7 +182,7 @@ def watch(model: nn.Module, blocks: tuple[nn.Module, ...] | None, inputs: Tensor
     calls = record(model, inputs)
     path, ran = _find_blocks(model, calls) if blocks is None else ("", _named_blocks(blocks, calls))
     links = linked(ran)
-    if _are_added(ran):
+    if not any(links) and _are_added(ran):  # a chain that begins at a state of zeros adds up as well
         warnings.warn(
             f"the {len(ran)} blocks return what is added to the state, and not the state: that is what is read here. "
             "Put the sum into a module of its own, h + block(h), and name these modules instead",

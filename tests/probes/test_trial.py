@@ -244,6 +244,12 @@ def test_blocks_that_return_updates_are_read_with_a_warning() -> None:
         assert not watch(net, tuple(net.blocks), None).chained
 
 
+def test_a_chain_that_begins_at_zero_is_not_taken_for_updates(recwarn: pytest.WarningsRecorder) -> None:
+    net = seeded(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    assert watch(net, tuple(net), torch.zeros(1, 3, 16)).chained
+    assert not recwarn.list
+
+
 def test_trial_ids_fit_every_vocabulary() -> None:
     for vocab in (2, 3, 5, 100):
         net = nn.Sequential(nn.Embedding(vocab, 4), nn.Embedding(vocab + 7, 4))

@@ -102,3 +102,22 @@ def test_an_interval_that_counts_wide_brackets_covers_what_it_says(most):
     assert (n_wide > 60 * 20) == (most == 4)
     if most == 4:
         assert narrow < hits  # interpolation alone is too sure of itself
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("most", [4, 6, 10])
+@pytest.mark.parametrize("n", [6, 12, 24])
+def test_coverage_is_that_of_the_docstring(n, most):
+    rng = np.random.default_rng([n, most])
+    hits, resolved = 0, 0
+    for _ in range(300):
+        of = search(rng, n, most)
+        all_ends = of.found, of.at("low"), of.at("high")
+        own, low, high = [prompt_threshold(c, prompts=of.prompts, n_boot=500) for c in all_ends]
+        if own.status == "resolved":
+            resolved += 1
+            hits += (
+                np.fmin.reduce([own.low, low.low, high.low]) <= 1.0 <= np.fmax.reduce([own.high, low.high, high.high])
+            )
+    assert resolved > 290
+    assert hits / resolved >= (0.93 if most == 10 else 0.97)
