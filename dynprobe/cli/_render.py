@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
-from dynprobe.cli._render_head import head, mean_intervals, stored_number
+from dynprobe.cli._render_head import head, mean_intervals
+from dynprobe.runs._stored_number import stored_number
 
 if TYPE_CHECKING:
     import pandas as pd

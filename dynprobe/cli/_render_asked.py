@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dynprobe.cli._render_head import mean_intervals, stored_number
+from dynprobe.cli._render_head import mean_intervals
+from dynprobe.runs._stored_number import stored_number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
 from dynprobe.cli._render_head import mean_intervals
+from dynprobe.runs._stored_number import stored_number
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run
@@ -43,7 +44,7 @@ def dose_table(doses: Sequence[Mapping[str, Any]]) -> Table:
             continue
         unreached = row["status"] == "unreached"
         how = "solved" if row["status"] == "solved" else "as given" if row["raw"] else "the layer's ε"
-        if math.isnan(_number(row["dose"])):
+        if math.isnan(stored_number(row["dose"])):
             how = "has no ε"
         if unreached:
             how = f"not reached: ε = {_short(row['largest'])} gives {_short(row['kl_largest'])}; not run"
@@ -83,7 +84,7 @@ def _at(summary: Mapping[str, Any], length: int) -> Table:
         caption=f"bare: mean over prompts; others: arm − bare with its {mean_intervals(summary)}",
     )  # fmt: skip
     table.add_column("arm @ dose", no_wrap=True)
-    used = [m for m in _SHOWN if any(not math.isnan(_number(row.get(m, {}).get("mean"))) for row in rows)]
+    used = [m for m in _SHOWN if any(not math.isnan(stored_number(row.get(m, {}).get("mean"))) for row in rows)]
     for metric in used:
         table.add_column(_SHOWN[metric][0], justify="right", no_wrap=True)
     table.add_column("hits", justify="right")
@@ -101,10 +102,10 @@ def _at(summary: Mapping[str, Any], length: int) -> Table:
 
 def _cell(entry: Mapping[str, Any], digits: int, bare: bool) -> str:
     if bare:
-        mean = _number(entry["mean"])
+        mean = stored_number(entry["mean"])
         return "–" if math.isnan(mean) else f"{mean:.{digits}f}"
     change = entry["difference"]
-    mean, low, high = (_number(change[name]) for name in ("mean", "low", "high"))
+    mean, low, high = (stored_number(change[name]) for name in ("mean", "low", "high"))
     if math.isnan(mean):
         return "–"
     ends = "" if math.isnan(low) else f"\n{low:+.{digits}f}…{high:+.{digits}f}"
@@ -134,7 +135,7 @@ def _notes(summary: Mapping[str, Any], shown: Sequence[int], lengths: Sequence[i
             f"warning: bare texts repeat themselves almost wholly at {at} tokens, so repetition cannot show a "
             "breakdown there; sample (--temperature 0.8)"
         )
-    hits, theta = _number(summary.get("hit_rate_bare")), ", ".join(f"{s['theta']:.2f}" for s in summary["sites"])
+    hits, theta = stored_number(summary.get("hit_rate_bare")), ", ".join(f"{s['theta']:.2f}" for s in summary["sites"])
     if hits > _MANY_HITS:
         lines.append(
             f"note: {hits:.0%} of the bare model's tokens reinforce a slot (θ {theta}); a memory that takes in nearly "
@@ -177,11 +178,6 @@ def _change(entry: Mapping[str, Any]) -> str:
     return f"{entry['difference']:+.3f} [{entry['low']:+.2f}, {entry['high']:+.2f}]"
 
 
-def _number(value: Any) -> float:
-    """A number of a summary: NaN is stored as null."""
-    return math.nan if value is None else float(value)
-
-
 def _short(value: Any) -> str:
-    number = _number(value)
+    number = stored_number(value)
     return "–" if not math.isfinite(number) else f"{number:.3g}"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dynprobe.cli._console import console as new_console
-from dynprobe.cli._render_head import mean_intervals, stored_number
+from dynprobe.cli._render_head import mean_intervals
 from dynprobe.cli._render_recover import detector_table
+from dynprobe.runs._stored_number import stored_number
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run

@@ -10,7 +10,7 @@ from dynprobe.runs._protocol import counted, layers_of, protocol_of
 if TYPE_CHECKING:
     from dynprobe.runs import Run
 
-__all__ = ["CRITERION_UNITS", "head", "mean_intervals", "stored_number"]
+__all__ = ["CRITERION_UNITS", "head", "mean_intervals"]
 
 #: What α means in runs that do not say it themselves; a test keeps it equal to what the scales say.
 _UNITS = {
@@ -74,11 +74,6 @@ def mean_intervals(summary: Mapping[str, Any], over: str = "prompts") -> str:
     if "mean_intervals" not in summary and "seconds" in summary:
         return f"95 % bootstrap interval over {over} (of an older version, which did not record its kind)"
     return str(summary.get("mean_intervals", interval_words())).replace("over prompts", f"over {over}")
-
-
-def stored_number(value: Any) -> float:
-    """Return a number of a summary: NaN is stored as null, an infinity by its name."""
-    return float("nan") if value is None else float(value)
 
 
 def _writes(found: Run) -> list[str]:

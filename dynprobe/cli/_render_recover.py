@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynprobe.cli._console import console as new_console
-from dynprobe.cli._render_head import stored_number
+from dynprobe.runs._stored_number import stored_number
 
 if TYPE_CHECKING:
     from dynprobe.runs import Run

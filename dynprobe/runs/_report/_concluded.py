@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from dynprobe.runs._stored_number import stored_number
+
 __all__ = ["concluded"]
 
 
@@ -29,17 +31,17 @@ def _walk(item: Any, path: list[str], rows: list[dict[str, Any]]) -> None:
         if centre is not None and "low" in item and path:
             reason = item.get("reason") or item.get("reason_interval")
             rows.append(
-                {"of": " ".join(path[:-1]), "quantity": path[-1], "value": _float(item[centre]),
-                 "low": _float(item["low"]), "high": _float(item.get("high")), "n": item.get("n"),
+                {"of": " ".join(path[:-1]), "quantity": path[-1], "value": stored_number(item[centre]),
+                 "low": stored_number(item["low"]), "high": stored_number(item.get("high")), "n": item.get("n"),
                  "reason": str(reason) if reason else None}
             )  # fmt: skip
             return
         flat = [k for k in item if f"{k}_low" in item]
         for k in flat:
             rows.append(
-                {"of": " ".join([*path, *_named(item)]), "quantity": str(k), "value": _float(item[k]),
-                 "low": _float(item[f"{k}_low"]), "high": _float(item.get(f"{k}_high")), "n": item.get("n"),
-                 "reason": None}
+                {"of": " ".join([*path, *_named(item)]), "quantity": str(k), "value": stored_number(item[k]),
+                 "low": stored_number(item[f"{k}_low"]), "high": stored_number(item.get(f"{k}_high")),
+                 "n": item.get("n"), "reason": None}
             )  # fmt: skip
         for k, value in item.items():
             if isinstance(value, Mapping | list):
@@ -57,7 +59,3 @@ def _named(item: Mapping[str, Any]) -> list[str]:
         str(v) if n in ("condition", "task") else f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}"
         for n, v in held.items()
     ]
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
